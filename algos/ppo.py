@@ -15,43 +15,42 @@
 # ///
 """Proximal Policy Optimization (PPO): a policy gradient that may reuse its data.
 
-A plain policy gradient is valid for one step only, since the data came from the old policy. PPO takes several epochs
-of steps on the same rollout and clips the probability ratio π/π_old, so that no sample is worth moving further away.
+A plain policy gradient is valid for one step only, since the data came from the policy before it. PPO takes several
+epochs of steps on the same rollout and clips the ratio π/π_old, so that no sample gains by moving it further than ε.
 
-Paper: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347; advantages by GAE,
-Schulman et al. 2015, arXiv 1506.02438.
+Paper: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347. Advantages by GAE, Schulman
+et al. 2015, arXiv 1506.02438.
 
-    python algos/ppo.py                                   # CartPole-v1, 500,000 steps: see README.md for the result
+    python algos/ppo.py                           # CartPole-v1: RESULT
     python algos/ppo.py --env-id Acrobot-v1
     python algos/ppo.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 1 --num-steps 2048 \\
-        --num-minibatches 32 --num-epochs 10 --learning-rate 3e-4 --ent-coef 0      # the usual MuJoCo recipe
+        --num-minibatches 32 --num-epochs 10 --learning-rate 3e-4 --ent-coef 0          # the usual MuJoCo recipe
     python algos/ppo.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 8 --num-steps 128 --clip-coef 0.1
 
-Letters: T steps of a rollout, N environments (of all processes together), B = T·N rows, M rows of a minibatch, A size of
-the action (number of choices or dimensions).
+Letters: T steps of a rollout, N environments, B = T·N rows, M rows of a minibatch, A size of the action (number of
+choices or of dimensions).
 
-Environments reset themselves one step late (gymnasium's NEXT_STEP): the row after `done` ignores its action and holds the
-true final observation. So V(final observation) is just the next row's value, and that row is masked out of everything.
+Environments reset themselves one step late (gymnasium's NEXT_STEP). The observation that comes with `done` is the true
+final one, so V(final observation) is just the next row's value; that next row ignores its action, is not a step, and
+is masked out of everything.
 
-Logged: charts/episodic_return and charts/episodic_length are means over the `charts/episodes` episodes that ended in the
-rollout (raw scores, before normalisation or clipping), charts/SPS environment steps per second since the start.
-losses/* are means over all minibatches of the update: policy_loss, value_loss, entropy, approx_kl (E[(r-1) - log r],
-should stay below about 0.02), clip_fraction (share of samples outside the clip range), grad_norm (before clipping);
+Logged: charts/episodic_return and episodic_length are means over the charts/episodes episodes that ended in the rollout
+(raw scores, before normalisation or clipping), charts/SPS is environment steps per second since the start. losses/* are
+means over the minibatches of the update: policy_loss, value_loss, entropy, approx_kl (E[(r - 1) - log r], how far the
+policy has moved), clip_fraction (share of samples outside the clip range), grad_norm (before clipping);
 losses/explained_variance is 1 - Var(return - V)/Var(return). eval/* is the greedy policy on fresh environments.
 
 Differs from the paper:
- 1. One network per role (actor, critic) for vectors; pixels share the Nature CNN. Orthogonal initialisation.
- 2. Advantages are normalised per minibatch, the value loss is clipped like the ratio, the gradient norm is clipped, the
-    learning rate falls linearly to 0, Adam has eps 1e-5: habits of OpenAI's baselines, each with a flag to turn it off
-    (bar the last).
- 3. Truncated episodes bootstrap with V(final observation); only true terminations end the return.
- 4. Box actions: Gaussian with one learnt standard deviation per dimension; the environment receives the clipped action,
-    the log-probability is that of the sampled one.
- 5. Atari: no sticky actions, whole games (a lost life is no termination), training rewards clipped to their sign.
+ 1. Vectors: separate networks for actor and critic; pixels: one Nature CNN for both. Orthogonal initialisation.
+ 2. Habits of OpenAI's baselines: advantages standardised per minibatch, value loss clipped like the ratio, gradient
+    norm clipped, learning rate falling to 0 everywhere, Adam's eps 1e-5.
+ 3. Truncated episodes bootstrap with V(final observation); only a termination ends the return.
+ 4. Box actions: Gaussian with one learnt standard deviation per dimension. The environment receives the action clipped
+    to its bounds, the log-probability is that of the sampled one.
+ 5. Atari: no sticky actions, whole games (losing a life ends nothing), training rewards clipped to their sign.
 """
 
 import contextlib
-import functools
 import importlib.util
 import io
 import json
@@ -338,7 +337,7 @@ SCRIPT = Path(__file__).stem
 def error(message: str, status: int = 2) -> NoReturn:
     """Tell the user in one line what is wrong and exit."""
     if RANK == 0:
-        tqdm.write(f"error: {message}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -395,7 +394,7 @@ def check_run(args: Args) -> None:
 def check_spaces(args: Args, *action_types: type) -> None:
     """Refuse an environment that cannot be made, or whose spaces the script does not handle."""
     try:
-        envs = make_envs(args.env_id, 1, args.normalize, args.gamma)
+        envs = make_envs(args.env_id, 1, False, args.gamma)
     except (gym.error.Error, ImportError, ValueError, TypeError, AttributeError) as fault:
         error(f"--env-id {args.env_id}: {' '.join(str(fault).split())}")
     obs, action = envs.single_observation_space, envs.single_action_space
@@ -414,7 +413,8 @@ def is_pixels(space: gym.Space) -> bool:
     return space.dtype == np.uint8 and len(space.shape) == 3
 
 
-def make_envs(env_id: str, num_envs: int, normalize: bool, gamma: float, video: Path | None = None) -> gym.vector.VectorEnv:
+def make_envs(env_id: str, num_envs: int, normalize: bool, gamma: float,
+              video: Path | None = None) -> gym.vector.VectorEnv:
     """Vector environment with NEXT_STEP autoreset, raw episode statistics in `info`, and Box observations.
 
     Discrete observations become one-hot, pixels (C, H, W); Box actions are clipped to their bounds. With `normalize`,
@@ -424,10 +424,10 @@ def make_envs(env_id: str, num_envs: int, normalize: bool, gamma: float, video: 
     atari = env_id.startswith("ALE/")
     kwargs: dict[str, Any] = {"repeat_action_probability": 0.0} if atari else {}
     if video is not None:  # native vector environments cannot be recorded: step single ones
-        wrappers = [functools.partial(RecordVideo, video_folder=str(video), episode_trigger=lambda episode: episode == 0)]
+        wrappers = [lambda env: RecordVideo(env, str(video), episode_trigger=lambda episode: episode == 0)]
         if atari:
             kwargs["frameskip"] = 1  # AtariPreprocessing skips
-            wrappers += [AtariPreprocessing, functools.partial(FrameStackObservation, stack_size=4)]
+            wrappers += [AtariPreprocessing, lambda env: FrameStackObservation(env, stack_size=4)]
         kwargs |= {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": wrappers}
     elif atari:
         kwargs["reward_clipping"] = False  # clipped below, after the statistics
@@ -471,14 +471,16 @@ def get_statistics(envs: gym.vector.VectorEnv) -> dict[str, Tensor]:
         if WORLD_SIZE > 1:
             moments = sum_over_processes(torch.tensor(np.stack([rms.mean, rms.var + rms.mean**2]))) / WORLD_SIZE
             rms.mean, rms.var = moments[0].numpy(), (moments[1] - moments[0] ** 2).numpy()
-        state |= {f"{name}.{part}": torch.as_tensor(getattr(rms, part)) for part in ("mean", "var", "count")}
+        state |= {f"{name}.mean": torch.as_tensor(rms.mean), f"{name}.var": torch.as_tensor(rms.var),
+                  f"{name}.count": torch.tensor(rms.count * WORLD_SIZE, dtype=torch.float64)}
     return state
 
 
 def set_statistics(envs: gym.vector.VectorEnv, state: dict[str, Tensor], frozen: bool = False) -> None:
     """Put the result of `get_statistics` into the normalisers; frozen ones no longer learn."""
     for name, wrapper, rms in normalizers(envs):
-        rms.mean, rms.var, rms.count = (state[f"{name}.{part}"].numpy() for part in ("mean", "var", "count"))
+        rms.mean, rms.var = state[f"{name}.mean"].numpy(), state[f"{name}.var"].numpy()
+        rms.count = state[f"{name}.count"].item() / WORLD_SIZE
         wrapper.update_running_mean = not frozen
 
 
@@ -578,11 +580,12 @@ def save_checkpoint(run_dir: Path, args: Args, **state: Any) -> None:
         os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
 
-def check_finite(loss: float, step: int, run_dir: Path) -> None:
+def check_finite(loss: float, step: int, run_dir: Path, bar: tqdm) -> None:
     """Stop with exit status 1 when the loss is NaN or infinite: the weights are lost, the last checkpoint is not."""
     if not math.isfinite(loss):
+        bar.close()
         saved = run_dir / "checkpoint.pt"
-        last = f"the last good checkpoint is {saved}" if saved.exists() else "no checkpoint was saved yet (--save-every)"
+        last = f"the last good checkpoint is {saved}" if saved.exists() else "none was saved yet (--save-every)"
         error(f"the loss became {loss} at step {step}; {last}", status=1)
 
 
@@ -700,14 +703,15 @@ def main(args: Args) -> None:
 
         # ===== log and save =====
         losses = dict(zip((*METRICS, "grad_norm"), torch.stack(history).mean(0).tolist()))
-        check_finite(sum(losses.values()), step, run_dir)
+        check_finite(sum(losses.values()), step, run_dir, bar)
         losses["explained_variance"] = explained_variance(batch[3], batch[5], batch[6]).item()
         log(writer, "losses", losses, step)
         charts = {"SPS": (step - start_step) / (time.perf_counter() - start_time), "learning_rate": learning_rate}
         number, return_sum, length_sum = sum_over_processes(torch.from_numpy(episodes)).tolist()
         if number:
-            charts |= {"episodes": number, "episodic_return": return_sum / number, "episodic_length": length_sum / number}
-            bar.set_postfix_str(f"return {return_sum / number:.1f}", refresh=False)
+            means = {"episodic_return": return_sum / number, "episodic_length": length_sum / number}
+            charts |= means | {"episodes": number}
+            bar.set_postfix_str(f"return {charts['episodic_return']:.1f}", refresh=False)
         log(writer, "charts", charts, step)
         bar.update(step - step_before)
         statistics = get_statistics(envs)

@@ -1,0 +1,125 @@
+"""Compare the learning curves of finished runs with a peer's: a table, and a picture on request.
+
+    for seed in 1 2 3 4 5; do python algos/ppo.py --seed $seed --run-dir runs/ppo-CartPole-v1-$seed; done
+    python benchmark/curves.py runs/ppo-CartPole-v1-* --peer benchmark/reference/peers/cleanrl_ppo_CartPole-v1.json \\
+        --picture benchmark/ppo_CartPole-v1.png
+
+A curve is the mean return of the training episodes that ended in each of 50 equal bins of environment steps (an empty
+bin repeats the one before). Its area is the mean over the bins. The final level is the mean of the last 100 training
+episodes. Both are given as mean ± standard deviation over seeds.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+BINS = 50
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """run directories of one script on one task, one per seed"""
+    peer: Path | None = None
+    """reference curves (json) to compare with"""
+    picture: Path | None = None
+    """png to draw"""
+    title: str = ""
+    """title of the picture"""
+
+
+def error(message: str) -> None:
+    """Say in one line what is wrong and exit with status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def load_run(run_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps (K,), mean returns (K,) and numbers (K,) of the episodes logged by a run."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    if "charts/episodic_return" not in events.Tags()["scalars"]:
+        error(f"{run_dir} holds no run with finished episodes")
+    returns, numbers = events.Scalars("charts/episodic_return"), events.Scalars("charts/episodes")
+    return (np.array([event.step for event in returns]), np.array([event.value for event in returns]),
+            np.array([event.value for event in numbers]))
+
+
+def curve(steps: np.ndarray, returns: np.ndarray, numbers: np.ndarray, total_steps: int) -> np.ndarray:
+    """Mean return (BINS,) of the episodes that ended in each bin of steps, weighted by their numbers (K,)."""
+    bins = np.minimum((steps - 1) * BINS // total_steps, BINS - 1)
+    sums = np.bincount(bins, weights=returns * numbers, minlength=BINS)
+    counts = np.bincount(bins, weights=numbers, minlength=BINS)
+    filled = np.maximum.accumulate(np.where(counts > 0, np.arange(BINS), 0))
+    first = np.flatnonzero(counts)[0]
+    filled[:first] = first
+    return sums[filled] / counts[filled]
+
+
+def final_level(returns: np.ndarray, numbers: np.ndarray, episodes: int = 100) -> float:
+    """Mean return of the last `episodes` episodes, given means (K,) of numbers (K,) of them."""
+    later = np.cumsum(numbers[::-1])[::-1] - numbers  # episodes after each entry
+    weights = np.clip(episodes - later, 0, numbers)
+    return float(np.average(returns, weights=weights))
+
+
+def summary(runs: list[tuple[np.ndarray, np.ndarray, np.ndarray]], total_steps: int) -> dict[str, np.ndarray]:
+    """Curves (seeds, BINS), areas (seeds,) and final levels (seeds,)."""
+    curves = np.stack([curve(*run, total_steps) for run in runs])
+    return {"curves": curves, "area": curves.mean(1), "final": np.array([final_level(*run[1:]) for run in runs])}
+
+
+def draw(groups: dict[str, dict[str, np.ndarray]], total_steps: int, title: str, path: Path) -> None:
+    """Mean over seeds with the range between the lowest and highest seed, in colours safe for colour-blind eyes."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.6), dpi=130)
+    steps = (np.arange(BINS) + 0.5) * total_steps / BINS
+    for (name, group), colour, style in zip(groups.items(), ("#0072B2", "#D55E00"), ("-", "--")):
+        axes.plot(steps, group["curves"].mean(0), style, color=colour, label=f"{name} ({len(group['area'])} seeds)")
+        axes.fill_between(steps, group["curves"].min(0), group["curves"].max(0), color=colour, alpha=0.15, linewidth=0)
+    axes.set(xlabel="environment steps", ylabel="return of training episodes", title=title, xlim=(0, total_steps))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main(args: Args) -> None:
+    if not args.runs:
+        error("name at least one run directory")
+    for run_dir in args.runs:
+        if not (run_dir / "args.json").exists():
+            error(f"{run_dir} is not a run directory (it has no args.json)")
+    settings = [json.loads((run_dir / "args.json").read_text()) for run_dir in args.runs]
+    tasks = {(each["env_id"], each["total_timesteps"]) for each in settings}
+    if len(tasks) > 1:
+        error(f"the runs are of several tasks: {sorted(tasks)}")
+    (env_id, total_steps), = tasks
+    groups = {"this repository": summary([load_run(run_dir) for run_dir in args.runs], total_steps)}
+    if args.peer:
+        if not args.peer.is_file():
+            error(f"--peer {args.peer}: no such file")
+        peer = json.loads(args.peer.read_text())
+        if (peer["env"], peer["total_steps"]) != (env_id, total_steps):
+            error(f"--peer {args.peer}: is about {peer['env']} over {peer['total_steps']} steps, "
+                  f"not {env_id} over {total_steps}")
+        runs = [(np.array(s["step"]), np.array(s["return"]), np.ones(len(s["step"]))) for s in peer["seeds"].values()]
+        groups[peer["library"].split(",")[0]] = summary(runs, total_steps)
+    print(f"{env_id}, {total_steps} steps")
+    for name, group in groups.items():
+        final, area = (f"{group[key].mean():8.2f} ± {group[key].std():6.2f}" for key in ("final", "area"))
+        print(f"{name:>24}: last 100 episodes {final}   area {area}   ({len(group['area'])} seeds)")
+    if args.picture:
+        draw(groups, total_steps, args.title or env_id, args.picture)
+        print(f"wrote {args.picture}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__.splitlines()[0]))

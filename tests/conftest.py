@@ -1,0 +1,11 @@
+"""Lets tests import the scripts (`import ppo`) and the probe environments, here and in the processes they start."""
+
+import os
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+for folder in (TESTS, TESTS.parent / "algos"):
+    sys.path.insert(0, str(folder))
+os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side

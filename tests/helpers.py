@@ -1,0 +1,41 @@
+"""What several test files need: running a script as a user would, and reading what it wrote."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+REPO = Path(__file__).parent.parent
+ALGOS = REPO / "algos"
+
+
+def command(script: str, *flags: object, processes: int = 1) -> list[str]:
+    """Command line of algos/<script>.py, under torchrun for several processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return [sys.executable, *torchrun, str(ALGOS / f"{script}.py"), *map(str, flags)]
+
+
+def run(script: str, *flags: object, processes: int = 1, **kwargs) -> subprocess.CompletedProcess:
+    """Run a script to its end; its output is in .stdout and .stderr."""
+    return subprocess.run(command(script, *flags, processes=processes), capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def weights(run_dir: Path) -> dict[str, Tensor]:
+    """Tensors of the final model of a run."""
+    return load_file(run_dir / "model.safetensors")
+
+
+def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
+    """(step, value) of a TensorBoard tag, as TensorBoard shows it (purged points are gone)."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's environment variables with some changed."""
+    return os.environ | variables

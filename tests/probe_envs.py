@@ -1,0 +1,187 @@
+"""Small environments with known answers; import path for --env-id: probe_envs:Name-v0."""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+
+class Probe(gym.Env):
+    """Observation 1, reward 1, never ends by itself; the registration cuts it after some steps."""
+
+    observation_space: gym.Space = Box(-1, 1, (1,), np.float32)
+    action_space: gym.Space = Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.time += 1
+        return self.observe(), self.reward(action), self.over(), False, {}
+
+    def observe(self):
+        return np.ones(self.observation_space.shape, self.observation_space.dtype)
+
+    def reward(self, action):
+        return 1.0
+
+    def over(self):
+        return False
+
+
+class OneStep(Probe):
+    """Every episode is one step; action 1 is worth 1, action 0 nothing."""
+
+    def reward(self, action):
+        return float(action)
+
+    def over(self):
+        return True
+
+
+class Identity(OneStep):
+    """Shows -1 or 1; the reward is 1 for the matching action (0 or 1)."""
+
+    def observe(self):
+        self.shown = int(self.np_random.integers(2))
+        return np.array([2 * self.shown - 1], np.float32)
+
+    def step(self, action):
+        matched = float(action == self.shown)
+        return self.observe(), matched, True, False, {}
+
+
+class Target(OneStep):
+    """Two-dimensional Box action in [-1, 1]²; the reward is minus the squared distance to (0.3, -0.2)."""
+
+    action_space = Box(-1, 1, (2,), np.float32)
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return super().step(action)
+
+    def reward(self, action):
+        return -float(((action - np.array([0.3, -0.2])) ** 2).sum())
+
+
+class Clock(Probe):
+    """Shows the number of steps taken since it was made, whatever the action; episodes last 3 steps, rewards are the time."""
+
+    observation_space = Box(0, np.inf, (1,), np.float32)
+    total = 0
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.total = 0
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        self.total += 1
+        return super().step(action)
+
+    def observe(self):
+        return np.array([self.total], np.float32)
+
+    def reward(self, action):
+        return float(self.total)
+
+    def over(self):
+        return self.time == 3
+
+
+class Scaled(Probe):
+    """Random observations of mean 50 and deviation 10; the reward says how far the first one is from 50."""
+
+    observation_space = Box(-np.inf, np.inf, (3,), np.float64)
+
+    def observe(self):
+        self.shown = self.np_random.normal(50, 10, 3)
+        return self.shown
+
+    def reward(self, action):
+        return float(self.shown[0] - 50) * (2 * int(action) - 1)
+
+
+class Pixels(Probe):
+    """36 x 40 colour noise."""
+
+    observation_space = Box(0, 255, (36, 40, 3), np.uint8)
+
+    def observe(self):
+        return self.np_random.integers(0, 256, (36, 40, 3), np.uint8)
+
+
+class Explodes(Probe):
+    """Rewards become infinite after 300 steps of one environment."""
+
+    total = 0
+
+    def reward(self, action):
+        self.total += 1
+        return 1.0 if self.total < 300 else np.inf
+
+
+class Staggered(VectorEnv):
+    """Native vector environment whose episodes last 4 steps in env 0 and 1 and 6 in the others; returns are 4, 8, 6, 6 …
+
+    With `trap`, the rows that must not count carry nonsense: a huge reward in the reset row, and a huge final
+    observation of terminated episodes.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+
+    def __init__(self, num_envs=1, max_episode_steps=None, trap=False, autoreset_mode=AutoresetMode.NEXT_STEP):
+        self.num_envs, self.trap = num_envs, trap
+        self.metadata = {"autoreset_mode": autoreset_mode}
+        self.single_observation_space, self.single_action_space = Box(-np.inf, np.inf, (2,), np.float32), Discrete(2)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.length = np.where(np.arange(num_envs) < 2, 4, 6)
+        self.gain = np.where(np.arange(num_envs) == 1, 2.0, 1.0)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time, self.over = np.zeros(self.num_envs, int), np.zeros(self.num_envs, bool)
+        self.state = self.np_random.normal(size=(self.num_envs, 2)).astype(np.float32)
+        return self.state.copy(), {}
+
+    def step(self, actions):
+        fresh = self.over
+        self.time = np.where(fresh, 0, self.time + 1)
+        push = np.where(actions[:, None] == 1, 0.5, -0.5) + self.np_random.normal(size=(self.num_envs, 2)) * 0.1
+        start = self.np_random.normal(size=(self.num_envs, 2))
+        self.state = np.where(fresh[:, None], start, 0.9 * self.state + push).astype(np.float32)
+        self.over = self.time == self.length
+        reward = np.where(fresh, 1e6 if self.trap else 0.0, self.gain)
+        shown = np.where(self.over[:, None] & self.trap, np.float32(1e6), self.state)
+        return shown.copy(), reward, self.over.copy(), np.zeros(self.num_envs, bool), {}
+
+
+class DictObservation(Probe):
+    observation_space = Dict({"x": Box(-1, 1, (1,))})
+
+    def observe(self):
+        return {"x": np.zeros(1, np.float32)}
+
+
+class ManyActions(Probe):
+    action_space = MultiDiscrete([2, 2])
+
+
+class ActionsFromOne(Probe):
+    action_space = Discrete(2, start=1)
+
+
+class TinyPixels(Pixels):
+    observation_space = Box(0, 255, (20, 20, 3), np.uint8)
+
+
+for cls, limit in ((Probe, 10), (OneStep, None), (Identity, None), (Target, None), (Clock, None), (Scaled, 20), (Pixels, 15),
+                   (Explodes, 10), (DictObservation, 10), (ManyActions, 10), (ActionsFromOne, 10), (TinyPixels, 10)):
+    gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=limit)
+for name, kwargs in (("Staggered", {}), ("StaggeredTrap", {"trap": True}),
+                     ("SameStep", {"autoreset_mode": AutoresetMode.SAME_STEP})):
+    gym.register(f"{name}-v0", vector_entry_point=Staggered, kwargs=kwargs)
