@@ -34,11 +34,11 @@ Environments reset themselves one step late (gymnasium's NEXT_STEP). The observa
 final one, so V(final observation) is just the next row's value; that next row ignores its action, is not a step, and
 is masked out of everything.
 
-Logged: charts/episodic_return and episodic_length are means over the charts/episodes episodes that ended in the rollout
-(raw scores, before normalisation or clipping), charts/SPS is environment steps per second since the start. losses/* are
-means over the minibatches of the update: policy_loss, value_loss, entropy, approx_kl (E[(r - 1) - log r], how far the
-policy has moved), clip_fraction (share of samples outside the clip range), grad_norm (before clipping);
-losses/explained_variance is 1 - Var(return - V)/Var(return). eval/* is the greedy policy on fresh environments.
+Logged every 1,000 steps: charts/episodic_return and episodic_length, means over the charts/episodes episodes that ended
+since the last time (raw scores, before normalisation or clipping); charts/SPS, environment steps per second since the
+start; losses/*, means over all minibatches since the last time: policy_loss, value_loss, entropy, approx_kl (E[(r - 1) - log r], how far the
+policy has moved), clip_fraction (share of samples outside the clip range), grad_norm (before clipping). eval/* is the
+greedy policy on fresh environments.
 
 Differs from the paper:
  1. Vectors: separate networks for actor and critic; pixels: one Nature CNN for both. Orthogonal initialisation.
@@ -317,12 +317,6 @@ def ppo_loss(agent: Agent, obs: Tensor, actions: Tensor, old_logprobs: Tensor, o
 METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) where mask is 1: 1 is perfect, 0 no better than a constant."""
-    values, returns = values[mask > 0], returns[mask > 0]
-    return 1 - (returns - values).var() / returns.var()
-
-
 def annealed(initial: float, step: int, total_steps: int) -> float:
     """Linear schedule: `initial` at step 0, 0 at total_steps."""
     return initial * max(0.0, 1 - step / total_steps)
@@ -332,6 +326,7 @@ def annealed(initial: float, step: int, total_steps: int) -> float:
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 SCRIPT = Path(__file__).stem
+LOG_EVERY = 1000  # environment steps
 
 
 def error(message: str, status: int = 2) -> NoReturn:
@@ -558,6 +553,20 @@ def log(writer: Any, group: str, metrics: dict[str, float], step: int) -> None:
         writer.add_scalar(f"{group}/{name}", value, step)
 
 
+def log_episodes(writer: Any, bar: tqdm, episodes: np.ndarray, step: int) -> None:
+    """Log mean return and length of the episodes of all processes, given (number, sum of returns, sum of lengths)."""
+    number, returns, lengths = sum_over_processes(torch.from_numpy(episodes)).tolist()
+    if number:
+        means = {"episodic_return": returns / number, "episodic_length": lengths / number, "episodes": number}
+        log(writer, "charts", means, step)
+        bar.set_postfix_str(f"return {returns / number:.1f}", refresh=False)
+
+
+def passes(every: int, before: int, after: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]; never for 0."""
+    return every > 0 and after // every > before // every
+
+
 def load_checkpoint(path: str) -> dict[str, Any]:
     """Read a checkpoint of this script on the CPU, without running code from it."""
     try:
@@ -638,6 +647,7 @@ def main(args: Args) -> None:
     obs = torch.zeros(T + 1, N, *obs_space.shape, dtype=obs_dtype, device=device)
     actions = torch.zeros(T + 1, N, *action_space.shape, device=device)  # the last row stays 0
     flags = np.zeros((4, T, N), dtype=np.float32)  # reward, terminated, done, mask
+    history, episodes = [], np.zeros(3)  # METRICS and gradient norm per minibatch; number, returns, lengths of episodes
     start_step, start_time, restart = step, time.perf_counter(), True
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=RANK > 0)
 
@@ -649,7 +659,6 @@ def main(args: Args) -> None:
             prev_done, restart = np.zeros(N, dtype=bool), False
         obs[0] = obs[T]
         noise = own(agent.noise(T, args.num_envs), dim=1).to(device)  # (T, N, A)
-        episodes = np.zeros(3)  # number, sum of returns, sum of lengths
         for t in range(T):
             with torch.no_grad():
                 action = act(obs[t], noise[t])  # (N,) or (N, A)
@@ -678,7 +687,6 @@ def main(args: Args) -> None:
         if args.anneal_lr:
             learning_rate = annealed(learning_rate, step_before, args.total_timesteps)
         optimizer.param_groups[0]["lr"] = learning_rate
-        history = []  # of METRICS and the gradient norm, a row per minibatch
         for _ in range(args.num_epochs):
             for rows in torch.randperm(args.batch_size).to(device).split(args.minibatch_size):  # (M,)
                 *inputs, mb_advantages, mb_returns, mb_mask = (x[rows] for x in batch)
@@ -702,24 +710,21 @@ def main(args: Args) -> None:
                 break
 
         # ===== log and save =====
-        losses = dict(zip((*METRICS, "grad_norm"), torch.stack(history).mean(0).tolist()))
-        check_finite(sum(losses.values()), step, run_dir, bar)
-        losses["explained_variance"] = explained_variance(batch[3], batch[5], batch[6]).item()
-        log(writer, "losses", losses, step)
-        charts = {"SPS": (step - start_step) / (time.perf_counter() - start_time), "learning_rate": learning_rate}
-        number, return_sum, length_sum = sum_over_processes(torch.from_numpy(episodes)).tolist()
-        if number:
-            means = {"episodic_return": return_sum / number, "episodic_length": length_sum / number}
-            charts |= means | {"episodes": number}
-            bar.set_postfix_str(f"return {charts['episodic_return']:.1f}", refresh=False)
-        log(writer, "charts", charts, step)
-        bar.update(step - step_before)
         statistics = get_statistics(envs)
-        every = args.save_every or args.total_timesteps
-        if step >= args.total_timesteps or step // every > step_before // every:
+        save = step >= args.total_timesteps or passes(args.save_every, step_before, step)
+        if save or step_before == 0 or passes(LOG_EVERY, step_before, step):
+            losses = dict(zip((*METRICS, "grad_norm"), torch.stack(history).mean(0).tolist()))
+            check_finite(sum(losses.values()), step, run_dir, bar)
+            log(writer, "losses", losses, step)
+            log_episodes(writer, bar, episodes, step)
+            speed = (step - start_step) / (time.perf_counter() - start_time)
+            log(writer, "charts", {"SPS": speed, "learning_rate": learning_rate}, step)
+            history, episodes = [], np.zeros(3)
+        if save:
             save_checkpoint(run_dir, args, step=step, statistics=statistics, agent=agent.state_dict(),
                             optimizer=optimizer.state_dict())
             restart = True
+        bar.update(step - step_before)
 
     bar.close()
     envs.close()

@@ -14,10 +14,12 @@ import torch
 from helpers import command, environment, run, scalars, weights
 
 SHORT = {  # flags of a short CartPole run with several updates and checkpoints
-    "ppo": ("--total-timesteps", 6000, "--save-every", 1500, "--eval-episodes", 3),
+    script: ("--total-timesteps", 6000, "--save-every", 1500, "--eval-episodes", 3) for script in ("reinforce", "a2c", "ppo")
 }
 # flags of a run of one rollout on environments that step one by one, so that they start alike in any number of processes
 SHARED = {
+    "reinforce": ("--num-envs", 4, "--total-timesteps", 180),
+    "a2c": ("--num-envs", 4, "--num-steps", 16, "--total-timesteps", 180),
     "ppo": ("--num-envs", 4, "--num-steps", 16, "--num-minibatches", 2, "--total-timesteps", 180),
 }
 scripts = pytest.mark.parametrize("script", SHORT)
@@ -166,6 +168,8 @@ BAD_INPUT = {
     "unknown device": (["--device", "tpu"], ["--device", "tpu"]),
 }
 OWN_BAD_INPUT = {
+    "reinforce": {},
+    "a2c": {"lambda above 1": (["--gae-lambda", "1.1"], ["--gae-lambda must be between 0 and 1"])},
     "ppo": {
         "minibatches that do not divide": (["--num-minibatches", "7"], ["--num-minibatches 7 does not divide the 512 rows"]),
         "minibatches of one row": (["--num-envs", "1", "--num-steps", "4"], ["--num-minibatches", "one row"]),

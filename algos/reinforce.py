@@ -1,0 +1,647 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "ale-py>=0.12.1",
+#     "gymnasium[classic-control,mujoco]>=1.4.0",
+#     "moviepy>=2.2.1",
+#     "numpy>=2.4",
+#     "opencv-python-headless>=4.13",
+#     "safetensors>=0.8",
+#     "tensorboard>=2.21",
+#     "torch>=2.13.0",
+#     "tqdm>=4.70",
+#     "tyro>=1.0.17",
+# ]
+# ///
+"""REINFORCE: the policy gradient itself, from whole episodes.
+
+The gradient of the expected return needs no model of the environment: make each action more likely in proportion to the
+return that followed it. Nothing is learnt but the policy, so the estimate is unbiased, and noisy.
+
+Paper: Williams 1992, "Simple statistical gradient-following algorithms for connectionist reinforcement learning",
+Machine Learning 8; with reward-to-go as in the policy gradient theorem, Sutton et al. 1999 (NeurIPS 12). A survey with
+the same notation: arXiv 1506.02438, Eq. 1.
+
+    python algos/reinforce.py                     # CartPole-v1: RESULT
+    python algos/reinforce.py --env-id Acrobot-v1
+    python algos/reinforce.py --env-id HalfCheetah-v5 --normalize --total-timesteps 3000000 --learning-rate 1e-3
+
+Letters: T steps of the longest episode, N episodes per update (one in each environment), A size of the action (number
+of choices or of dimensions).
+
+Every update starts all environments afresh and plays one episode in each; rows after the end of an episode are masked out
+of everything. So no episode is cut, and short episodes count no more often than long ones.
+
+Logged every 1,000 steps: charts/episodic_return and episodic_length, means over the charts/episodes episodes that ended
+since the last time (raw scores, before normalisation or clipping); charts/SPS, environment steps per second since the
+start; losses/*, means over the updates since the last time: policy_loss (its gradient matters, its value says little),
+entropy. eval/* is the greedy policy on fresh environments.
+
+Differs from the paper:
+ 1. The returns of an update are standardised over all its steps, which scales the gradient and takes off a baseline.
+ 2. An episode cut by a time limit counts as ended: without a critic there is no estimate of what would have followed.
+ 3. Adam, with a learning rate that falls linearly to 0.
+ 4. Box actions: Gaussian with one learnt standard deviation per dimension. The environment receives the action clipped
+    to its bounds, the log-probability is that of the sampled one.
+ 5. Atari: no sticky actions, whole games (losing a life ends nothing), training rewards clipped to their sign.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import tyro
+from gymnasium.spaces import Box, Discrete
+from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, RecordVideo
+from gymnasium.wrappers import vector as wrap
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # run
+    seed: int = 1
+    """seed of weights, actions, minibatches and environments"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU when there is one"""
+    run_dir: str = ""
+    """where the run is written; by default runs/<task>__<script>__<seed>__<timestamp>"""
+    resume: str = ""
+    """checkpoint.pt to continue; flags not given again are taken from it"""
+    save_every: int = 100_000
+    """environment steps between checkpoints (environments are reset there); 0 saves only at the end"""
+    track: bool = False
+    """mirror the logs to Weights & Biases"""
+    compile: bool = False
+    """torch.compile acting and loss (with CUDA graphs on a GPU)"""
+    eval_episodes: int = 20
+    """episodes of the greedy policy after training; 0 skips them"""
+    capture_video: bool = False
+    """write an mp4 of one greedy episode after training to <run-dir>/videos"""
+
+    # task
+    env_id: str = "CartPole-v1"
+    """gymnasium environment with Box or Discrete observations and Box or Discrete actions"""
+    total_timesteps: int = 500_000
+    """environment steps to train for (reset rows are not counted)"""
+    num_envs: int = 8
+    """N: environments stepped side by side, over all processes; each plays one episode per update"""
+    normalize: bool = False
+    """standardise observations and scale rewards by running statistics (for MuJoCo)"""
+
+    # optimisation
+    learning_rate: float = 5e-3
+    """step size of Adam at the start"""
+    anneal_lr: bool = True
+    """let the learning rate fall linearly to 0"""
+
+    # algorithm
+    gamma: float = 0.99
+    """discount γ"""
+    normalize_returns: bool = True
+    """standardise the returns of an update"""
+
+
+def validate(args: Args) -> None:
+    """Check everything a user can get wrong before any work: one line and exit status 2 for the first fault."""
+    check_ranges(args, 1, math.inf, "total_timesteps", "num_envs")
+    check_ranges(args, 0, math.inf, "save_every", "eval_episodes", "learning_rate")
+    check_ranges(args, 0, math.inf, "seed")
+    check_ranges(args, 0, 1, "gamma")
+    if args.num_envs % WORLD_SIZE:
+        error(f"--num-envs {args.num_envs} must be a multiple of the {WORLD_SIZE} processes")
+    check_run(args)
+    check_spaces(args, Discrete, Box)
+
+
+# --- model ---
+
+
+def init_layer(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
+    """Orthogonal weights scaled by `gain`, zero bias; returns the layer."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(inputs: int, outputs: int, output_gain: float) -> nn.Sequential:
+    """Two tanh layers of 64 and a linear head: (B, inputs) to (B, outputs)."""
+    return nn.Sequential(
+        init_layer(nn.Linear(inputs, 64)), nn.Tanh(),
+        init_layer(nn.Linear(64, 64)), nn.Tanh(),
+        init_layer(nn.Linear(64, outputs), output_gain),
+    )
+
+
+def nature_cnn(channels: int, height: int, width: int) -> nn.Sequential:
+    """Convolutions of Mnih et al. 2015: (B, channels, height, width) in [0, 1] to (B, 512) features."""
+    convolutions = nn.Sequential(
+        init_layer(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU(),
+        init_layer(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
+        init_layer(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(),
+        nn.Flatten(),
+    )
+    size = convolutions(torch.zeros(1, channels, height, width)).shape[1]
+    return convolutions.append(init_layer(nn.Linear(size, 512))).append(nn.ReLU())
+
+
+class Policy(nn.Module):
+    """Actor: an MLP on vectors, the Nature CNN on pixels.
+
+    obs_space is a Box: (C, H, W) uint8 pixels or anything else, flattened; action_space Discrete or 1-D Box.
+    """
+
+    def __init__(self, obs_space: Box, action_space: gym.Space) -> None:
+        super().__init__()
+        self.discrete = isinstance(action_space, Discrete)
+        self.action_size = int(action_space.n if self.discrete else action_space.shape[0])  # A
+        if is_pixels(obs_space):
+            self.trunk = nature_cnn(*obs_space.shape)
+            self.actor = init_layer(nn.Linear(512, self.action_size), 0.01)
+        else:
+            self.trunk = nn.Flatten()
+            self.actor = mlp(math.prod(obs_space.shape), self.action_size, 0.01)
+        if not self.discrete:
+            self.log_std = nn.Parameter(torch.zeros(self.action_size))
+
+    def features(self, obs: Tensor) -> Tensor:
+        """(B, *obs) to (B, features); uint8 pixels are scaled to [0, 1]."""
+        return self.trunk(obs / 255 if obs.dtype == torch.uint8 else obs)
+
+    def forward(self, obs: Tensor) -> Distribution:
+        """Observations (B, *obs) to the policy π(·|s) over B actions."""
+        policy = self.actor(self.features(obs))  # (B, A)
+        if self.discrete:
+            return Categorical(logits=policy, validate_args=False)
+        return Independent(Normal(policy, self.log_std.exp().expand_as(policy), validate_args=False), 1)
+
+    def noise(self, *shape: int) -> Tensor:
+        """Random numbers for `act`, (*shape, A) on the CPU: Gumbel for Discrete, standard normal for Box actions."""
+        noise = torch.empty(*shape, self.action_size)
+        return noise.exponential_().log_().neg_() if self.discrete else noise.normal_()
+
+    def act(self, obs: Tensor, noise: Tensor | float) -> Tensor:
+        """Sample a ~ π(·|s) given its noise (B, A); noise 0 gives the greedy action. (B,) int or (B, A) float."""
+        policy = self.actor(self.features(obs))
+        if self.discrete:
+            return (policy + noise).argmax(-1)  # argmax(logits + Gumbel noise) is a draw from softmax(logits)
+        return policy + self.log_std.exp() * noise
+
+
+# --- algorithm ---
+
+
+def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Reward-to-go of each step, G_t = r_t + γ·G_{t+1}, where mask is 1; all (T, N). Rows with mask 0 add nothing."""
+    returns = torch.empty_like(rewards)
+    following = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        following = mask[t] * (rewards[t] + gamma * following)
+        returns[t] = following
+    return returns
+
+
+def masked_mean(x: Tensor, mask: Tensor, count: Tensor) -> Tensor:
+    """Sum of x where mask is 1, over count. With count from the whole minibatch, shares of it add up to its mean."""
+    return (x * mask).sum() / count
+
+
+def standardise(x: Tensor, mask: Tensor) -> Tensor:
+    """(x - mean) / (std + 1e-8), with mean and population std over the entries where mask is 1. Same shape as x."""
+    count = mask.sum().clamp(min=1)
+    centred = x - masked_mean(x, mask, count)
+    return centred / (masked_mean(centred**2, mask, count).sqrt() + 1e-8)
+
+
+def policy_gradient_loss(logprobs: Tensor, weights: Tensor) -> Tensor:
+    """Loss per sample, -log π(a|s)·weight. With returns or advantages as weights its gradient is that of -J."""
+    return -logprobs * weights
+
+
+def reinforce_loss(agent: Policy, obs: Tensor, actions: Tensor, returns: Tensor, episodes: int,
+                   count: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of an update, whose gradient is -1/m Σ_i Σ_t ∇log π(a_t|s_t)·G_t, and its METRICS (2,).
+
+    Tensors are (B, …), the steps of all episodes. m = `episodes` and `count` () steps count over all processes.
+    """
+    policy = agent(obs)
+    loss = policy_gradient_loss(policy.log_prob(actions), returns).sum() / episodes
+    return loss, torch.stack([loss, policy.entropy().sum() / count]).detach()
+
+
+METRICS = ("policy_loss", "entropy")
+
+
+def annealed(initial: float, step: int, total_steps: int) -> float:
+    """Linear schedule: `initial` at step 0, 0 at total_steps."""
+    return initial * max(0.0, 1 - step / total_steps)
+
+
+# --- plumbing (same in every script; skip on first read) ---
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+SCRIPT = Path(__file__).stem
+LOG_EVERY = 1000  # environment steps
+
+
+def error(message: str, status: int = 2) -> NoReturn:
+    """Tell the user in one line what is wrong and exit."""
+    if RANK == 0:
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def parse_args() -> Args:
+    """Args from the command line, on top of those of the checkpoint when resuming."""
+
+    def parse(defaults: Args) -> Args:
+        box = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(box):
+                return tyro.cli(Args, default=defaults, description=__doc__.splitlines()[0])
+        except SystemExit as stop:
+            if stop.code:  # tyro draws a box of several lines
+                lines = [line.strip("│╭╮╰╯ ") for line in box.getvalue().splitlines()]
+                error(" ".join(";" if line.startswith("─") else line for line in lines[1:-1]))
+            raise
+
+    args = parse(Args())
+    if args.resume:
+        saved = load_checkpoint(args.resume)["args"]
+        if set(saved) != {field.name for field in fields(Args)}:
+            error(f"--resume {args.resume}: written by another version of {SCRIPT}.py")
+        args = parse(Args(**saved | {"resume": args.resume, "run_dir": str(Path(args.resume).parent)}))
+    return args
+
+
+def check_ranges(args: Args, low: float, high: float, *names: str) -> None:
+    """Refuse numbers outside [low, high], by flag name."""
+    for name in names:
+        if not low <= getattr(args, name) <= high:
+            range_ = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            error(f"--{name.replace('_', '-')} must be {range_}, not {getattr(args, name)}")
+
+
+def check_run(args: Args) -> None:
+    """Refuse a missing device or package, a run directory that is taken, a checkpoint that does not fit."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        error("--device cuda: torch finds no CUDA device; use --device cpu or auto")
+    needed = {"wandb": args.track, "moviepy": args.capture_video, "cv2": args.capture_video and "ALE/" in args.env_id}
+    for package, wanted in needed.items():
+        if wanted and importlib.util.find_spec(package) is None:
+            error(f"{'--track' if package == 'wandb' else '--capture-video'} needs the package {package}")
+    if args.resume:
+        saved = load_checkpoint(args.resume)["args"]
+        for name in ("env_id", "normalize"):
+            if getattr(args, name) != saved.get(name, False):
+                error(f"--resume {args.resume}: made with {name} {saved[name]}, not {getattr(args, name)}")
+    run_dir = Path(args.run_dir)
+    if args.run_dir and (run_dir / "args.json").exists():
+        if not args.resume or Path(args.resume).resolve().parent != run_dir.resolve():
+            error(f"--run-dir {run_dir} already holds a run: choose another, or --resume {run_dir}/checkpoint.pt")
+
+
+def check_spaces(args: Args, *action_types: type) -> None:
+    """Refuse an environment that cannot be made, or whose spaces the script does not handle."""
+    try:
+        envs = make_envs(args.env_id, 1, False, args.gamma)
+    except (gym.error.Error, ImportError, ValueError, TypeError, AttributeError) as fault:
+        error(f"--env-id {args.env_id}: {' '.join(str(fault).split())}")
+    obs, action = envs.single_observation_space, envs.single_action_space
+    envs.close()
+    if not isinstance(obs, Box):
+        error(f"--env-id {args.env_id}: observations must be Box or Discrete, not {obs}")
+    if is_pixels(obs) and (min(obs.shape[1:]) < 36 or args.normalize):
+        error(f"--env-id {args.env_id}: pixels must be at least 36 x 36 and without --normalize, not {obs.shape}")
+    if not isinstance(action, action_types) or len(action.shape) > 1 or getattr(action, "start", 0) != 0:
+        kinds = " or ".join({Discrete: "Discrete from 0", Box: "one-dimensional Box"}[kind] for kind in action_types)
+        error(f"--env-id {args.env_id}: actions must be {kinds}, not {action}")
+
+
+def is_pixels(space: gym.Space) -> bool:
+    """Whether observations are images: three dimensions of uint8."""
+    return space.dtype == np.uint8 and len(space.shape) == 3
+
+
+def make_envs(env_id: str, num_envs: int, normalize: bool, gamma: float,
+              video: Path | None = None) -> gym.vector.VectorEnv:
+    """Vector environment with NEXT_STEP autoreset, raw episode statistics in `info`, and Box observations.
+
+    Discrete observations become one-hot, pixels (C, H, W); Box actions are clipped to their bounds. With `normalize`,
+    observations are standardised and rewards scaled by running statistics, both clipped to ±10. The first episode of
+    each environment is recorded in the folder `video`.
+    """
+    atari = env_id.startswith("ALE/")
+    kwargs: dict[str, Any] = {"repeat_action_probability": 0.0} if atari else {}
+    if video is not None:  # native vector environments cannot be recorded: step single ones
+        wrappers = [lambda env: RecordVideo(env, str(video), episode_trigger=lambda episode: episode == 0)]
+        if atari:
+            kwargs["frameskip"] = 1  # AtariPreprocessing skips
+            wrappers += [AtariPreprocessing, lambda env: FrameStackObservation(env, stack_size=4)]
+        kwargs |= {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": wrappers}
+    elif atari:
+        kwargs["reward_clipping"] = False  # clipped below, after the statistics
+    envs = gym.make_vec(f"ale_py:{env_id}" if atari else env_id, num_envs, **kwargs)
+    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+        raise gym.error.Error("its vector environment does not reset at the next step (AutoresetMode.NEXT_STEP)")
+    envs = wrap.RecordEpisodeStatistics(envs)
+    obs = envs.single_observation_space
+    if isinstance(obs, Discrete):
+        envs = wrap.FlattenObservation(envs)
+    elif is_pixels(obs) and obs.shape[-1] in (1, 3, 4):
+        chw = Box(0, 255, (obs.shape[2], *obs.shape[:2]), np.uint8)
+        envs = wrap.TransformObservation(envs, lambda x: x.transpose(0, 3, 1, 2), single_observation_space=chw)
+    if isinstance(envs.single_action_space, Box):
+        envs = wrap.ClipAction(envs)
+    if normalize:
+        envs = wrap.TransformObservation(wrap.NormalizeObservation(envs), lambda x: x.clip(-10, 10))
+        envs = wrap.TransformReward(wrap.NormalizeReward(envs, gamma), lambda x: x.clip(-10, 10))
+    return wrap.TransformReward(envs, np.sign) if atari else envs
+
+
+def to_tensor(obs: np.ndarray, device: torch.device) -> Tensor:
+    """Observations on the device: pixels stay uint8, anything else becomes float32."""
+    return torch.as_tensor(obs if obs.dtype == np.uint8 and obs.ndim == 4 else obs.astype(np.float32), device=device)
+
+
+def normalizers(envs: gym.vector.VectorEnv) -> Iterator[tuple[str, Any, Any]]:
+    """Name, wrapper and running mean, variance and count of each normalising wrapper around `envs`."""
+    while isinstance(envs, gym.vector.VectorWrapper):
+        if isinstance(envs, wrap.NormalizeObservation):
+            yield "obs", envs, envs.obs_rms
+        if isinstance(envs, wrap.NormalizeReward):
+            yield "reward", envs, envs.return_rms
+        envs = envs.env
+
+
+def get_statistics(envs: gym.vector.VectorEnv) -> dict[str, Tensor]:
+    """Running statistics of the normalisers, pooled over processes (which all step equally many environments)."""
+    state = {}
+    for name, _, rms in normalizers(envs):
+        if WORLD_SIZE > 1:
+            moments = sum_over_processes(torch.tensor(np.stack([rms.mean, rms.var + rms.mean**2]))) / WORLD_SIZE
+            rms.mean, rms.var = moments[0].numpy(), (moments[1] - moments[0] ** 2).numpy()
+        state |= {f"{name}.mean": torch.as_tensor(rms.mean), f"{name}.var": torch.as_tensor(rms.var),
+                  f"{name}.count": torch.tensor(rms.count * WORLD_SIZE, dtype=torch.float64)}
+    return state
+
+
+def set_statistics(envs: gym.vector.VectorEnv, state: dict[str, Tensor], frozen: bool = False) -> None:
+    """Put the result of `get_statistics` into the normalisers; frozen ones no longer learn."""
+    for name, wrapper, rms in normalizers(envs):
+        rms.mean, rms.var = state[f"{name}.mean"].numpy(), state[f"{name}.var"].numpy()
+        rms.count = state[f"{name}.count"].item() / WORLD_SIZE
+        wrapper.update_running_mean = not frozen
+
+
+def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, statistics: dict[str, Tensor], seed: int) -> np.ndarray:
+    """Raw returns (N,) of the greedy policy over the first episode of each environment; closes them."""
+    set_statistics(envs, statistics, frozen=True)
+    device = next(agent.parameters()).device
+    returns = np.full(envs.num_envs, np.nan)
+    obs, _ = envs.reset(seed=seed)
+    while np.isnan(returns).any():
+        with torch.no_grad():
+            action = agent.act(to_tensor(obs, device), 0.0)
+        obs, _, terminated, truncated, info = envs.step(action.cpu().numpy())
+        first = (terminated | truncated) & np.isnan(returns)
+        if first.any():
+            returns[first] = info["episode"]["r"][first]
+    envs.close()
+    return returns
+
+
+def start_processes(device: str) -> torch.device:
+    """Join the other processes of torchrun, if any; returns this process's device."""
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if WORLD_SIZE > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """Add up a tensor over all processes, in place."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def gather(x: Tensor) -> Tensor:
+    """(T, N of this process, …) to (T, N of all processes, …)."""
+    if WORLD_SIZE == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(WORLD_SIZE)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, dim=1)
+
+
+def own(x: Tensor, dim: int = 0) -> Tensor:
+    """This process's share of a tensor along one dimension."""
+    return x.chunk(WORLD_SIZE, dim)[RANK]
+
+
+def open_run(args: Args, step: int, finished: bool) -> tuple[Path, Any]:
+    """Create the run directory with args.json; returns it and a TensorBoard writer that continues after `step`.
+
+    Other processes than the first write nothing, nor does a finished run, which is only evaluated.
+    """
+    task = args.env_id.replace("/", "_")
+    run_dir = Path(args.run_dir or f"runs/{task}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+    if RANK > 0 or finished:
+        return run_dir, SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    except OSError as fault:
+        error(f"--run-dir {run_dir}: cannot write there ({fault.strerror})")
+    if args.track:
+        import wandb
+        wandb.init(project="algos", name=run_dir.name, config=asdict(args), dir=run_dir, sync_tensorboard=True)
+    return run_dir, SummaryWriter(run_dir, purge_step=step + 1 if args.resume else None)
+
+
+def log(writer: Any, group: str, metrics: dict[str, float], step: int) -> None:
+    """Write metrics to TensorBoard as group/name."""
+    for name, value in metrics.items():
+        writer.add_scalar(f"{group}/{name}", value, step)
+
+
+def log_episodes(writer: Any, bar: tqdm, episodes: np.ndarray, step: int) -> None:
+    """Log mean return and length of the episodes of all processes, given (number, sum of returns, sum of lengths)."""
+    number, returns, lengths = sum_over_processes(torch.from_numpy(episodes)).tolist()
+    if number:
+        means = {"episodic_return": returns / number, "episodic_length": lengths / number, "episodes": number}
+        log(writer, "charts", means, step)
+        bar.set_postfix_str(f"return {returns / number:.1f}", refresh=False)
+
+
+def passes(every: int, before: int, after: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]; never for 0."""
+    return every > 0 and after // every > before // every
+
+
+def load_checkpoint(path: str) -> dict[str, Any]:
+    """Read a checkpoint of this script on the CPU, without running code from it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        script = state["script"]
+    except FileNotFoundError:
+        error(f"--resume {path}: no such file")
+    except Exception as fault:  # torch.load raises a dozen types on damaged files
+        error(f"--resume {path}: not a readable checkpoint ({type(fault).__name__})")
+    if script != SCRIPT:
+        error(f"--resume {path}: written by {script}.py, not {SCRIPT}.py")
+    return state
+
+
+def save_checkpoint(run_dir: Path, args: Args, **state: Any) -> None:
+    """Write all that a bit-exact continuation needs; a crash while writing leaves the former checkpoint whole."""
+    state |= {"script": SCRIPT, "args": asdict(args), "rng": torch.get_rng_state()}
+    if RANK == 0:
+        torch.save(state, run_dir / "checkpoint.tmp")
+        os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+
+
+def check_finite(loss: float, step: int, run_dir: Path, bar: tqdm) -> None:
+    """Stop with exit status 1 when the loss is NaN or infinite: the weights are lost, the last checkpoint is not."""
+    if not math.isfinite(loss):
+        bar.close()
+        saved = run_dir / "checkpoint.pt"
+        last = f"the last good checkpoint is {saved}" if saved.exists() else "none was saved yet (--save-every)"
+        error(f"the loss became {loss} at step {step}; {last}", status=1)
+
+
+def finish(args: Args, agent: nn.Module, statistics: dict[str, Tensor], run_dir: Path, writer: Any, step: int) -> None:
+    """Write model.safetensors (weights, and running statistics as normalizer.*), evaluate, record a video."""
+    if RANK > 0:
+        return
+    tensors = agent.state_dict() | {f"normalizer.{name}": x for name, x in statistics.items()}
+    save_file(tensors, run_dir / "model.safetensors", metadata={"env_id": args.env_id})
+    if args.eval_episodes:
+        envs = make_envs(args.env_id, args.eval_episodes, args.normalize, args.gamma)
+        returns = evaluate(agent, envs, statistics, args.seed)
+        log(writer, "eval", {"return_mean": returns.mean(), "return_std": returns.std()}, step)
+        print(f"evaluation: return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} greedy episodes")
+    if args.capture_video:
+        envs = make_envs(args.env_id, 1, args.normalize, args.gamma, video=run_dir / "videos")
+        evaluate(agent, envs, statistics, args.seed)
+    print(f"run directory: {run_dir}")
+
+
+def main(args: Args) -> None:
+    validate(args)
+    device = start_processes(args.device)
+    torch.manual_seed(args.seed)  # the same in every process: all draw the same numbers and use their share
+    N = args.num_envs // WORLD_SIZE  # here N counts the environments of this process
+    envs = make_envs(args.env_id, N, args.normalize, args.gamma)
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    if device.type == "cpu" and not is_pixels(obs_space):
+        torch.set_num_threads(1)  # small MLPs only lose time to more
+
+    agent = Policy(obs_space, action_space).to(device)
+    parameters = list(agent.parameters())
+    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
+    act, loss_fn = agent.act, reinforce_loss
+    if args.compile:
+        mode = "reduce-overhead" if device.type == "cuda" else "default"  # reduce-overhead: CUDA graphs
+        act, loss_fn = torch.compile(act, mode=mode), torch.compile(loss_fn, mode=mode)
+
+    step = 0
+    if args.resume:
+        saved = load_checkpoint(args.resume)
+        step = saved["step"]
+        agent.load_state_dict(saved["agent"])
+        optimizer.load_state_dict(saved["optimizer"])
+        set_statistics(envs, saved["statistics"])
+        torch.set_rng_state(saved["rng"])
+    run_dir, writer = open_run(args, step, finished=step >= args.total_timesteps)
+
+    history, episodes = [], np.zeros(3)  # METRICS per update; number, returns, lengths of episodes
+    start_step, start_time = step, time.perf_counter()
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=RANK > 0)
+
+    while step < args.total_timesteps:
+        # ===== collect =====
+        obs, actions, rewards, mask = [], [], [], []
+        next_obs, _ = envs.reset(seed=int(torch.randint(2**30, ())) + RANK * N)
+        running = np.ones(N, dtype=bool)
+        while sum_over_processes(torch.tensor(running.sum())) > 0:
+            obs.append(to_tensor(next_obs, device).clone())
+            noise = own(agent.noise(args.num_envs)).to(device)  # (N, A)
+            with torch.no_grad():
+                actions.append(act(obs[-1], noise))  # (N,) or (N, A)
+            next_obs, reward, terminated, truncated, info = envs.step(actions[-1].cpu().numpy())
+            rewards.append(reward)
+            mask.append(running)
+            ended = running & (terminated | truncated)
+            if ended.any():
+                episodes += ended.sum(), info["episode"]["r"][ended].sum(), info["episode"]["l"][ended].sum()
+            running = running & ~ended
+
+        # ===== compute targets =====
+        rewards, mask = (torch.tensor(np.array(x), dtype=torch.float32, device=device) for x in (rewards, mask))  # (T, N)
+        returns = discounted_returns(rewards, mask, args.gamma)
+        if args.normalize_returns:
+            returns = own(standardise(gather(returns), gather(mask)), dim=1)
+        batch = [x[mask > 0] for x in (torch.stack(obs), torch.stack(actions), returns)]  # (B, …)
+        count = sum_over_processes(mask.sum())
+        step_before, step = step, step + int(count)
+
+        # ===== update =====
+        learning_rate = args.learning_rate
+        if args.anneal_lr:
+            learning_rate = annealed(learning_rate, step_before, args.total_timesteps)
+        optimizer.param_groups[0]["lr"] = learning_rate
+        loss, metrics = loss_fn(agent, *batch, args.num_envs, count)
+        optimizer.zero_grad()
+        loss.backward()
+        for parameter in parameters:
+            sum_over_processes(parameter.grad)
+        optimizer.step()
+        history.append(sum_over_processes(metrics))
+
+        # ===== log and save =====
+        statistics = get_statistics(envs)
+        save = step >= args.total_timesteps or passes(args.save_every, step_before, step)
+        if save or step_before == 0 or passes(LOG_EVERY, step_before, step):
+            losses = dict(zip(METRICS, torch.stack(history).mean(0).tolist()))
+            check_finite(sum(losses.values()), step, run_dir, bar)
+            log(writer, "losses", losses, step)
+            log_episodes(writer, bar, episodes, step)
+            speed = (step - start_step) / (time.perf_counter() - start_time)
+            log(writer, "charts", {"SPS": speed, "learning_rate": learning_rate}, step)
+            history, episodes = [], np.zeros(3)
+        if save:
+            save_checkpoint(run_dir, args, step=step, statistics=statistics, agent=agent.state_dict(),
+                            optimizer=optimizer.state_dict())
+        bar.update(step - step_before)
+
+    bar.close()
+    envs.close()
+    finish(args, agent, get_statistics(envs), run_dir, writer, step)
+    writer.close()
+
+
+if __name__ == "__main__":
+    main(parse_args())
