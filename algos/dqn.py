@@ -15,8 +15,9 @@
 # ///
 """Deep Q-Network (DQN): Q-learning with a network, from replayed steps and towards a network that lags.
 
-Q(s, a) estimates the return of action a in state s and then the best ones: it is fitted to the reward plus the best Q of
-the next state. Random old steps break the correlation of successive ones; a frozen copy θ⁻ keeps the target still.
+Q(s, a) is the return of action a in state s followed by the best actions, so it is fitted to the reward plus the
+largest Q of the next state. Steps replayed at random are not correlated as successive ones are; a frozen copy θ⁻ of the
+network gives that largest Q, so that the target does not move with each update.
 
 Paper: Mnih et al. 2013, "Playing Atari with Deep Reinforcement Learning", arXiv 1312.5602; the target network is of
 Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518, Algorithm 1.
@@ -24,26 +25,27 @@ Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nat
     python algos/dqn.py                                   # CartPole-v1, 500,000 steps: see README.md for the result
     python algos/dqn.py --env-id Acrobot-v1
     python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --learning-rate 1e-4 --batch-size 32 \\
-        --train-every 4 --buffer-size 1000000 --learning-starts 80000 --target-every 1000 --epsilon-end 0.01 \\
-        --exploration-fraction 0.1 --save-every 2000000                 # 7 GB of memory, and as much per checkpoint
+        --num-envs 8 --train-every 4 --buffer-size 1000000 --learning-starts 80000 --target-every 1000 \\
+        --epsilon-end 0.01 --exploration-fraction 0.1 --save-every 2000000      # 7 GB of memory, and as much on disk
 
-Letters: T steps per environment between two updates, N environments (of all processes together), B rows of a minibatch,
-A number of actions, R rows of the replay buffer per environment.
+Letters: T steps per environment between two updates, N environments, B rows of a minibatch, A number of actions, R rows
+of the replay buffer per environment.
 
-Environments reset themselves one step late (gymnasium's NEXT_STEP): the row after `done` ignores its action and holds the
-true final observation. So the next observation of a step is just the next row's, and that row is never drawn as a step.
+Environments reset themselves one step late (gymnasium's NEXT_STEP). The observation that comes with `done` is the true
+final one, so the next observation of a step is just the next row's; that next row ignores its action, is not a step,
+and is never drawn as one.
 
-Logged every 1,000 steps or so, as means over the time since: charts/episodic_return and charts/episodic_length over the
-`charts/episodes` episodes that ended (raw scores, before clipping), charts/SPS environment steps per second since the
-start, charts/epsilon the present ε; losses/td_loss and losses/q_values, Q(s, a) of the replayed steps, over all
-minibatches. eval/* is the greedy policy on fresh environments.
+Logged every 1,000 steps: charts/episodic_return and episodic_length, means over the charts/episodes episodes that ended
+since the last time (raw scores, before clipping); charts/SPS, environment steps per second since the start;
+charts/epsilon, the present ε; losses/*, means over all minibatches since the last time: td_loss, q_values (Q(s, a) of
+the replayed steps). eval/* is the greedy policy on fresh environments.
 
 Differs from the paper:
  1. Adam, and the plain squared error of Eq. 2: 2013 has RMSProp, 2015 also clips the error to ±1.
- 2. N environments step side by side. Every interval is counted in environment steps over all of them, also that of the
-    target network (in 2015: updates), and ε and θ stand still for T steps.
+ 2. N environments may step side by side (faster; on CartPole-v1, 8 learnt less steadily than 1). Every interval counts
+    environment steps over all of them, also the target network's (in 2015: updates). ε and θ stand still for T steps.
  3. Truncated episodes bootstrap with Q(final observation); only true terminations end the return.
- 4. Vectors take an MLP with layers of 120 and 84, pixels the network of 2015. Orthogonal initialisation.
+ 4. Vectors take an MLP with layers of 120 and 84, pixels the network of 2015 with orthogonal initialisation.
  5. Atari: no sticky actions, whole games (a lost life is no termination), training rewards clipped to their sign.
 """
 
@@ -105,7 +107,7 @@ class Args:
     """gymnasium environment with Box or Discrete observations and Discrete actions"""
     total_timesteps: int = 500_000
     """environment steps to train for (reset rows are not counted)"""
-    num_envs: int = 8
+    num_envs: int = 1
     """N: environments stepped side by side, over all processes"""
     normalize = False  # no flag: replayed observations and rewards would have been scaled by outdated statistics
 
@@ -155,7 +157,7 @@ def validate(args: Args) -> None:
     check_ranges(args, 0, math.inf, "save_every", "eval_episodes", "learning_rate", "seed")
     check_ranges(args, 0, 1, "gamma", "epsilon_start", "epsilon_end", "exploration_fraction")
     check_ranges(args, args.batch_size, math.inf, "learning_starts")
-    check_ranges(args, max(args.batch_size, 8 * args.num_envs), math.inf, "buffer_size")
+    check_ranges(args, max(args.batch_size, args.train_every + 8 * args.num_envs), math.inf, "buffer_size")
     if args.learning_starts + args.train_every > args.total_timesteps:
         error(f"--learning-starts {args.learning_starts} and --train-every {args.train_every} leave no time to learn "
               f"within --total-timesteps {args.total_timesteps}")
@@ -180,8 +182,8 @@ def check_memory(args: Args) -> None:
     row_bytes = sum(x.nbytes for x in one_row.buffers() if x.ndim) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     fitting = int(0.95 * available_memory() / row_bytes)
     if args.buffer_size > fitting:
-        error(f"--buffer-size {args.buffer_size} needs {args.buffer_size * row_bytes / 1e9:.1f} GB, more memory than is "
-              f"available: at most {fitting} rows fit")
+        error(f"--buffer-size {args.buffer_size} needs {args.buffer_size * row_bytes / 1e9:.1f} GB, more memory than "
+              f"is available: at most {fitting} rows fit")
 
 
 def available_memory() -> int:
@@ -229,10 +231,10 @@ class QNetwork(nn.Module):
         else:
             self.trunk = nn.Sequential(
                 nn.Flatten(),
-                init_layer(nn.Linear(math.prod(obs_space.shape), 120)), nn.ReLU(),
-                init_layer(nn.Linear(120, 84)), nn.ReLU(),
+                nn.Linear(math.prod(obs_space.shape), 120), nn.ReLU(),
+                nn.Linear(120, 84), nn.ReLU(),
             )
-            self.head = init_layer(nn.Linear(84, self.num_actions), 1.0)
+            self.head = nn.Linear(84, self.num_actions)
 
     def forward(self, obs: Tensor) -> Tensor:
         """Observations (B, *obs) to Q (B, A); uint8 pixels are scaled to [0, 1]."""
@@ -254,7 +256,7 @@ class ReplayBuffer(nn.Module):
 
     Each frame is stored once: an observation (C, …) is a stack of `stack` frames of C / stack channels, zero where they
     would precede the episode, and only the newest is kept. The next observation is that of the next row, so a final
-    observation has a row too, without a step. A module, since these have a state_dict to save.
+    observation has a row too, without a step. A module for the sake of its state_dict.
     """
 
     def __init__(self, size: int, num_envs: int, obs_space: Box, stack: int) -> None:
@@ -264,53 +266,49 @@ class ReplayBuffer(nn.Module):
         channels, *shape = obs_space.shape
         obs_dtype = torch.uint8 if is_pixels(obs_space) else torch.float32
         self.frames = nn.Buffer(ring(channels // stack, *shape, dtype=obs_dtype))  # the newest of each observation
-        self.age = nn.Buffer(ring(dtype=torch.uint8))  # earlier frames of the same episode in the stack
-        self.actions = nn.Buffer(ring(dtype=torch.int64))
-        self.rewards = nn.Buffer(ring())
-        self.terminated = nn.Buffer(ring())
+        self.first = nn.Buffer(ring(dtype=torch.bool))  # whether the observation is the first of an episode
+        self.steps = nn.Buffer(ring(3))  # action, reward, terminated
         self.is_step = nn.Buffer(ring(dtype=torch.bool))  # whether the row can be drawn
-        self.count = nn.Buffer(torch.zeros((), dtype=torch.int64))  # rows begun so far
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.int64))  # rows written so far; the last has no step yet
 
-    def begin_row(self, obs: Tensor, age: Tensor) -> None:
-        """Put the present observations (N, *obs) into the next row, over the oldest, which may be part of later stacks."""
-        row = int(self.count) % self.rows
-        self.frames[row] = obs[:, -self.frames.shape[2] :]
-        self.age[row] = age
-        for later in range(self.stack):
-            self.is_step[(row + later) % self.rows] = False
-        self.count += 1
+    def begin(self, obs: Tensor, first: Tensor | bool) -> None:
+        """Write rows of observations (T, N, *obs), still without steps; `first` (T, N) tells which begin an episode.
 
-    def start(self, obs: Tensor) -> None:
-        """Begin with the observations (N, *obs) of a reset. Episodes that this cuts short keep their steps so far."""
-        self.begin_row(obs, torch.zeros(self.num_envs))
+        They replace the oldest rows. The oldest that are left can't be drawn either: their stacks have lost a frame.
+        """
+        rows = (self.count + torch.arange(len(obs) + self.stack - 1)) % self.rows
+        self.is_step[rows] = False
+        rows = rows[: len(obs)]
+        self.frames[rows], self.first[rows] = obs[:, :, -self.frames.shape[2] :], first
+        self.count += len(obs)
 
-    def add(self, next_obs: Tensor, actions: Tensor, rewards: Tensor, terminated: Tensor, mask: Tensor) -> None:
-        """Complete the present row by its step, and begin the next; (N, …) each. Where mask is 0 there was no step."""
-        row = (int(self.count) - 1) % self.rows
-        self.actions[row], self.rewards[row], self.terminated[row] = actions * mask, rewards * mask, terminated * mask
-        self.is_step[row] = mask > 0
-        self.begin_row(next_obs, (self.age[row] + 1).clamp(max=self.stack - 1) * mask)
+    def add(self, next_obs: Tensor, steps: Tensor, mask: Tensor) -> None:
+        """Append T steps (T, N, 3) from the last row on, and the observations after each; rows with mask 0 are none."""
+        rows = (self.count - 1 + torch.arange(len(mask))) % self.rows
+        self.begin(next_obs, mask == 0)
+        self.steps[rows], self.is_step[rows] = steps * mask[..., None], mask > 0
 
-    def draw(self, *shape: int) -> Tensor:
-        """Indices of steps, uniform with replacement: integers of the given shape for `get`."""
+    def draw(self, count: int) -> Tensor:
+        """Indices (count,) of steps, uniform with replacement; row r of environment n has index r·N + n."""
         is_step = self.is_step[: int(self.count)].flatten()
-        indices = torch.randint(len(is_step), shape)
+        indices = torch.randint(len(is_step), (count,))
         while not (good := is_step[indices]).all():
             indices[~good] = torch.randint(len(is_step), (int((~good).sum()),))
         return indices
 
     def get(self, indices: Tensor) -> tuple[Tensor, ...]:
         """Obs (B, *obs), actions, rewards, terminated (B,) and next obs (B, *obs) of the steps `indices` (B,)."""
-        row, env = indices // self.num_envs, indices % self.num_envs
-        step = self.actions[row, env], self.rewards[row, env], self.terminated[row, env]
-        return self.observations(row, env), *step, self.observations((row + 1) % self.rows, env)
+        actions, rewards, terminated = self.steps.flatten(0, 1)[indices].unbind(-1)
+        return (self.observations(indices), actions.long(), rewards, terminated,
+                self.observations(indices + self.num_envs))
 
-    def observations(self, row: Tensor, env: Tensor) -> Tensor:
-        """Rebuild the observations (B, *obs) of rows (B,) of environments (B,)."""
-        back = torch.arange(self.stack - 1, -1, -1)  # the oldest frame comes first
-        frames = self.frames[(row[:, None] - back) % self.rows, env[:, None]]  # (B, stack, C / stack, …)
-        frames[back > self.age[row, env][:, None]] = 0
-        return frames.flatten(1, 2)
+    def observations(self, indices: Tensor) -> Tensor:
+        """Rebuild the observations (B, *obs) of the rows `indices` (B,)."""
+        back = torch.arange(self.stack) * self.num_envs
+        indices = (indices[:, None] - back) % self.is_step.numel()  # (B, stack), the newest frame comes first
+        frames, first = self.frames.flatten(0, 1)[indices], self.first.flatten()[indices]
+        frames[first.cumsum(1) > first] = 0  # an episode began after this frame
+        return frames.flip(1).flatten(1, 2)
 
 
 # --- algorithm ---
@@ -352,13 +350,13 @@ def q_loss(q_network: nn.Module, obs: Tensor, actions: Tensor, targets: Tensor, 
 
 
 METRICS = ("td_loss", "q_values")
-LOG_EVERY = 1_000  # environment steps
 
 
 # --- plumbing (same in every script; skip on first read) ---
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 SCRIPT = Path(__file__).stem
+LOG_EVERY = 1000  # environment steps
 
 
 def error(message: str, status: int = 2) -> NoReturn:
@@ -426,8 +424,8 @@ def check_spaces(args: Args, *action_types: type) -> None:
         error(f"--env-id {args.env_id}: {' '.join(str(fault).split())}")
     obs, action = envs.single_observation_space, envs.single_action_space
     envs.close()
-    if not isinstance(obs, Box):
-        error(f"--env-id {args.env_id}: observations must be Box or Discrete, not {obs}")
+    if not isinstance(obs, Box) or obs.shape == ():
+        error(f"--env-id {args.env_id}: observations must be Box (not a single number) or Discrete, not {obs}")
     if is_pixels(obs) and (min(obs.shape[1:]) < 36 or args.normalize):
         error(f"--env-id {args.env_id}: pixels must be at least 36 x 36 and without --normalize, not {obs.shape}")
     if not isinstance(action, action_types) or len(action.shape) > 1 or getattr(action, "start", 0) != 0:
@@ -440,7 +438,8 @@ def is_pixels(space: gym.Space) -> bool:
     return space.dtype == np.uint8 and len(space.shape) == 3
 
 
-def make_envs(env_id: str, num_envs: int, normalize: bool, gamma: float, video: Path | None = None) -> gym.vector.VectorEnv:
+def make_envs(env_id: str, num_envs: int, normalize: bool, gamma: float,
+              video: Path | None = None) -> gym.vector.VectorEnv:
     """Vector environment with NEXT_STEP autoreset, raw episode statistics in `info`, and Box observations.
 
     Discrete observations become one-hot, pixels (C, H, W); Box actions are clipped to their bounds. With `normalize`,
@@ -450,10 +449,10 @@ def make_envs(env_id: str, num_envs: int, normalize: bool, gamma: float, video: 
     atari = env_id.startswith("ALE/")
     kwargs: dict[str, Any] = {"repeat_action_probability": 0.0} if atari else {}
     if video is not None:  # native vector environments cannot be recorded: step single ones
-        wrappers = [functools.partial(RecordVideo, video_folder=str(video), episode_trigger=lambda episode: episode == 0)]
+        wrappers = [lambda env: RecordVideo(env, str(video), episode_trigger=lambda episode: episode == 0)]
         if atari:
             kwargs["frameskip"] = 1  # AtariPreprocessing skips
-            wrappers += [AtariPreprocessing, functools.partial(FrameStackObservation, stack_size=4)]
+            wrappers += [AtariPreprocessing, lambda env: FrameStackObservation(env, 4, padding_type="zero")]
         kwargs |= {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": wrappers}
     elif atari:
         kwargs["reward_clipping"] = False  # clipped below, after the statistics
@@ -572,10 +571,24 @@ def log(writer: Any, group: str, metrics: dict[str, float], step: int) -> None:
         writer.add_scalar(f"{group}/{name}", value, step)
 
 
+def log_episodes(writer: Any, bar: tqdm, episodes: np.ndarray, step: int) -> None:
+    """Log mean return and length of the episodes of all processes, given (number, sum of returns, sum of lengths)."""
+    number, returns, lengths = sum_over_processes(torch.from_numpy(episodes)).tolist()
+    if number:
+        means = {"episodic_return": returns / number, "episodic_length": lengths / number, "episodes": number}
+        log(writer, "charts", means, step)
+        bar.set_postfix_str(f"return {returns / number:.1f}", refresh=False)
+
+
+def passes(every: int, before: int, after: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]; never for 0."""
+    return every > 0 and after // every > before // every
+
+
 def load_checkpoint(path: str) -> dict[str, Any]:
     """Read a checkpoint of this script on the CPU, without running code from it."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         script = state["script"]
     except FileNotFoundError:
         error(f"--resume {path}: no such file")
@@ -599,7 +612,7 @@ def check_finite(loss: float, step: int, run_dir: Path, bar: tqdm) -> None:
     if not math.isfinite(loss):
         bar.close()
         saved = run_dir / "checkpoint.pt"
-        last = f"the last good checkpoint is {saved}" if saved.exists() else "no checkpoint was saved yet (--save-every)"
+        last = f"the last good checkpoint is {saved}" if saved.exists() else "none was saved yet (--save-every)"
         error(f"the loss became {loss} at step {step}; {last}", status=1)
 
 
@@ -653,8 +666,7 @@ def main(args: Args) -> None:
 
     obs = torch.zeros(T + 1, N, *obs_space.shape, dtype=buffer.frames.dtype)
     flags = np.zeros((T, N, 4), dtype=np.float32)  # action, reward, terminated, mask
-    episodes = np.zeros(3)  # number, sum of returns, sum of lengths, since the last log
-    metrics_sum, minibatches = torch.zeros(len(METRICS), device=device), 0  # since the last log
+    history, episodes = [], np.zeros(3)  # METRICS per minibatch; number, returns, lengths of episodes
     start_step, start_time, restart = step, time.perf_counter(), True
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=RANK > 0)
 
@@ -663,7 +675,7 @@ def main(args: Args) -> None:
         if restart:  # at the start and after each checkpoint, since environments cannot be saved
             first_obs, _ = envs.reset(seed=int(torch.randint(2**30, ())) + RANK * N)
             obs[T] = to_tensor(first_obs, obs.device)
-            buffer.start(gather(obs[T:])[0])
+            buffer.begin(gather(obs[T:]), first=True)
             prev_done, restart = np.zeros(N, dtype=bool), False
         obs[0] = obs[T]
         epsilon = epsilon_at(step, args.epsilon_start, args.epsilon_end, args.exploration_steps)
@@ -678,10 +690,9 @@ def main(args: Args) -> None:
             if done.any():
                 episodes += done.sum(), info["episode"]["r"][done].sum(), info["episode"]["l"][done].sum()
             prev_done = done
-        rows = gather(obs[1:]), *gather(torch.from_numpy(flags)).unbind(-1)  # (T, N, …) each, of all processes
-        for row in zip(*rows):
-            buffer.add(*row)
-        step_before, step = step, step + int(rows[-1].sum())
+        steps, mask = gather(torch.from_numpy(flags)).split((3, 1), dim=-1)  # of all processes
+        buffer.add(gather(obs[1:]), steps, mask[..., 0])
+        step_before, step = step, step + int(mask.sum())
         learnt, due = (minibatches_due(s, args.learning_starts, args.train_every) for s in (step_before, step))
 
         for _ in range(due - learnt):
@@ -698,33 +709,26 @@ def main(args: Args) -> None:
             for parameter in parameters:
                 sum_over_processes(parameter.grad)
             optimizer.step()
-            metrics_sum += sum_over_processes(metrics)
-        if step // args.target_every > step_before // args.target_every:
+            history.append(sum_over_processes(metrics))
+        if passes(args.target_every, step_before, step):
             target_network.load_state_dict(agent.state_dict())
 
         # ===== log and save =====
-        minibatches += due - learnt
-        bar.update(step - step_before)
-        every = args.save_every or args.total_timesteps
-        save = step >= args.total_timesteps or step // every > step_before // every
-        first_update = due > learnt == 0
-        if save or first_update or step // LOG_EVERY > step_before // LOG_EVERY:
-            if minibatches:
-                losses = dict(zip(METRICS, (metrics_sum / minibatches).tolist()))
+        save = step >= args.total_timesteps or passes(args.save_every, step_before, step)
+        if save or due > learnt == 0 or passes(LOG_EVERY, step_before, step):
+            if history:
+                losses = dict(zip(METRICS, torch.stack(history).mean(0).tolist()))
                 check_finite(sum(losses.values()), step, run_dir, bar)
                 log(writer, "losses", losses, step)
-            charts = {"SPS": (step - start_step) / (time.perf_counter() - start_time), "epsilon": epsilon}
-            number, return_sum, length_sum = sum_over_processes(torch.from_numpy(episodes)).tolist()
-            if number:
-                charts |= {"episodes": number, "episodic_return": return_sum / number,
-                           "episodic_length": length_sum / number}
-                bar.set_postfix_str(f"return {return_sum / number:.1f}", refresh=False)
-            log(writer, "charts", charts, step)
-            episodes, metrics_sum, minibatches = np.zeros(3), torch.zeros_like(metrics_sum), 0
+            log_episodes(writer, bar, episodes, step)
+            speed = (step - start_step) / (time.perf_counter() - start_time)
+            log(writer, "charts", {"SPS": speed, "epsilon": epsilon}, step)
+            history, episodes = [], np.zeros(3)
         if save:
             save_checkpoint(run_dir, args, step=step, agent=agent.state_dict(), optimizer=optimizer.state_dict(),
                             target_network=target_network.state_dict(), buffer=buffer.state_dict())
             restart = True
+        bar.update(step - step_before)
 
     bar.close()
     envs.close()

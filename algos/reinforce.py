@@ -328,8 +328,8 @@ def check_spaces(args: Args, *action_types: type) -> None:
         error(f"--env-id {args.env_id}: {' '.join(str(fault).split())}")
     obs, action = envs.single_observation_space, envs.single_action_space
     envs.close()
-    if not isinstance(obs, Box):
-        error(f"--env-id {args.env_id}: observations must be Box or Discrete, not {obs}")
+    if not isinstance(obs, Box) or obs.shape == ():
+        error(f"--env-id {args.env_id}: observations must be Box (not a single number) or Discrete, not {obs}")
     if is_pixels(obs) and (min(obs.shape[1:]) < 36 or args.normalize):
         error(f"--env-id {args.env_id}: pixels must be at least 36 x 36 and without --normalize, not {obs.shape}")
     if not isinstance(action, action_types) or len(action.shape) > 1 or getattr(action, "start", 0) != 0:
@@ -356,7 +356,7 @@ def make_envs(env_id: str, num_envs: int, normalize: bool, gamma: float,
         wrappers = [lambda env: RecordVideo(env, str(video), episode_trigger=lambda episode: episode == 0)]
         if atari:
             kwargs["frameskip"] = 1  # AtariPreprocessing skips
-            wrappers += [AtariPreprocessing, lambda env: FrameStackObservation(env, stack_size=4)]
+            wrappers += [AtariPreprocessing, lambda env: FrameStackObservation(env, 4, padding_type="zero")]
         kwargs |= {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": wrappers}
     elif atari:
         kwargs["reward_clipping"] = False  # clipped below, after the statistics
@@ -504,7 +504,7 @@ def passes(every: int, before: int, after: int) -> bool:
 def load_checkpoint(path: str) -> dict[str, Any]:
     """Read a checkpoint of this script on the CPU, without running code from it."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         script = state["script"]
     except FileNotFoundError:
         error(f"--resume {path}: no such file")

@@ -16,8 +16,10 @@ from helpers import command, environment, run, scalars, weights
 SHORT = {  # flags of a short CartPole run with several updates and checkpoints
     script: ("--total-timesteps", 6000, "--save-every", 1500, "--eval-episodes", 3) for script in ("reinforce", "a2c", "ppo")
 }
+SHORT["dqn"] = (*SHORT["ppo"], "--num-envs", 8, "--learning-starts", 500, "--buffer-size", 2000)
 # flags of a run of one rollout on environments that step one by one, so that they start alike in any number of processes
 SHARED = {
+    "dqn": ("--num-envs", 4, "--learning-starts", 128, "--train-every", 8, "--target-every", 40, "--total-timesteps", 400),
     "reinforce": ("--num-envs", 4, "--total-timesteps", 180),
     "a2c": ("--num-envs", 4, "--num-steps", 16, "--total-timesteps", 180),
     "ppo": ("--num-envs", 4, "--num-steps", 16, "--num-minibatches", 2, "--total-timesteps", 180),
@@ -168,6 +170,11 @@ BAD_INPUT = {
     "unknown device": (["--device", "tpu"], ["--device", "tpu"]),
 }
 OWN_BAD_INPUT = {
+    "dqn": {
+        "continuous actions": (["--env-id", "Pendulum-v1"], ["--env-id Pendulum-v1", "actions must be Discrete"]),
+        "no time to learn": (["--total-timesteps", "5000"], ["--learning-starts 10000", "--total-timesteps 5000"]),
+        "learning from too few rows": (["--learning-starts", "50"], ["--learning-starts must be at least 128"]),
+    },
     "reinforce": {},
     "a2c": {"lambda above 1": (["--gae-lambda", "1.1"], ["--gae-lambda must be between 0 and 1"])},
     "ppo": {

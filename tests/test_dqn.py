@@ -56,7 +56,8 @@ def q_values(checkpoint, name, obs):
 
 
 def test_a_terminal_target_is_the_reward_and_any_other_bootstraps_with_the_largest_q():
-    targets = dqn.td_target(tensor([1.0, 1.0, -2.0]), tensor([[2.0, 3.0], [2.0, 3.0], [5.0, 4.0]]), tensor([1.0, 0.0, 0.0]), 0.5)
+    next_q = tensor([[2.0, 3.0], [2.0, 3.0], [5.0, 4.0]])
+    targets = dqn.td_target(tensor([1.0, 1.0, -2.0]), next_q, tensor([1.0, 0.0, 0.0]), 0.5)
     assert targets.tolist() == [1.0, 2.5, 0.5]
 
 
@@ -143,27 +144,32 @@ class Stacks:
         return self.obs.copy(), self.rng.random(self.num_envs), over[0], over[1] & ~over[0], {}
 
 
-def check_buffer(envs, stack, rows, steps, check_every, cut_every=10**9):
-    """Play at random into a buffer of `rows` rows; now and then compare all that can be drawn with what happened."""
+def check_buffer(envs, stack, rows, steps, check_every, cut_every=10**9, T=1):
+    """Play at random into a ring of `rows` rows, T at once; now and then compare all that can be drawn with the truth."""
     N = envs.num_envs
     buffer = dqn.ReplayBuffer(rows * N, N, envs.single_observation_space, stack)
-    rng, happened, ends = np.random.default_rng(0), {}, 0  # (row number, environment) to the step taken there
+    rng, chunk, ends = np.random.default_rng(0), [], 0
+    happened = {}  # (row number, environment) to the step taken there
     for step in range(steps):
         if step % cut_every == 0:
             obs, _ = envs.reset(seed=step)
-            buffer.start(torch.as_tensor(obs))
+            buffer.begin(torch.as_tensor(obs[None]), first=True)
             prev_done = np.zeros(N, bool)
         actions = rng.integers(envs.single_action_space.n, size=N)
         next_obs, rewards, terminated, truncated, _ = envs.step(actions)
-        now = int(buffer.count) - 1
-        buffer.add(*(torch.as_tensor(x) for x in (next_obs, actions, rewards, terminated, ~prev_done)))
+        now = int(buffer.count) - 1 + len(chunk)
+        chunk.append([torch.as_tensor(x) for x in (next_obs, np.stack([actions, rewards, terminated], -1), ~prev_done)])
         for n in np.flatnonzero(~prev_done):
             happened[now, n] = obs[n], actions[n], rewards[n], terminated[n], next_obs[n]
         obs, prev_done = next_obs.copy(), terminated | truncated
         ends += prev_done.sum()
-        oldest = now + 1 - rows + stack  # the first whose stack is still whole
-        happened = {key: value for key, value in happened.items() if key[0] >= oldest}
-        if step % check_every == 0 or step == steps - 1:
+        if len(chunk) == T:
+            next_obs, flags, mask = (torch.stack(x) for x in zip(*chunk))
+            buffer.add(next_obs, flags.float(), mask.float())
+            chunk.clear()
+        if (step + 1) % check_every == 0:
+            oldest = now + 1 - rows + stack  # the first whose stack is still whole
+            happened = {key: value for key, value in happened.items() if key[0] >= oldest}
             expected = {number % rows * N + n: value for (number, n), value in happened.items()}
             assert buffer.is_step.flatten().nonzero().flatten().tolist() == sorted(expected)
             for got, true in zip(buffer.get(tensor(sorted(expected))), zip(*(expected[i] for i in sorted(expected)))):
@@ -171,12 +177,13 @@ def check_buffer(envs, stack, rows, steps, check_every, cut_every=10**9):
     return buffer, ends
 
 
-@pytest.mark.parametrize("rows", [8, 13, 40])
+@pytest.mark.parametrize("rows, T", [(8, 1), (13, 1), (13, 5), (40, 1), (40, 10)])
 @pytest.mark.parametrize("stack, frame_shape, dtype", [
     (4, (1, 5, 6), np.uint8), (1, (3, 5, 6), np.uint8), (2, (3, 5, 6), np.uint8), (1, (2,), np.float32),
 ])
-def test_all_steps_in_the_ring_come_out_as_they_happened_across_ends_cuts_and_wraps(stack, frame_shape, dtype, rows):
-    _, ends = check_buffer(Stacks(3, stack, frame_shape, dtype), stack, rows, steps=200, check_every=1, cut_every=37)
+def test_all_steps_in_the_ring_come_out_as_they_happened_across_ends_cuts_and_wraps(stack, frame_shape, dtype, rows, T):
+    envs = Stacks(3, stack, frame_shape, dtype)
+    _, ends = check_buffer(envs, stack, rows, steps=200, check_every=T, cut_every=30, T=T)
     assert ends > 50
 
 
@@ -191,9 +198,9 @@ def test_stacks_of_pong_are_rebuilt_exactly_through_wraps_and_the_end_of_a_game(
 def test_steps_are_drawn_uniformly_and_reset_rows_never():
     torch.manual_seed(0)
     buffer = dqn.ReplayBuffer(20, 2, Box(-1, 1, (1,)), 1)
-    buffer.start(torch.zeros(2, 1))
-    for t in range(7):
-        buffer.add(torch.zeros(2, 1), *torch.zeros(3, 2), tensor([1.0, float(t % 2)]))
+    buffer.begin(torch.zeros(1, 2, 1), first=True)
+    mask = tensor([[1.0, t % 2] for t in range(7)])
+    buffer.add(torch.zeros(7, 2, 1), torch.zeros(7, 2, 3), mask)
     counts = torch.bincount(buffer.draw(20_000), minlength=20)
     steps = buffer.is_step.flatten()
     assert steps.sum() == 10 and counts[~steps].sum() == 0
@@ -262,10 +269,17 @@ def test_a_checkpoint_is_not_resumed_with_another_buffer(tmp_path, capsys):
 def test_reset_rows_are_neither_stored_as_steps_nor_counted(tmp_path):
     _, checkpoint = train(tmp_path, "probe_envs:StaggeredTrap-v0", total_timesteps=500, save_every=0)
     buffer, rows = checkpoint["buffer"], int(checkpoint["buffer"]["count"]) - 1
-    assert buffer["rewards"].max() == 2  # reset rows have 1e6
+    assert buffer["steps"][..., 1].max() == 2  # reset rows have 1e6
     assert buffer["frames"][buffer["is_step"]].abs().max() < 100  # as do final observations
     steps = sum(rows - rows // (length + 1) for length in (4, 4, 6, 6))  # every length + 1st row is a reset
     assert checkpoint["step"] == int(buffer["is_step"].sum()) == steps
+
+
+def test_each_checkpoint_begins_episodes_and_leaves_the_observation_before_without_a_step(tmp_path):
+    _, checkpoint = train(tmp_path, "probe_envs:Probe-v0", total_timesteps=40, save_every=1)  # cut after every step
+    for name in ("first", "is_step"):
+        flags = checkpoint["buffer"][name][: int(checkpoint["buffer"]["count"])]
+        assert flags.shape == (20, 4) and flags[0::2].all() and not flags[1::2].any()
 
 
 @pytest.mark.parametrize("num_envs, train_every", [(1, 10), (4, 10), (8, 3), (2, 7)])
@@ -283,22 +297,20 @@ def test_one_minibatch_is_learnt_per_train_every_counted_steps(num_envs, train_e
 
 
 def test_the_target_network_lags_until_it_is_copied(tmp_path):
-    obs = torch.eye(2)
-    never, always, late = (
-        train(tmp_path, "Chain-v0", total_timesteps=390, target_every=every, learning_rate=0.01)[1] for every in (10**6, 1, 200)
-    )
+    obs, flags = torch.eye(2), {"total_timesteps": 390, "learning_rate": 0.01}
+    never, always, late = (train(tmp_path, "Chain-v0", target_every=every, **flags)[1] for every in (10**6, 1, 200))
     torch.manual_seed(1)
     initial = dqn.QNetwork(Box(-1, 1, (2,)), Discrete(2))
     assert torch.equal(q_values(never, "target_network", obs), initial(obs))
     assert torch.equal(q_values(always, "target_network", obs), q_values(always, "agent", obs))
     assert len({tuple(q_values(run, "agent", obs).flatten().tolist()) for run in (never, always, late)}) == 3
-    for run in (never, late):
-        assert not torch.equal(q_values(run, "target_network", obs), q_values(run, "agent", obs))
+    for other in (never, late):
+        assert not torch.equal(q_values(other, "target_network", obs), q_values(other, "agent", obs))
 
 
 def test_epsilon_is_logged_from_its_start_to_its_end_over_the_chosen_share_of_the_run(tmp_path):
-    flags = {"total_timesteps": 8000, "epsilon_start": 0.9, "epsilon_end": 0.1, "exploration_fraction": 0.5, "train_every": 100}
-    run_dir, _ = train(tmp_path, "probe_envs:Probe-v0", **flags)
+    flags = {"epsilon_start": 0.9, "epsilon_end": 0.1, "exploration_fraction": 0.5}
+    run_dir, _ = train(tmp_path, "probe_envs:Probe-v0", total_timesteps=8000, train_every=100, **flags)
     points = {round(step, -3): value for step, value in scalars(run_dir, "charts/epsilon")}
     assert [points[step] for step in (2000, 4000, 5000, 8000)] == pytest.approx([0.5, 0.1, 0.1, 0.1], abs=0.02)
     first = scalars(run_dir, "losses/td_loss")[0][0]
