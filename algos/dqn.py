@@ -709,7 +709,7 @@ def main(args: Args) -> None:
             for parameter in parameters:
                 sum_over_processes(parameter.grad)
             optimizer.step()
-            history.append(sum_over_processes(metrics))
+            history.append(sum_over_processes(metrics).clone())
         if passes(args.target_every, step_before, step):
             target_network.load_state_dict(agent.state_dict())
 

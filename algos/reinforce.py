@@ -565,7 +565,7 @@ def main(args: Args) -> None:
     act, loss_fn = agent.act, reinforce_loss
     if args.compile:
         mode = "reduce-overhead" if device.type == "cuda" else "default"  # reduce-overhead: CUDA graphs
-        act, loss_fn = torch.compile(act, mode=mode), torch.compile(loss_fn, mode=mode)
+        act, loss_fn = torch.compile(act, mode=mode), torch.compile(loss_fn, dynamic=True)  # updates differ in size
 
     step = 0
     if args.resume:
@@ -590,7 +590,7 @@ def main(args: Args) -> None:
             obs.append(to_tensor(next_obs, device).clone())
             noise = own(agent.noise(args.num_envs)).to(device)  # (N, A)
             with torch.no_grad():
-                actions.append(act(obs[-1], noise))  # (N,) or (N, A)
+                actions.append(act(obs[-1], noise).clone())  # (N,) or (N, A)
             next_obs, reward, terminated, truncated, info = envs.step(actions[-1].cpu().numpy())
             rewards.append(reward)
             mask.append(running)
@@ -619,7 +619,7 @@ def main(args: Args) -> None:
         for parameter in parameters:
             sum_over_processes(parameter.grad)
         optimizer.step()
-        history.append(sum_over_processes(metrics))
+        history.append(sum_over_processes(metrics).clone())
 
         # ===== log and save =====
         statistics = get_statistics(envs)

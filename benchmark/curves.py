@@ -27,6 +27,8 @@ class Args:
     """run directories of one script on one task, one per seed"""
     peer: Path | None = None
     """reference curves (json) to compare with"""
+    level: float | None = None
+    """also tell after how many episodes and steps the mean of the last 100 episodes first reached this"""
     picture: Path | None = None
     """png to draw"""
     title: str = ""
@@ -68,6 +70,15 @@ def final_level(returns: np.ndarray, numbers: np.ndarray, episodes: int = 100) -
     return float(np.average(returns, weights=weights))
 
 
+def reached(steps: np.ndarray, returns: np.ndarray, numbers: np.ndarray, level: float) -> tuple[float, float]:
+    """Episodes and steps after which the mean of the last 100 episodes is first at least `level`; inf if never."""
+    episodes = np.cumsum(numbers)
+    for k in np.flatnonzero(episodes >= 100):
+        if final_level(returns[: k + 1], numbers[: k + 1]) >= level:
+            return float(episodes[k]), float(steps[k])
+    return np.inf, np.inf
+
+
 def summary(runs: list[tuple[np.ndarray, np.ndarray, np.ndarray]], total_steps: int) -> dict[str, np.ndarray]:
     """Curves (seeds, BINS), areas (seeds,) and final levels (seeds,)."""
     curves = np.stack([curve(*run, total_steps) for run in runs])
@@ -102,7 +113,7 @@ def main(args: Args) -> None:
     if len(tasks) > 1:
         error(f"the runs are of several tasks: {sorted(tasks)}")
     (env_id, total_steps), = tasks
-    groups = {"this repository": summary([load_run(run_dir) for run_dir in args.runs], total_steps)}
+    data = {"this repository": [load_run(run_dir) for run_dir in args.runs]}
     if args.peer:
         if not args.peer.is_file():
             error(f"--peer {args.peer}: no such file")
@@ -111,11 +122,15 @@ def main(args: Args) -> None:
             error(f"--peer {args.peer}: is about {peer['env']} over {peer['total_steps']} steps, "
                   f"not {env_id} over {total_steps}")
         runs = [(np.array(s["step"]), np.array(s["return"]), np.ones(len(s["step"]))) for s in peer["seeds"].values()]
-        groups[peer["library"].split(",")[0]] = summary(runs, total_steps)
+        data[peer["library"].split(",")[0]] = runs
+    groups = {name: summary(runs, total_steps) for name, runs in data.items()}
     print(f"{env_id}, {total_steps} steps")
     for name, group in groups.items():
         final, area = (f"{group[key].mean():8.2f} ± {group[key].std():6.2f}" for key in ("final", "area"))
         print(f"{name:>24}: last 100 episodes {final}   area {area}   ({len(group['area'])} seeds)")
+        if args.level is not None:
+            first = sorted(reached(*run, args.level) for run in data[name])
+            print(f"{'':>24}  {args.level:g} reached after " + ", ".join(f"{e:.0f} ({s:.0f} steps)" for e, s in first) + " episodes")
     if args.picture:
         draw(groups, total_steps, args.title or env_id, args.picture)
         print(f"wrote {args.picture}")
