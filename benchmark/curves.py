@@ -48,8 +48,11 @@ def load_run(run_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if "charts/episodic_return" not in events.Tags()["scalars"]:
         error(f"{run_dir} holds no run with finished episodes")
     returns, numbers = events.Scalars("charts/episodic_return"), events.Scalars("charts/episodes")
-    return (np.array([event.step for event in returns]), np.array([event.value for event in returns]),
-            np.array([event.value for event in numbers]))
+    return (
+        np.array([event.step for event in returns]),
+        np.array([event.value for event in returns]),
+        np.array([event.value for event in numbers]),
+    )
 
 
 def curve(steps: np.ndarray, returns: np.ndarray, numbers: np.ndarray, total_steps: int) -> np.ndarray:
@@ -112,15 +115,17 @@ def main(args: Args) -> None:
     tasks = {(each["env_id"], each["total_timesteps"]) for each in settings}
     if len(tasks) > 1:
         error(f"the runs are of several tasks: {sorted(tasks)}")
-    (env_id, total_steps), = tasks
+    ((env_id, total_steps),) = tasks
     data = {"this repository": [load_run(run_dir) for run_dir in args.runs]}
     if args.peer:
         if not args.peer.is_file():
             error(f"--peer {args.peer}: no such file")
         peer = json.loads(args.peer.read_text())
         if (peer["env"], peer["total_steps"]) != (env_id, total_steps):
-            error(f"--peer {args.peer}: is about {peer['env']} over {peer['total_steps']} steps, "
-                  f"not {env_id} over {total_steps}")
+            error(
+                f"--peer {args.peer}: is about {peer['env']} over {peer['total_steps']} steps, "
+                f"not {env_id} over {total_steps}"
+            )
         runs = [(np.array(s["step"]), np.array(s["return"]), np.ones(len(s["step"]))) for s in peer["seeds"].values()]
         data[peer["library"].split(",")[0]] = runs
     groups = {name: summary(runs, total_steps) for name, runs in data.items()}
@@ -130,7 +135,11 @@ def main(args: Args) -> None:
         print(f"{name:>24}: last 100 episodes {final}   area {area}   ({len(group['area'])} seeds)")
         if args.level is not None:
             first = sorted(reached(*run, args.level) for run in data[name])
-            print(f"{'':>24}  {args.level:g} reached after " + ", ".join(f"{e:.0f} ({s:.0f} steps)" for e, s in first) + " episodes")
+            print(
+                f"{'':>24}  {args.level:g} reached after "
+                + ", ".join(f"{e:.0f} ({s:.0f} steps)" for e, s in first)
+                + " episodes"
+            )
     if args.picture:
         draw(groups, total_steps, args.title or env_id, args.picture)
         print(f"wrote {args.picture}")

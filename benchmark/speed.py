@@ -35,12 +35,32 @@ print(model.num_timesteps / (time.perf_counter() - start))
 
 # the peer's arguments that equal our defaults on CartPole-v1
 SETTINGS = {
-    "ppo": {"num_envs": 16, "model": {"n_steps": 32, "batch_size": 128, "n_epochs": 4, "learning_rate": 5e-4, "ent_coef": 0.01,
-                                      "clip_range_vf": 0.2}},
+    "ppo": {
+        "num_envs": 16,
+        "model": {
+            "n_steps": 32,
+            "batch_size": 128,
+            "n_epochs": 4,
+            "learning_rate": 5e-4,
+            "ent_coef": 0.01,
+            "clip_range_vf": 0.2,
+        },
+    },
     "a2c": {"num_envs": 8, "model": {}},
-    "dqn": {"num_envs": 1, "model": {"learning_rate": 2.5e-4, "buffer_size": 10_000, "learning_starts": 10_000,
-                                     "batch_size": 128, "train_freq": 10, "gradient_steps": 1, "target_update_interval": 500,
-                                     "exploration_fraction": 0.5, "policy_kwargs": {"net_arch": [120, 84]}}},
+    "dqn": {
+        "num_envs": 1,
+        "model": {
+            "learning_rate": 2.5e-4,
+            "buffer_size": 10_000,
+            "learning_starts": 10_000,
+            "batch_size": 128,
+            "train_freq": 10,
+            "gradient_steps": 1,
+            "target_update_interval": 500,
+            "exploration_fraction": 0.5,
+            "policy_kwargs": {"net_arch": [120, 84]},
+        },
+    },
 }
 
 
@@ -61,8 +81,18 @@ def ours(script: str, steps: int) -> float:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, Path(__file__).parents[1] / "algos" / f"{script}.py", "--total-timesteps", str(steps),
-                   "--eval-episodes", "0", "--device", "cpu", "--run-dir", f"{folder}/run"]
+        command = [
+            sys.executable,
+            Path(__file__).parents[1] / "algos" / f"{script}.py",
+            "--total-timesteps",
+            str(steps),
+            "--eval-episodes",
+            "0",
+            "--device",
+            "cpu",
+            "--run-dir",
+            f"{folder}/run",
+        ]
         subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         events = EventAccumulator(f"{folder}/run")
         events.Reload()
@@ -72,8 +102,13 @@ def ours(script: str, steps: int) -> float:
 def peers(peer_python: Path, script: str, steps: int) -> float:
     """Steps per second of Stable-Baselines3 over the same number of steps."""
     settings = json.dumps(SETTINGS[script] | {"script": script, "steps": steps})
-    done = subprocess.run([peer_python, "-c", PEER, settings], check=True, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [peer_python, "-c", PEER, settings],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     return float(done.stdout)
 
 
@@ -84,11 +119,15 @@ def main(args: Args) -> None:
     pairs = []
     for i in range(args.repeats):
         pairs.append((ours(args.script, args.steps), peers(args.peer_python, args.script, args.steps)))
-        print(f"{args.script} {i + 1}/{args.repeats}: ours {pairs[-1][0]:,.0f} steps/s, Stable-Baselines3 {pairs[-1][1]:,.0f}, "
-              f"ratio {pairs[-1][0] / pairs[-1][1]:.2f}")
+        print(
+            f"{args.script} {i + 1}/{args.repeats}: ours {pairs[-1][0]:,.0f} steps/s, Stable-Baselines3 {pairs[-1][1]:,.0f}, "
+            f"ratio {pairs[-1][0] / pairs[-1][1]:.2f}"
+        )
     ratios = [a / b for a, b in pairs]
-    print(f"median ratio {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); medians: ours "
-          f"{median(a for a, _ in pairs):,.0f}, Stable-Baselines3 {median(b for _, b in pairs):,.0f} steps/s")
+    print(
+        f"median ratio {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); medians: ours "
+        f"{median(a for a, _ in pairs):,.0f}, Stable-Baselines3 {median(b for _, b in pairs):,.0f} steps/s"
+    )
 
 
 if __name__ == "__main__":

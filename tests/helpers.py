@@ -21,7 +21,9 @@ def command(script: str, *flags: object, processes: int = 1) -> list[str]:
 
 def run(script: str, *flags: object, processes: int = 1, **kwargs) -> subprocess.CompletedProcess:
     """Run a script to its end; its output is in .stdout and .stderr."""
-    return subprocess.run(command(script, *flags, processes=processes), capture_output=True, text=True, timeout=300, **kwargs)
+    return subprocess.run(
+        command(script, *flags, processes=processes), capture_output=True, text=True, timeout=300, **kwargs
+    )
 
 
 def weights(run_dir: Path) -> dict[str, Tensor]:

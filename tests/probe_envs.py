@@ -128,34 +128,44 @@ class Staggered(VectorEnv):
     """Native vector environment whose episodes last 4 steps in env 0 and 1 and 6 in the others; returns are 4, 8, 6, 6 …
 
     With `trap`, the rows that must not count carry nonsense: a huge reward in the reset row, and a huge final
-    observation of terminated episodes.
+    observation of terminated episodes. With `growth`, later episodes are worth more.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
 
-    def __init__(self, num_envs=1, max_episode_steps=None, trap=False, autoreset_mode=AutoresetMode.NEXT_STEP):
-        self.num_envs, self.trap = num_envs, trap
+    def __init__(
+        self,
+        num_envs=1,
+        max_episode_steps=None,
+        trap=False,
+        longest=6,
+        growth=0,
+        autoreset_mode=AutoresetMode.NEXT_STEP,
+    ):
+        self.num_envs, self.trap, self.growth = num_envs, trap, growth
         self.metadata = {"autoreset_mode": autoreset_mode}
         self.single_observation_space, self.single_action_space = Box(-np.inf, np.inf, (2,), np.float32), Discrete(2)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self.length = np.where(np.arange(num_envs) < 2, 4, 6)
+        self.length = np.where(np.arange(num_envs) < 2, 4, longest)
         self.gain = np.where(np.arange(num_envs) == 1, 2.0, 1.0)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.time, self.over = np.zeros(self.num_envs, int), np.zeros(self.num_envs, bool)
+        self.episode = np.zeros(self.num_envs)
         self.state = self.np_random.normal(size=(self.num_envs, 2)).astype(np.float32)
         return self.state.copy(), {}
 
     def step(self, actions):
         fresh = self.over
         self.time = np.where(fresh, 0, self.time + 1)
+        self.episode += fresh
         push = np.where(actions[:, None] == 1, 0.5, -0.5) + self.np_random.normal(size=(self.num_envs, 2)) * 0.1
         start = self.np_random.normal(size=(self.num_envs, 2))
         self.state = np.where(fresh[:, None], start, 0.9 * self.state + push).astype(np.float32)
         self.over = self.time == self.length
-        reward = np.where(fresh, 1e6 if self.trap else 0.0, self.gain)
+        reward = np.where(fresh, 1e6 if self.trap else 0.0, self.gain + self.growth * self.episode)
         shown = np.where(self.over[:, None] & self.trap, np.float32(1e6), self.state)
         return shown.copy(), reward, self.over.copy(), np.zeros(self.num_envs, bool), {}
 
@@ -179,9 +189,25 @@ class TinyPixels(Pixels):
     observation_space = Box(0, 255, (20, 20, 3), np.uint8)
 
 
-for cls, limit in ((Probe, 10), (OneStep, None), (Identity, None), (Target, None), (Clock, None), (Scaled, 20), (Pixels, 15),
-                   (Explodes, 10), (DictObservation, 10), (ManyActions, 10), (ActionsFromOne, 10), (TinyPixels, 10)):
+for cls, limit in (
+    (Probe, 10),
+    (OneStep, None),
+    (Identity, None),
+    (Target, None),
+    (Clock, None),
+    (Scaled, 20),
+    (Pixels, 15),
+    (Explodes, 10),
+    (DictObservation, 10),
+    (ManyActions, 10),
+    (ActionsFromOne, 10),
+    (TinyPixels, 10),
+):
     gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=limit)
-for name, kwargs in (("Staggered", {}), ("StaggeredTrap", {"trap": True}),
-                     ("SameStep", {"autoreset_mode": AutoresetMode.SAME_STEP})):
+for name, kwargs in (
+    ("Staggered", {}),
+    ("StaggeredTrap", {"trap": True}),
+    ("StaggeredGrowing", {"longest": 11, "growth": 1}),
+    ("SameStep", {"autoreset_mode": AutoresetMode.SAME_STEP}),
+):
     gym.register(f"{name}-v0", vector_entry_point=Staggered, kwargs=kwargs)

@@ -46,7 +46,7 @@ def test_the_optimiser_is_rmsprop_with_eps_outside_the_root(tmp_path, monkeypatc
 
     monkeypatch.setattr(a2c, "a2c_loss", spy)
     a2c.main(a2c.Args(total_timesteps=40, eval_episodes=0, run_dir=str(tmp_path / "run"), device="cpu"))
-    (before, grads), = seen
+    ((before, grads),) = seen
     norm = torch.cat([g.flatten() for g in grads.values()]).norm()
     for name, after in weights(tmp_path / "run").items():
         grad = grads[name] * min(1.0, 0.5 / (norm.item() + 1e-6))
@@ -60,11 +60,30 @@ def test_ppo_with_one_epoch_on_the_full_batch_and_its_extras_off_is_a2c(env_id, 
     rmsprop = torch.optim.RMSprop
     monkeypatch.setattr(torch.optim, "Adam", lambda p, lr, eps, fused: rmsprop(p, lr, alpha=0.99, eps=eps))
     monkeypatch.setattr(torch, "randperm", torch.arange)  # a full batch needs no order, A2C draws none
-    common = {"env_id": env_id, "num_envs": 8, "num_steps": 5, "gae_lambda": 0.9, "learning_rate": 7e-4, "anneal_lr": False,
-              "ent_coef": 0.01, "vf_coef": 0.5, "total_timesteps": 640, "eval_episodes": 0, "device": "cpu"}
+    common = {
+        "env_id": env_id,
+        "num_envs": 8,
+        "num_steps": 5,
+        "gae_lambda": 0.9,
+        "learning_rate": 7e-4,
+        "anneal_lr": False,
+        "ent_coef": 0.01,
+        "vf_coef": 0.5,
+        "total_timesteps": 640,
+        "eval_episodes": 0,
+        "device": "cpu",
+    }
     a2c.main(a2c.Args(**common, run_dir=str(tmp_path / "a2c")))
-    ppo.main(ppo.Args(**common, num_minibatches=1, num_epochs=1, clip_value=False, normalize_advantages=False,
-                      run_dir=str(tmp_path / "ppo")))
+    ppo.main(
+        ppo.Args(
+            **common,
+            num_minibatches=1,
+            num_epochs=1,
+            clip_value=False,
+            normalize_advantages=False,
+            run_dir=str(tmp_path / "ppo"),
+        )
+    )
     ours, theirs = weights(tmp_path / "a2c"), weights(tmp_path / "ppo")
     for name in ours:
         torch.testing.assert_close(theirs[name], ours[name], rtol=1e-4, atol=2e-6)

@@ -40,7 +40,9 @@ def fields(script):
 def header(script):
     """The PEP 723 block of a script, parsed."""
     (block,) = re.findall(r"(?m)^# /// script$\n((?:^#.*$\n)+?)^# ///$", SOURCES[script])
-    return tomllib.loads("".join(line[2:] if line.startswith("# ") else line[1:] for line in block.splitlines(keepends=True)))
+    return tomllib.loads(
+        "".join(line[2:] if line.startswith("# ") else line[1:] for line in block.splitlines(keepends=True))
+    )
 
 
 @scripts
@@ -69,8 +71,14 @@ def test_every_definition_is_used_and_documented(script):
 
 @scripts
 def test_every_flag_is_read_and_documented(script):
-    read = {node.attr for node in ast.walk(TREES[script]) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-            and isinstance(node.value, ast.Name) and node.value.id in ("args", "self")}
+    read = {
+        node.attr
+        for node in ast.walk(TREES[script])
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Load)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in ("args", "self")
+    }
     flags = dict(fields(script))
     assert len(flags) <= 30
     assert [name for name in flags if name not in read] == []
@@ -81,10 +89,17 @@ def test_every_flag_is_read_and_documented(script):
 def test_functions_of_the_algorithm_know_neither_args_nor_globals(script):
     source = SOURCES[script]
     first, last = (source[: source.index(mark)].count("\n") + 1 for mark in ("# --- algorithm", "# --- plumbing"))
-    functions = [node for node in TREES[script].body if isinstance(node, ast.FunctionDef) and first < node.lineno < last]
+    functions = [
+        node for node in TREES[script].body if isinstance(node, ast.FunctionDef) and first < node.lineno < last
+    ]
     assert functions
-    variables = {target.id for node in TREES[script].body if isinstance(node, ast.Assign) for target in ast.walk(node)
-                 if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)}
+    variables = {
+        target.id
+        for node in TREES[script].body
+        if isinstance(node, ast.Assign)
+        for target in ast.walk(node)
+        if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)
+    }
     for function in functions:
         used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
         assert not used & (variables | {"args"}), function.name
@@ -92,9 +107,18 @@ def test_functions_of_the_algorithm_know_neither_args_nor_globals(script):
 
 @scripts
 def test_sections_come_in_the_same_order(script):
-    marks = ("# /// script", '\n"""', "\nimport ", "class Args", "def validate", "# --- model ---", "# --- algorithm ---",
-             "# --- plumbing (same in every script; skip on first read) ---", "def main(args: Args) -> None:",
-             '\nif __name__ == "__main__":\n    main(parse_args())\n')
+    marks = (
+        "# /// script",
+        '\n"""',
+        "\nimport ",
+        "class Args",
+        "def validate",
+        "# --- model ---",
+        "# --- algorithm ---",
+        "# --- plumbing (same in every script; skip on first read) ---",
+        "def main(args: Args) -> None:",
+        '\nif __name__ == "__main__":\n    main(parse_args())\n',
+    )
     positions = [SOURCES[script].find(mark) for mark in marks]
     assert positions == sorted(positions) and positions[0] == 0
     assert "Differs from the paper" in ast.get_docstring(TREES[script]) and "arXiv" in ast.get_docstring(TREES[script])
@@ -110,8 +134,11 @@ def test_header_requirements_and_imports_agree(script):
         number = lambda version: tuple(map(int, version.split(".")))  # noqa: E731
         assert number(bound) <= number(pinned[name])
         bounds[name] = bound
-    imported = {(node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
-                for node in TREES[script].body if isinstance(node, (ast.Import, ast.ImportFrom))}
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+        for node in TREES[script].body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    }
     assert imported - set(sys.stdlib_module_names) <= set(bounds)
 
 

@@ -14,12 +14,24 @@ import torch
 from helpers import command, environment, run, scalars, weights
 
 SHORT = {  # flags of a short CartPole run with several updates and checkpoints
-    script: ("--total-timesteps", 6000, "--save-every", 1500, "--eval-episodes", 3) for script in ("reinforce", "a2c", "ppo")
+    script: ("--total-timesteps", 6000, "--save-every", 1500, "--eval-episodes", 3)
+    for script in ("reinforce", "a2c", "ppo")
 }
 SHORT["dqn"] = (*SHORT["ppo"], "--num-envs", 8, "--learning-starts", 500, "--buffer-size", 2000)
 # flags of a run of one rollout on environments that step one by one, so that they start alike in any number of processes
 SHARED = {
-    "dqn": ("--num-envs", 4, "--learning-starts", 128, "--train-every", 8, "--target-every", 40, "--total-timesteps", 400),
+    "dqn": (
+        "--num-envs",
+        4,
+        "--learning-starts",
+        128,
+        "--train-every",
+        8,
+        "--target-every",
+        40,
+        "--total-timesteps",
+        400,
+    ),
     "reinforce": ("--num-envs", 4, "--total-timesteps", 180),
     "a2c": ("--num-envs", 4, "--num-steps", 16, "--total-timesteps", 180),
     "ppo": ("--num-envs", 4, "--num-steps", 16, "--num-minibatches", 2, "--total-timesteps", 180),
@@ -59,7 +71,13 @@ def test_a_run_leaves_arguments_events_a_checkpoint_and_a_model(finished, script
     assert state["script"] == script and state["step"] >= SHORT[script][1]
     names = {path.name.split(".")[0] for path in run_dir.iterdir()}
     assert names == {"args", "checkpoint", "model", "events"}
-    for tag in ("charts/episodic_return", "charts/episodic_length", "charts/SPS", "eval/return_mean", "eval/return_std"):
+    for tag in (
+        "charts/episodic_return",
+        "charts/episodic_length",
+        "charts/SPS",
+        "eval/return_mean",
+        "eval/return_std",
+    ):
         points = scalars(run_dir, tag)
         assert points and all(math.isfinite(value) for _, value in points), tag
     steps = [step for step, _ in scalars(run_dir, "charts/SPS")]
@@ -105,7 +123,15 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights_bit_for_bit(fini
 @scripts
 def test_a_resumed_run_goes_on_with_the_flags_of_the_checkpoint_unless_told_otherwise(finished, script, tmp_path):
     longer = SHORT[script][1] + 3000
-    done = run(script, "--resume", finished(script) / "checkpoint.pt", "--total-timesteps", longer, "--run-dir", tmp_path / "on")
+    done = run(
+        script,
+        "--resume",
+        finished(script) / "checkpoint.pt",
+        "--total-timesteps",
+        longer,
+        "--run-dir",
+        tmp_path / "on",
+    )
     assert done.returncode == 0, done.stderr
     args = json.loads((tmp_path / "on" / "args.json").read_text())
     assert args["total_timesteps"] == longer and args["eval_episodes"] == 3
@@ -128,7 +154,11 @@ def test_a_finished_checkpoint_is_only_evaluated(finished, script):
 def test_two_processes_give_the_same_weights_and_statistics_as_one_to_rounding(script, normalize, tmp_path):
     flags = [*SHARED[script], "--env-id", "probe_envs:Scaled-v0", "--eval-episodes", 0]
     if normalize:
-        flags += ["--normalize", "--total-timesteps", 60]  # statistics are pooled after a rollout: compare those of the first
+        flags += [
+            "--normalize",
+            "--total-timesteps",
+            60,
+        ]  # statistics are pooled after a rollout: compare those of the first
     one = run(script, *flags, "--run-dir", tmp_path / "one")
     two = run(script, *flags, "--run-dir", tmp_path / "two", processes=2)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
@@ -178,7 +208,10 @@ OWN_BAD_INPUT = {
     "reinforce": {},
     "a2c": {"lambda above 1": (["--gae-lambda", "1.1"], ["--gae-lambda must be between 0 and 1"])},
     "ppo": {
-        "minibatches that do not divide": (["--num-minibatches", "7"], ["--num-minibatches 7 does not divide the 512 rows"]),
+        "minibatches that do not divide": (
+            ["--num-minibatches", "7"],
+            ["--num-minibatches 7 does not divide the 512 rows"],
+        ),
         "minibatches of one row": (["--num-envs", "1", "--num-steps", "4"], ["--num-minibatches", "one row"]),
         "normalised pixels": (["--env-id", "probe_envs:Pixels-v0", "--normalize"], ["--normalize"]),
     },
@@ -203,17 +236,30 @@ def test_cuda_is_refused_where_there_is_none(script, tmp_path):
 def test_tracking_without_wandb_is_refused(script, tmp_path):
     blocker = tmp_path / "path" / "sitecustomize.py"  # hides wandb if it happens to be installed
     blocker.parent.mkdir()
-    blocker.write_text("import importlib.util as u\nfind = u.find_spec\n"
-                       "u.find_spec = lambda name, *rest: None if name == 'wandb' else find(name, *rest)\n")
+    blocker.write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'wandb' else find(name, *rest)\n"
+    )
     path = environment(PYTHONPATH=str(blocker.parent))
     assert "--track" in refused(script, "--track", cwd=tmp_path, env=path)
 
 
 @scripts
 def test_tracking_hands_the_arguments_to_wandb(script, tmp_path):
-    (tmp_path / "wandb.py").write_text("def init(**kwargs):\n    print(kwargs['config']['seed'], kwargs['sync_tensorboard'])\n")
-    done = run(script, *SHORT[script], "--total-timesteps", 600, "--track", "--seed", 77, cwd=tmp_path,
-               env=environment(PYTHONPATH=str(tmp_path)))
+    (tmp_path / "wandb.py").write_text(
+        "def init(**kwargs):\n    print(kwargs['config']['seed'], kwargs['sync_tensorboard'])\n"
+    )
+    done = run(
+        script,
+        *SHORT[script],
+        "--total-timesteps",
+        600,
+        "--track",
+        "--seed",
+        77,
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=str(tmp_path)),
+    )
     assert done.returncode == 0 and done.stdout.startswith("77 True"), done.stderr
 
 
@@ -246,7 +292,14 @@ def test_checkpoints_that_do_not_fit_are_refused(finished, script, tmp_path):
 
 @scripts
 def test_a_loss_that_explodes_stops_the_run_and_names_the_last_checkpoint(script, tmp_path):
-    flags = list(SHORT[script]) + ["--env-id", "probe_envs:Explodes-v0", "--save-every", 1000, "--run-dir", tmp_path / "run"]
+    flags = list(SHORT[script]) + [
+        "--env-id",
+        "probe_envs:Explodes-v0",
+        "--save-every",
+        1000,
+        "--run-dir",
+        tmp_path / "run",
+    ]
     done = run(script, *flags)
     line = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and line.startswith("error: the loss became") and "checkpoint.pt" in line, done.stderr
@@ -283,6 +336,8 @@ def test_the_video_environment_of_atari_shows_the_policy_what_training_showed_it
     video = ppo.make_envs("ALE/Pong-v5", 1, False, 0.99, video=Path(tmp_path))
     native = ppo.make_envs("ALE/Pong-v5", 1, False, 0.99)
     assert video.single_observation_space.shape == native.single_observation_space.shape == (4, 84, 84)
-    assert video.single_action_space == native.single_action_space and isinstance(native.single_action_space, gym.spaces.Discrete)
+    assert video.single_action_space == native.single_action_space and isinstance(
+        native.single_action_space, gym.spaces.Discrete
+    )
     video.close()
     native.close()

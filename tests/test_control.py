@@ -59,8 +59,10 @@ def test_constant_reward_under_truncation_is_worth_1_over_1_minus_gamma(script, 
 @policy_gradients
 def test_rows_that_must_not_count_leave_no_trace_in_the_weights(script, tmp_path):
     rollout = {} if script == "reinforce" else {"num_steps": 11}
-    plain, trap = (weights(train(script, tmp_path, name, total_timesteps=500, **rollout))
-                   for name in ("Staggered-v0", "StaggeredTrap-v0"))
+    plain, trap = (
+        weights(train(script, tmp_path, name, total_timesteps=500, **rollout))
+        for name in ("Staggered-v0", "StaggeredTrap-v0")
+    )
     assert all(torch.equal(plain[name], trap[name]) for name in plain)
 
 
@@ -133,7 +135,9 @@ def test_evaluation_uses_the_running_statistics_and_leaves_them_alone(tmp_path):
     run_dir = train("ppo", tmp_path, "Scaled-v0", normalize=True, total_timesteps=4_000)
     saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     statistics = saved["statistics"]
-    assert statistics["obs.mean"].numpy() == pytest.approx(50, abs=2) and statistics["obs.var"].numpy() == pytest.approx(100, rel=0.2)
+    assert statistics["obs.mean"].numpy() == pytest.approx(50, abs=2) and statistics[
+        "obs.var"
+    ].numpy() == pytest.approx(100, rel=0.2)
     before = {name: x.clone() for name, x in statistics.items()}
     make = lambda: ppo.make_envs("probe_envs:Scaled-v0", 5, True, 0.99)  # noqa: E731
     envs, space = make(), Box(-10, 10, (3,), np.float32)
@@ -153,8 +157,14 @@ def test_wrappers_follow_the_usual_mujoco_order():
     while isinstance(chain, gym.vector.VectorWrapper):
         names.append(type(chain).__name__)
         chain = chain.env
-    assert names[::-1] == ["RecordEpisodeStatistics", "ClipAction", "NormalizeObservation", "TransformObservation",
-                           "NormalizeReward", "TransformReward"]
+    assert names[::-1] == [
+        "RecordEpisodeStatistics",
+        "ClipAction",
+        "NormalizeObservation",
+        "TransformObservation",
+        "NormalizeReward",
+        "TransformReward",
+    ]
     envs.reset(seed=0)
     obs, reward = envs.step(np.full((2, 6), 100, np.float32))[:2]
     assert abs(obs).max() <= 10 and abs(reward).max() <= 10
@@ -179,5 +189,5 @@ def test_greedy_returns_are_those_of_the_first_episode_of_each_environment():
         def act(self, obs, noise):
             return torch.zeros(len(obs), dtype=torch.int64)
 
-    returns = ppo.evaluate(Still(1, 1), ppo.make_envs("probe_envs:Staggered-v0", 4, False, 0.99), {}, seed=0)
-    assert returns.tolist() == [4, 8, 6, 6]
+    returns = ppo.evaluate(Still(1, 1), ppo.make_envs("probe_envs:StaggeredGrowing-v0", 4, False, 0.99), {}, seed=0)
+    assert returns.tolist() == [4, 8, 11, 11]  # by then the first two have played more, for more

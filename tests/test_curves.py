@@ -14,7 +14,11 @@ import curves  # noqa: E402
 
 def test_a_curve_is_the_weighted_mean_of_each_bin_and_repeats_the_last_one_over_gaps():
     # bins of 20 steps: (1-20], the second and third entry share the bin (40, 60], the bin before it is empty
-    steps, returns, numbers = np.array([20, 45, 60, 1000]), np.array([1.0, 2.0, 8.0, 5.0]), np.array([1.0, 3.0, 1.0, 2.0])
+    steps, returns, numbers = (
+        np.array([20, 45, 60, 1000]),
+        np.array([1.0, 2.0, 8.0, 5.0]),
+        np.array([1.0, 3.0, 1.0, 2.0]),
+    )
     curve = curves.curve(steps, returns, numbers, total_steps=1000)
     assert curve[:3].tolist() == [1.0, 1.0, (2 * 3 + 8) / 4]
     assert (curve[2:49] == 3.5).all() and curve[49] == 5
@@ -38,24 +42,31 @@ def test_a_level_is_reached_when_the_mean_of_the_last_100_episodes_is_at_least_i
     assert curves.reached(steps, np.array([0.0, 1.0, 5.0]), numbers, 4.2) == (180, 30)  # (20·1 + 80·5) / 100
 
 
-@pytest.mark.parametrize("flags,expected", [
-    (["{tmp}/nothing"], "is not a run directory"),
-    (["{tmp}/empty"], "holds no run with finished episodes"),
-    (["{tmp}/empty", "--peer", "{tmp}/none.json"], "holds no run"),
-])
+@pytest.mark.parametrize(
+    "flags,expected",
+    [
+        (["{tmp}/nothing"], "is not a run directory"),
+        (["{tmp}/empty"], "holds no run with finished episodes"),
+        (["{tmp}/empty", "--peer", "{tmp}/none.json"], "holds no run"),
+    ],
+)
 def test_bad_input_is_refused_in_one_line(flags, expected, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "args.json").write_text(json.dumps({"env_id": "CartPole-v1", "total_timesteps": 100}))
     command = [sys.executable, REPO / "benchmark" / "curves.py", *(flag.format(tmp=tmp_path) for flag in flags)]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and expected in lines[0], done.stderr
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and expected in lines[0], (
+        done.stderr
+    )
 
 
 def test_a_peer_curve_becomes_a_table_and_a_picture(tmp_path):
     peer = REPO / "benchmark" / "reference" / "peers" / "cleanrl_ppo_CartPole-v1.json"
     seeds = json.loads(peer.read_text())["seeds"].values()
-    group = curves.summary([(np.array(s["step"]), np.array(s["return"]), np.ones(len(s["step"]))) for s in seeds], 500_000)
+    group = curves.summary(
+        [(np.array(s["step"]), np.array(s["return"]), np.ones(len(s["step"]))) for s in seeds], 500_000
+    )
     assert group["curves"].shape == (5, curves.BINS)
     assert group["final"].mean() == pytest.approx(490.04, abs=10)  # the published figure
     curves.draw({"peer": group}, 500_000, "title", tmp_path / "picture.png")

@@ -178,9 +178,15 @@ def check_buffer(envs, stack, rows, steps, check_every, cut_every=10**9, T=1):
 
 
 @pytest.mark.parametrize("rows, T", [(8, 1), (13, 1), (13, 5), (40, 1), (40, 10)])
-@pytest.mark.parametrize("stack, frame_shape, dtype", [
-    (4, (1, 5, 6), np.uint8), (1, (3, 5, 6), np.uint8), (2, (3, 5, 6), np.uint8), (1, (2,), np.float32),
-])
+@pytest.mark.parametrize(
+    "stack, frame_shape, dtype",
+    [
+        (4, (1, 5, 6), np.uint8),
+        (1, (3, 5, 6), np.uint8),
+        (2, (3, 5, 6), np.uint8),
+        (1, (2,), np.float32),
+    ],
+)
 def test_all_steps_in_the_ring_come_out_as_they_happened_across_ends_cuts_and_wraps(stack, frame_shape, dtype, rows, T):
     envs = Stacks(3, stack, frame_shape, dtype)
     _, ends = check_buffer(envs, stack, rows, steps=200, check_every=T, cut_every=30, T=T)
@@ -238,18 +244,21 @@ def test_a_buffer_larger_than_memory_is_refused_in_one_line_before_any_work(tmp_
 # --- main ---
 
 
-@pytest.mark.parametrize("flags, named", [
-    ({"learning_starts": 100}, "--learning-starts"),
-    ({"buffer_size": 100}, "--buffer-size"),
-    ({"buffer_size": 1000, "num_envs": 200}, "--buffer-size"),
-    ({"total_timesteps": 10_000}, "--learning-starts"),
-    ({"epsilon_end": -0.1}, "--epsilon-end"),
-    ({"exploration_fraction": 1.5}, "--exploration-fraction"),
-    ({"train_every": 0}, "--train-every"),
-    ({"target_every": 0}, "--target-every"),
-    ({"gamma": math.nan}, "--gamma"),
-    ({"env_id": "Pendulum-v1"}, "--env-id"),
-])
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ({"learning_starts": 100}, "--learning-starts"),
+        ({"buffer_size": 100}, "--buffer-size"),
+        ({"buffer_size": 1000, "num_envs": 200}, "--buffer-size"),
+        ({"total_timesteps": 10_000}, "--learning-starts"),
+        ({"epsilon_end": -0.1}, "--epsilon-end"),
+        ({"exploration_fraction": 1.5}, "--exploration-fraction"),
+        ({"train_every": 0}, "--train-every"),
+        ({"target_every": 0}, "--target-every"),
+        ({"gamma": math.nan}, "--gamma"),
+        ({"env_id": "Pendulum-v1"}, "--env-id"),
+    ],
+)
 def test_bad_flags_are_refused_in_one_line(flags, named, capsys):
     with pytest.raises(SystemExit) as stop:
         dqn.validate(dqn.Args(**flags))
@@ -321,8 +330,16 @@ def test_q_of_a_two_state_chain_reaches_value_iteration(tmp_path):
     gamma, optimum = 0.8, np.zeros((2, 2))
     for _ in range(200):
         optimum = CHAIN_REWARD + gamma * np.where(CHAIN_NEXT < 0, 0, optimum.max(1)[CHAIN_NEXT])
-    _, checkpoint = train(tmp_path, "Chain-v0", total_timesteps=12_000, gamma=gamma, learning_rate=2e-3, target_every=100,
-                          epsilon_end=1.0, save_every=0)
+    _, checkpoint = train(
+        tmp_path,
+        "Chain-v0",
+        total_timesteps=12_000,
+        gamma=gamma,
+        learning_rate=2e-3,
+        target_every=100,
+        epsilon_end=1.0,
+        save_every=0,
+    )
     np.testing.assert_allclose(q_values(checkpoint, "agent", torch.eye(2)), optimum, atol=1e-2)
 
 

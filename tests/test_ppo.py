@@ -63,7 +63,11 @@ def test_gae_equals_its_definition_with_terminations_and_truncations(lam):
 
 
 def test_gae_with_lambda_0_is_the_td_error_and_with_lambda_1_the_return_minus_the_value():
-    rewards, values, next_values = tensor([[1.0], [2.0], [4.0]]), tensor([[0.5], [1.0], [2.0]]), tensor([[1.0], [2.0], [3.0]])
+    rewards, values, next_values = (
+        tensor([[1.0], [2.0], [4.0]]),
+        tensor([[0.5], [1.0], [2.0]]),
+        tensor([[1.0], [2.0], [3.0]]),
+    )
     zeros = torch.zeros(3, 1)
     td_errors = ppo.compute_gae(rewards, values, next_values, zeros, zeros, 0.5, 0.0)
     torch.testing.assert_close(td_errors, tensor([[1.0], [2.0], [3.5]]))  # r + 0.5·V' - V
@@ -75,10 +79,22 @@ def test_gae_with_lambda_0_is_the_td_error_and_with_lambda_1_the_return_minus_th
 def test_a_truncation_between_two_rollouts_keeps_its_mask_and_advantages(tmp_path, losses_seen):
     def rows(num_steps):
         losses_seen.clear()
-        train(tmp_path, "Clock-v0", num_envs=1, num_steps=num_steps, num_epochs=1, learning_rate=0.0, gae_lambda=0.0,
-              normalize_advantages=False, total_timesteps=18, save_every=0)
+        train(
+            tmp_path,
+            "Clock-v0",
+            num_envs=1,
+            num_steps=num_steps,
+            num_epochs=1,
+            learning_rate=0.0,
+            gae_lambda=0.0,
+            normalize_advantages=False,
+            total_timesteps=18,
+            save_every=0,
+        )
         seen = [call[0] for call in losses_seen]
-        return torch.cat([torch.stack([obs.flatten(), advantages, mask], 1) for obs, _, _, _, advantages, _, mask, _ in seen])
+        return torch.cat(
+            [torch.stack([obs.flatten(), advantages, mask], 1) for obs, _, _, _, advantages, _, mask, _ in seen]
+        )
 
     whole, halves = rows(24), rows(12)  # 24 rows are 18 steps and 6 resets; row 11 is the 3rd `done`, row 12 a reset
     assert halves.shape == whole.shape == (24, 3) and whole[:, 2].sum() == 18
@@ -115,8 +131,21 @@ def test_ppo_loss_sums_its_terms_with_the_signs_of_equation_9():
     agent = ppo.Agent(Box(-1, 1, (3,)), Discrete(4))
     obs, actions, mask = torch.randn(6, 3), torch.arange(6) % 4, tensor([1.0, 1, 0, 1, 1, 1])
     old_logprobs, old_values, advantages, returns = torch.randn(4, 6)
-    loss, metrics = ppo.ppo_loss(agent, obs, actions, old_logprobs, old_values, advantages, returns, mask, mask.sum(),
-                                 clip_coef=0.2, value_clip=math.inf, vf_coef=0.7, ent_coef=0.3)
+    loss, metrics = ppo.ppo_loss(
+        agent,
+        obs,
+        actions,
+        old_logprobs,
+        old_values,
+        advantages,
+        returns,
+        mask,
+        mask.sum(),
+        clip_coef=0.2,
+        value_clip=math.inf,
+        vf_coef=0.7,
+        ent_coef=0.3,
+    )
     logits, values = agent.actor(obs), agent.critic(obs)[:, 0]
     probs = logits.softmax(-1)
     logprobs = probs.log()[torch.arange(6), actions]
@@ -135,8 +164,18 @@ def test_masked_rows_have_no_gradient():
     agent = ppo.Agent(Box(-1, 1, (3,)), Discrete(2))
     obs = torch.randn(4, 3, requires_grad=True)
     mask = tensor([1.0, 0.0, 1.0, 0.0])
-    loss, _ = ppo.ppo_loss(agent, obs, tensor([0, 1, 0, 1]), *torch.randn(4, 4), mask, mask.sum(),
-                           clip_coef=0.2, value_clip=0.2, vf_coef=0.5, ent_coef=0.1)
+    loss, _ = ppo.ppo_loss(
+        agent,
+        obs,
+        tensor([0, 1, 0, 1]),
+        *torch.randn(4, 4),
+        mask,
+        mask.sum(),
+        clip_coef=0.2,
+        value_clip=0.2,
+        vf_coef=0.5,
+        ent_coef=0.1,
+    )
     loss.backward()
     assert (obs.grad[mask == 1].abs().sum(1) > 0).all() and (obs.grad[mask == 0] == 0).all()
 
@@ -144,7 +183,7 @@ def test_masked_rows_have_no_gradient():
 def test_standardise_has_mean_0_and_deviation_1_over_the_mask_alone():
     x, mask = tensor([1.0, 2.0, 3.0, 1e6]), tensor([1.0, 1.0, 1.0, 0.0])
     kept = ppo.standardise(x, mask)[:3]
-    torch.testing.assert_close(kept, tensor([-1.5**0.5, 0.0, 1.5**0.5]))
+    torch.testing.assert_close(kept, tensor([-(1.5**0.5), 0.0, 1.5**0.5]))
     assert ppo.standardise(x, tensor([1.0, 0.0, 0.0, 0.0]))[0] == 0  # one valid row: no NaN
 
 

@@ -45,7 +45,7 @@ def test_the_gradient_on_a_bandit_is_the_analytic_one():
 def test_an_update_uses_one_whole_episode_of_each_environment(tmp_path, monkeypatch):
     calls = spy_on_losses("reinforce", monkeypatch)
     train("reinforce", tmp_path, "Staggered-v0", total_timesteps=20, gamma=1.0, normalize_returns=False)
-    (obs, actions, returns, episodes, count), = calls
+    ((obs, actions, returns, episodes, count),) = calls
     assert len(obs) == len(actions) == count == 4 + 4 + 6 + 6 and episodes == 4
     rewards_to_go = [4, 3, 2, 1] + [8, 6, 4, 2] + 2 * [6, 5, 4, 3, 2, 1]
     assert sorted(returns.tolist()) == sorted(rewards_to_go)
