@@ -54,6 +54,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -89,7 +90,7 @@ class Args:
     resume: str = ""
     """checkpoint.pt to continue; flags not given again are taken from it"""
     save_every: int = 100_000
-    """environment steps between checkpoints (environments are reset there); 0 saves only at the end"""
+    """steps between checkpoints, where environments are reset: many times num_envs x episode length; 0: at the end"""
     track: bool = False
     """mirror the logs to Weights & Biases"""
     compile: bool = False
@@ -134,7 +135,7 @@ def validate(args: Args) -> None:
     """Check everything a user can get wrong before any work: one line and exit status 2 for the first fault."""
     check_ranges(args, 1, math.inf, "total_timesteps", "num_envs", "num_steps")
     check_ranges(args, 0, math.inf, "save_every", "eval_episodes", "ent_coef", "vf_coef", "learning_rate")
-    check_ranges(args, 0, math.inf, "seed", "max_grad_norm")
+    check_ranges(args, 0, math.inf, "max_grad_norm")
     check_ranges(args, 0, 1, "gamma", "gae_lambda")
     if args.num_envs % WORLD_SIZE:
         error(f"--num-envs {args.num_envs} must be a multiple of the {WORLD_SIZE} processes")
@@ -268,7 +269,7 @@ METRICS = ("policy_loss", "value_loss", "entropy")
 
 def annealed(initial: float, step: int, total_steps: int) -> float:
     """Linear schedule: `initial` at step 0, 0 at total_steps."""
-    return initial * max(0.0, 1 - step / total_steps)
+    return initial * (1 - step / total_steps)
 
 
 # --- plumbing (same in every script; skip on first read) ---
@@ -316,17 +317,29 @@ def check_ranges(args: Args, low: float, high: float, *names: str) -> None:
             error(f"--{name.replace('_', '-')} must be {range_}, not {getattr(args, name)}")
 
 
-def check_run(args: Args) -> None:
-    """Refuse a missing device or package, a run directory that is taken, a checkpoint that does not fit."""
-    if args.device == "cuda" and not torch.cuda.is_available():
+def check_run(args: Args, *fixed: str) -> None:
+    """Refuse a missing device or package, a run directory that is taken, a checkpoint that does not fit.
+
+    `fixed` names flags that a resumed run cannot change.
+    """
+    check_ranges(args, 0, 2**31 - 1, "seed")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if args.device == "cuda" and not gpus:
         error("--device cuda: torch finds no CUDA device; use --device cpu or auto")
+    if args.device != "cpu" and gpus and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
+        error(f"--device {args.device}: there are more processes than the {gpus} GPUs; use --device cpu or fewer")
+    if args.compile:
+        try:
+            torch.compile(lambda x: x + 1)(torch.ones(2, device="cuda" if args.device != "cpu" and gpus else "cpu"))
+        except Exception as fault:  # no C++ compiler, say
+            error(f"--compile: torch.compile does not work here ({' '.join(str(fault).split())[:200]})")
     needed = {"wandb": args.track, "moviepy": args.capture_video, "cv2": args.capture_video and "ALE/" in args.env_id}
     for package, wanted in needed.items():
         if wanted and importlib.util.find_spec(package) is None:
             error(f"{'--track' if package == 'wandb' else '--capture-video'} needs the package {package}")
     if args.resume:
         saved = load_checkpoint(args.resume)["args"]
-        for name in ("env_id", "normalize"):
+        for name in ("env_id", "normalize", *fixed):
             if getattr(args, name) != saved.get(name, False):
                 error(f"--resume {args.resume}: made with {name} {saved[name]}, not {getattr(args, name)}")
     run_dir = Path(args.run_dir)
@@ -335,21 +348,29 @@ def check_run(args: Args) -> None:
             error(f"--run-dir {run_dir} already holds a run: choose another, or --resume {run_dir}/checkpoint.pt")
 
 
-def check_spaces(args: Args, *action_types: type) -> None:
-    """Refuse an environment that cannot be made, or whose spaces the script does not handle."""
+def check_spaces(args: Args, *action_types: type) -> Box:
+    """Observation space of the environment; refuses one that can't be made or whose spaces are not handled."""
+    if "ALE/" in args.env_id and not args.env_id.startswith("ALE/"):
+        error(f"--env-id {args.env_id}: leave out what stands before ALE/")
     try:
         envs = make_envs(args.env_id, 1, False, args.gamma)
-    except (gym.error.Error, ImportError, ValueError, TypeError, AttributeError) as fault:
-        error(f"--env-id {args.env_id}: {' '.join(str(fault).split())}")
+        if args.capture_video:
+            with tempfile.TemporaryDirectory() as folder:
+                make_envs(args.env_id, 1, False, args.gamma, Path(folder)).close()
+    except Exception as fault:  # environments raise what they like
+        reason = " ".join(str(fault).split()) or type(fault).__name__
+        error(f"--env-id {args.env_id}{' with --capture-video' * args.capture_video}: {reason}")
     obs, action = envs.single_observation_space, envs.single_action_space
     envs.close()
     if not isinstance(obs, Box) or obs.shape == ():
         error(f"--env-id {args.env_id}: observations must be Box (not a single number) or Discrete, not {obs}")
     if is_pixels(obs) and (min(obs.shape[1:]) < 36 or args.normalize):
         error(f"--env-id {args.env_id}: pixels must be at least 36 x 36 and without --normalize, not {obs.shape}")
-    if not isinstance(action, action_types) or len(action.shape) > 1 or getattr(action, "start", 0) != 0:
+    flat = len(action.shape) == 1 if isinstance(action, Box) else getattr(action, "start", 0) == 0
+    if not isinstance(action, action_types) or not flat:
         kinds = " or ".join({Discrete: "Discrete from 0", Box: "one-dimensional Box"}[kind] for kind in action_types)
         error(f"--env-id {args.env_id}: actions must be {kinds}, not {action}")
+    return obs
 
 
 def is_pixels(space: gym.Space) -> bool:
@@ -409,12 +430,15 @@ def normalizers(envs: gym.vector.VectorEnv) -> Iterator[tuple[str, Any, Any]]:
 
 
 def get_statistics(envs: gym.vector.VectorEnv) -> dict[str, Tensor]:
-    """Running statistics of the normalisers, pooled over processes (which all step equally many environments)."""
+    """Running statistics of the normalisers, pooled over processes first."""
     state = {}
     for name, _, rms in normalizers(envs):
         if WORLD_SIZE > 1:
-            moments = sum_over_processes(torch.tensor(np.stack([rms.mean, rms.var + rms.mean**2]))) / WORLD_SIZE
-            rms.mean, rms.var = moments[0].numpy(), (moments[1] - moments[0] ** 2).numpy()
+            mean = np.asarray(rms.mean, dtype=np.float64)
+            sums = rms.count * np.stack([np.ones_like(mean), mean, rms.var + mean**2])
+            counts, *sums = sum_over_processes(torch.tensor(sums)).numpy()
+            mean, square = (x / counts for x in sums)
+            rms.mean, rms.var, rms.count = mean, square - mean**2, counts.max() / WORLD_SIZE
         state |= {f"{name}.mean": torch.as_tensor(rms.mean), f"{name}.var": torch.as_tensor(rms.var),
                   f"{name}.count": torch.tensor(rms.count * WORLD_SIZE, dtype=torch.float64)}
     return state
@@ -470,14 +494,17 @@ def own(x: Tensor, dim: int = 0) -> Tensor:
 def open_run(args: Args, step: int, finished: bool) -> tuple[Path, Any]:
     """Create the run directory with args.json; returns it and a TensorBoard writer that continues after `step`.
 
-    Other processes than the first write nothing, nor does a finished run, which is only evaluated.
+    Other processes than the first write nothing; a finished run, which is only evaluated, logs nothing.
     """
     task = args.env_id.replace("/", "_")
     run_dir = Path(args.run_dir or f"runs/{task}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
-    if RANK > 0 or finished:
-        return run_dir, SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
+    silent = SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
+    if RANK > 0:
+        return run_dir, silent
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=bool(args.run_dir))
+        if finished:
+            return run_dir, silent
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     except OSError as fault:
         error(f"--run-dir {run_dir}: cannot write there ({fault.strerror})")
@@ -540,18 +567,20 @@ def check_finite(loss: float, step: int, run_dir: Path, bar: tqdm) -> None:
 
 def finish(args: Args, agent: nn.Module, statistics: dict[str, Tensor], run_dir: Path, writer: Any, step: int) -> None:
     """Write model.safetensors (weights, and running statistics as normalizer.*), evaluate, record a video."""
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
     if RANK > 0:
         return
     tensors = agent.state_dict() | {f"normalizer.{name}": x for name, x in statistics.items()}
     save_file(tensors, run_dir / "model.safetensors", metadata={"env_id": args.env_id})
     if args.eval_episodes:
         envs = make_envs(args.env_id, args.eval_episodes, args.normalize, args.gamma)
-        returns = evaluate(agent, envs, statistics, args.seed)
+        returns = evaluate(agent, envs, statistics, seed=int(torch.randint(2**30, ())))
         log(writer, "eval", {"return_mean": returns.mean(), "return_std": returns.std()}, step)
         print(f"evaluation: return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} greedy episodes")
     if args.capture_video:
         envs = make_envs(args.env_id, 1, args.normalize, args.gamma, video=run_dir / "videos")
-        evaluate(agent, envs, statistics, args.seed)
+        evaluate(agent, envs, statistics, seed=int(torch.randint(2**30, ())))
     print(f"run directory: {run_dir}")
 
 
@@ -581,6 +610,7 @@ def main(args: Args) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         set_statistics(envs, saved["statistics"])
         torch.set_rng_state(saved["rng"])
+    statistics = get_statistics(envs)
     run_dir, writer = open_run(args, step, finished=step >= args.total_timesteps)
 
     obs_dtype = torch.uint8 if is_pixels(obs_space) else torch.float32
@@ -655,7 +685,7 @@ def main(args: Args) -> None:
 
     bar.close()
     envs.close()
-    finish(args, agent, get_statistics(envs), run_dir, writer, step)
+    finish(args, agent, statistics, run_dir, writer, step)
     writer.close()
 
 

@@ -20,7 +20,8 @@ class Probe(gym.Env):
 
     def step(self, action):
         self.time += 1
-        return self.observe(), self.reward(action), self.over(), False, {}
+        reward = self.reward(action)  # of what the action was chosen for, before the next observation
+        return self.observe(), reward, self.over(), False, {}
 
     def observe(self):
         return np.ones(self.observation_space.shape, self.observation_space.dtype)
@@ -170,6 +171,36 @@ class Staggered(VectorEnv):
         return shown.copy(), reward, self.over.copy(), np.zeros(self.num_envs, bool), {}
 
 
+class Spike(Probe):
+    """Small random observations and rewards, and a huge one of each at step 400."""
+
+    def step(self, action):
+        obs, _, over, cut, info = super().step(action)
+        size = 1e6 if self.time == 400 else 1.0
+        return (
+            (obs * self.np_random.normal() * size).astype(np.float32),
+            self.np_random.normal() * size,
+            over,
+            cut,
+            info,
+        )
+
+
+class NeedsFile(Probe):
+    """Cannot be made: a file is missing."""
+
+    def __init__(self, **kwargs):
+        raise FileNotFoundError("no such model file")
+
+
+class NoPictures(Probe):
+    """Cannot be rendered."""
+
+
+class ScalarAction(Probe):
+    action_space = Box(-1, 1, (), np.float32)
+
+
 class DictObservation(Probe):
     observation_space = Dict({"x": Box(-1, 1, (1,))})
 
@@ -198,6 +229,10 @@ for cls, limit in (
     (Scaled, 20),
     (Pixels, 15),
     (Explodes, 10),
+    (Spike, None),
+    (NeedsFile, 10),
+    (NoPictures, 10),
+    (ScalarAction, 10),
     (DictObservation, 10),
     (ManyActions, 10),
     (ActionsFromOne, 10),

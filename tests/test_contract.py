@@ -145,6 +145,9 @@ def test_a_finished_checkpoint_is_only_evaluated(finished, script):
     done = run(script, "--resume", run_dir / "checkpoint.pt", "--eval-episodes", 5)
     assert done.returncode == 0 and "over 5 greedy episodes" in done.stdout
     assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+    elsewhere = run(script, "--resume", run_dir / "checkpoint.pt", "--run-dir", run_dir.parent / "elsewhere")
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert same(weights(run_dir.parent / "elsewhere"), weights(run_dir))
 
 
 # --- several processes ---
@@ -186,6 +189,13 @@ BAD_INPUT = {
     "dict observations": (["--env-id", "probe_envs:DictObservation-v0"], ["--env-id", "observations", "Dict"]),
     "multi-discrete actions": (["--env-id", "probe_envs:ManyActions-v0"], ["--env-id", "actions", "MultiDiscrete"]),
     "actions that start at 1": (["--env-id", "probe_envs:ActionsFromOne-v0"], ["--env-id", "actions", "Discrete"]),
+    "environment that cannot be made": (["--env-id", "probe_envs:NeedsFile-v0"], ["--env-id", "no such model file"]),
+    "Atari with a module": (["--env-id", "ale_py:ALE/Pong-v5"], ["--env-id ale_py:ALE/Pong-v5", "leave out"]),
+    "video of what cannot be rendered": (
+        ["--env-id", "probe_envs:NoPictures-v0", "--capture-video"],
+        ["--env-id probe_envs:NoPictures-v0 with --capture-video"],
+    ),
+    "huge seed": (["--seed", "99999999999999999999"], ["--seed must be between 0 and"]),
     "tiny pixels": (["--env-id", "probe_envs:TinyPixels-v0"], ["--env-id", "36 x 36"]),
     "same-step autoreset": (["--env-id", "probe_envs:SameStep-v0"], ["--env-id", "NEXT_STEP"]),
     "negative count": (["--num-envs", "-1"], ["--num-envs must be at least 1, not -1"]),

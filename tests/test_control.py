@@ -15,6 +15,7 @@ DEFAULTS = {  # small flags of each script
     "a2c": {"num_steps": 8},
     "ppo": {"num_steps": 8, "num_minibatches": 1},
     "reinforce": {},
+    "dqn": {"batch_size": 16, "learning_starts": 16, "train_every": 4, "target_every": 20, "buffer_size": 1_000},
 }
 LOSSES = {"a2c": "a2c_loss", "ppo": "ppo_loss", "reinforce": "reinforce_loss"}
 policy_gradients = pytest.mark.parametrize("script", ["reinforce", "a2c", "ppo"])
@@ -66,13 +67,15 @@ def test_rows_that_must_not_count_leave_no_trace_in_the_weights(script, tmp_path
     assert all(torch.equal(plain[name], trap[name]) for name in plain)
 
 
-@policy_gradients
+@pytest.mark.parametrize("script", ["dqn", "reinforce", "a2c", "ppo"])
 def test_two_episodes_that_end_at_once_are_both_counted(script, tmp_path):
-    rollout = {} if script == "reinforce" else {"num_steps": 4}
-    run_dir = train(script, tmp_path, "Staggered-v0", num_envs=2, total_timesteps=8, **rollout)
-    assert scalars(run_dir, "charts/episodes") == [(8, 2.0)]  # returns 4 and 8
-    assert scalars(run_dir, "charts/episodic_return") == [(8, 6.0)]
-    assert scalars(run_dir, "charts/episodic_length") == [(8, 4.0)]
+    flags = {"reinforce": {}, "dqn": {"batch_size": 2, "learning_starts": 4, "train_every": 4}}.get(
+        script, {"num_steps": 4}
+    )
+    run_dir = train(script, tmp_path, "Staggered-v0", num_envs=2, total_timesteps=8, **flags)
+    assert sum(number for _, number in scalars(run_dir, "charts/episodes")) == 2  # returns 4 and 8
+    assert [value for _, value in scalars(run_dir, "charts/episodic_return")] == [6.0]
+    assert [value for _, value in scalars(run_dir, "charts/episodic_length")] == [4.0]
 
 
 @policy_gradients
@@ -127,8 +130,8 @@ def test_neighbouring_seeds_share_no_environment_seeds(script, tmp_path, monkeyp
 
     monkeypatch.setattr(gym.vector.SyncVectorEnv, "reset", spy)
     for seed in (1, 2, 3):
-        train(script, tmp_path, "Probe-v0", seed=seed, total_timesteps=32)
-    assert len(seeds) == 3 and len(set.union(*seeds)) == 12
+        train(script, tmp_path, "Probe-v0", seed=seed, total_timesteps=32, eval_episodes=5)
+    assert [len(each) for each in seeds] == [4, 5] * 3 and len(set.union(*seeds)) == 27  # training, evaluation
 
 
 def test_evaluation_uses_the_running_statistics_and_leaves_them_alone(tmp_path):
@@ -149,6 +152,80 @@ def test_evaluation_uses_the_running_statistics_and_leaves_them_alone(tmp_path):
     assert all(torch.equal(x, before[name]) for name, x in ppo.get_statistics(envs).items())
     wrong = {name: x * 0 + 1 for name, x in statistics.items()}
     assert (ppo.evaluate(agent, make(), wrong, seed=7) != first).any()
+
+
+@policy_gradients
+def test_a_run_with_normalised_box_actions_resumes_bit_for_bit(script, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    module, env_id, flags = importlib.import_module(script), "Target-v0", {"total_timesteps": 400, "save_every": 150}
+    whole = train(script, tmp_path, env_id, normalize=True, **flags)
+
+    def save_and_stop(*args, **state):
+        original(*args, **state)
+        raise Stop
+
+    original = module.save_checkpoint
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(module, "save_checkpoint", save_and_stop)
+        train(script, tmp_path, env_id, normalize=True, **flags)
+    cut = tmp_path / "run1"
+    saved = torch.load(cut / "checkpoint.pt", weights_only=True)
+    assert saved["step"] < 400
+    module.main(module.Args(**saved["args"] | {"resume": str(cut / "checkpoint.pt"), "run_dir": str(cut)}))
+    ours, theirs = weights(cut), weights(whole)
+    assert any(name.startswith("normalizer") for name in ours) and "log_std" in ours
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_logged_evaluation_is_that_of_the_normalised_policy(tmp_path):
+    run_dir = train("ppo", tmp_path, "Scaled-v0", normalize=True, total_timesteps=8_000, learning_rate=5e-3, eval_episodes=200)
+    saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    agent = ppo.Agent(Box(-10, 10, (3,), np.float32), Discrete(2))
+    agent.load_state_dict(saved["agent"])
+    envs = ppo.make_envs("probe_envs:Scaled-v0", 200, True, 0.99)
+    expected = ppo.evaluate(agent, envs, saved["statistics"], seed=1)
+    ((_, logged),) = scalars(run_dir, "eval/return_mean")
+    assert logged == pytest.approx(expected.mean(), abs=5 * expected.std() / 10)
+    blind = ppo.evaluate(agent, ppo.make_envs("probe_envs:Scaled-v0", 200, False, 0.99), {}, seed=1)
+    assert abs(logged - blind.mean()) > 5 * expected.std() / 10  # unnormalised, the policy does something else
+
+
+def test_normalised_observations_and_rewards_are_clipped_to_10():
+    envs = ppo.make_envs("probe_envs:Spike-v0", 1, True, 0.99)
+    envs.reset(seed=0)
+    seen = [envs.step(np.zeros(1, int))[:2] for _ in range(401)]
+    assert max(abs(obs).max() for obs, _ in seen) == max(abs(reward).max() for _, reward in seen) == 10
+    envs.close()
+
+
+@pytest.mark.parametrize("script", ["dqn", "reinforce", "a2c", "ppo"])
+def test_compiled_and_eager_runs_agree(script, tmp_path):
+    """ppo.py draws its noise outside the compiled code, so does every script: the same numbers, to rounding."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(1))
+    except Exception as fault:
+        pytest.skip(f"torch.compile does not work here: {type(fault).__name__}")
+    plain = weights(train(script, tmp_path, "Scaled-v0", total_timesteps=200))
+    compiled = weights(train(script, tmp_path, "Scaled-v0", total_timesteps=200, compile=True))
+    for name in plain:
+        torch.testing.assert_close(compiled[name], plain[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("script", ["dqn", "reinforce", "a2c", "ppo"])
+def test_a_gpu_learns_what_the_cpu_learns(script, compile, tmp_path):
+    flags = {
+        "ppo": {"num_steps": 64, "ent_coef": 0.0},
+        "a2c": {"num_steps": 16},
+        "reinforce": {"num_envs": 16},
+        "dqn": {},
+    }
+    flags = flags[script] | {"total_timesteps": 12_000, "learning_rate": 5e-3, "eval_episodes": 30}
+    run_dir = train(script, tmp_path, "Identity-v0", device="cuda", compile=compile, **flags)
+    assert scalars(run_dir, "eval/return_mean")[0][1] == pytest.approx(1.0, abs=0.02)
 
 
 def test_wrappers_follow_the_usual_mujoco_order():

@@ -218,21 +218,22 @@ def test_steps_are_drawn_uniformly_and_reset_rows_never():
 
 def test_a_million_atari_frames_fit_in_about_seven_gigabytes(monkeypatch):
     monkeypatch.setattr(dqn, "available_memory", lambda: 7_500_000_000)
-    dqn.check_memory(dqn.Args(env_id="ALE/Pong-v5", buffer_size=1_000_000))
+    dqn.check_memory(dqn.Args(env_id="ALE/Pong-v5", buffer_size=1_000_000), Box(0, 255, (4, 84, 84), np.uint8))
 
 
 def test_the_refusal_of_a_large_buffer_names_the_size_that_fits(monkeypatch, capsys):
     monkeypatch.setattr(dqn, "available_memory", lambda: 10_000_000)
+    space = Box(-1, 1, (4,), np.float32)
     with pytest.raises(SystemExit) as stop:
-        dqn.check_memory(dqn.Args(buffer_size=1_000_000))
+        dqn.check_memory(dqn.Args(buffer_size=1_000_000), space)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "--buffer-size 1000000" in message
     fitting = int(message.split("at most ")[1].split()[0])
-    buffer = dqn.ReplayBuffer(fitting, 1, Box(-1, 1, (4,), np.float32), 1)
+    buffer = dqn.ReplayBuffer(fitting, 1, space, 1)
     assert 9_400_000 < sum(x.nbytes for x in buffer.buffers()) <= 9_500_000  # 5 % is left to all else
-    dqn.check_memory(dqn.Args(buffer_size=fitting))
+    dqn.check_memory(dqn.Args(buffer_size=fitting), space)
     with pytest.raises(SystemExit):
-        dqn.check_memory(dqn.Args(buffer_size=fitting + 1))
+        dqn.check_memory(dqn.Args(buffer_size=fitting + 1), space)
 
 
 def test_a_buffer_larger_than_memory_is_refused_in_one_line_before_any_work(tmp_path):
