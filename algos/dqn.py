@@ -60,6 +60,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -428,7 +429,7 @@ def check_spaces(args: Args, *action_types: type) -> Box:
     try:
         envs = make_envs(args.env_id, 1, False, args.gamma)
         if args.capture_video:
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
                 make_envs(args.env_id, 1, False, args.gamma, Path(folder)).close()
     except Exception as fault:  # environments raise what they like
         reason = " ".join(str(fault).split()) or type(fault).__name__
