@@ -409,7 +409,9 @@ def check_spaces(args: Args, *action_types: type) -> Box:
         envs = make_envs(args.env_id, 1, False, args.gamma)
         if args.capture_video:
             with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
-                make_envs(args.env_id, 1, False, args.gamma, Path(folder)).close()
+                recorded = make_envs(args.env_id, 1, False, args.gamma, Path(folder))
+                recorded.reset()  # renders a frame, which needs a display or OpenGL for some
+                recorded.close()
     except Exception as fault:  # environments raise what they like
         reason = " ".join(str(fault).split()) or type(fault).__name__
         error(f"--env-id {args.env_id}{' with --capture-video' * args.capture_video}: {reason}")
