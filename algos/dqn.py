@@ -639,8 +639,6 @@ def check_finite(loss: float, step: int, run_dir: Path, bar: tqdm) -> None:
 
 def finish(args: Args, agent: nn.Module, statistics: dict[str, Tensor], run_dir: Path, writer: Any, step: int) -> None:
     """Write model.safetensors (weights, and running statistics as normalizer.*), evaluate, record a video."""
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
     if RANK > 0:
         return
     tensors = agent.state_dict() | {f"normalizer.{name}": x for name, x in statistics.items()}
