@@ -133,7 +133,7 @@ def validate(args: Args) -> None:
     check_ranges(args, 0, 1, "gamma")
     if args.num_envs % WORLD_SIZE:
         error(f"--num-envs {args.num_envs} must be a multiple of the {WORLD_SIZE} processes")
-    check_run(args)
+    check_run(args, "env_id", "normalize")
     check_spaces(args, Discrete, Box)
 
 
@@ -321,14 +321,12 @@ def check_run(args: Args, *fixed: str) -> None:
             torch.compile(lambda x: x + 1)(torch.ones(2, device="cuda" if args.device != "cpu" and gpus else "cpu"))
         except Exception as fault:  # no C++ compiler, say
             error(f"--compile: torch.compile does not work here ({' '.join(str(fault).split())[:200]})")
-    needed = {"wandb": args.track, "moviepy": args.capture_video, "cv2": args.capture_video and "ALE/" in args.env_id}
-    for package, wanted in needed.items():
-        if wanted and importlib.util.find_spec(package) is None:
-            error(f"{'--track' if package == 'wandb' else '--capture-video'} needs the package {package}")
+    if args.track:
+        check_package("track", "wandb")
     if args.resume:
         saved = load_checkpoint(args.resume)["args"]
-        for name in ("env_id", "normalize", *fixed):
-            if getattr(args, name) != saved.get(name, False):
+        for name in fixed:
+            if getattr(args, name) != saved[name]:
                 error(f"--resume {args.resume}: made with {name} {saved[name]}, not {getattr(args, name)}")
     run_dir = Path(args.run_dir)
     if args.run_dir and (run_dir / "args.json").exists():
@@ -336,10 +334,19 @@ def check_run(args: Args, *fixed: str) -> None:
             error(f"--run-dir {run_dir} already holds a run: choose another, or --resume {run_dir}/checkpoint.pt")
 
 
+def check_package(flag: str, *packages: str) -> None:
+    """Refuse a flag whose packages are not installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            error(f"--{flag} needs the package {package}")
+
+
 def check_spaces(args: Args, *action_types: type) -> Box:
     """Observation space of the environment; refuses one that can't be made or whose spaces are not handled."""
     if "ALE/" in args.env_id and not args.env_id.startswith("ALE/"):
         error(f"--env-id {args.env_id}: leave out what stands before ALE/")
+    if args.capture_video:
+        check_package("capture-video", "moviepy", *["cv2"] * args.env_id.startswith("ALE/"))
     try:
         envs = make_envs(args.env_id, 1, False, args.gamma)
         if args.capture_video:
@@ -490,14 +497,14 @@ def own(x: Tensor, dim: int = 0) -> Tensor:
     return x.chunk(WORLD_SIZE, dim)[RANK]
 
 
-def open_run(args: Args, step: int, finished: bool) -> tuple[Path, Any]:
+def open_run(args: Args, task: str, step: int, finished: bool) -> tuple[Path, Any]:
     """Create the run directory with args.json; returns it and a TensorBoard writer that continues after `step`.
 
     Other processes than the first write nothing; a finished run, which is only evaluated, logs nothing.
     """
-    task = args.env_id.replace("/", "_")
-    run_dir = Path(args.run_dir or f"runs/{task}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
-    silent = SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
+    name = f"{task.replace('/', '_')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.run_dir or f"runs/{name}")
+    silent = SimpleNamespace(add_scalar=lambda *_: None, add_text=lambda *_: None, close=lambda: None)
     if RANK > 0:
         return run_dir, silent
     try:
@@ -514,9 +521,9 @@ def open_run(args: Args, step: int, finished: bool) -> tuple[Path, Any]:
 
 
 def log(writer: Any, group: str, metrics: dict[str, float], step: int) -> None:
-    """Write metrics to TensorBoard as group/name."""
+    """Write metrics to TensorBoard as group/name, or as name when the group is empty."""
     for name, value in metrics.items():
-        writer.add_scalar(f"{group}/{name}", value, step)
+        writer.add_scalar(f"{group}/{name}".lstrip("/"), value, step)
 
 
 def log_episodes(writer: Any, bar: tqdm, episodes: np.ndarray, step: int) -> None:
@@ -608,7 +615,7 @@ def main(args: Args) -> None:
         set_statistics(envs, saved["statistics"])
         torch.set_rng_state(saved["rng"])
     statistics = get_statistics(envs)
-    run_dir, writer = open_run(args, step, finished=step >= args.total_timesteps)
+    run_dir, writer = open_run(args, args.env_id, step, finished=step >= args.total_timesteps)
 
     history, episodes = [], np.zeros(3)  # METRICS per update; number, returns, lengths of episodes
     start_step, start_time = step, time.perf_counter()
