@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-for folder in (TESTS, TESTS.parent / "algos"):
+for folder in (TESTS, TESTS.parent / "algos", TESTS.parent / "benchmark"):
     sys.path.insert(0, str(folder))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side

@@ -1,0 +1,518 @@
+"""The small language world: a grammar of short film reviews whose truth is known.
+
+A prompt names a film, its genre and two aspects; a response reviews them in two to four sentences. All tokens are
+separated by single spaces, so that a whitespace tokenizer reads them; a text is prompt + " " + response.
+
+    review of silent river , a drama , on acting and music :
+    the acting was not very wooden . i loved the music . the plot felt rather clever .
+    gold reward (0.5 + 0.8 + 0.3) / 3
+
+The first sentence is on the first aspect asked for, the second on the second, further ones on any aspect not reviewed
+yet. Every text has one derivation, so its probability is known, and with it the generator's entropy (the floor of the
+SFT loss). The gold reward reads the sentiment from the parse. Preferences are Bradley-Terry draws on it, so the best
+possible accuracy of a reward model is known, and so is the optimum of RL with a KL penalty.
+
+    python benchmark/world.py        # sampled reviews and all exact figures, in half a second
+
+Units: entropies, KL and log-probabilities in nats, lengths in tokens. Sentiment is counted in points, 1000 points = 1:
+every score of the grammar is a whole number of points, so sums are exact. `rng` is a random.Random or numpy Generator.
+"""
+
+import argparse
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+# --- the grammar: words with their probabilities and points ---
+
+TITLES = (  # one word of each
+    "silent golden broken hidden distant crimson frozen burning lonely ancient wild secret falling painted electric",
+    "river garden mirror winter harbour station island mountain letter summer forest bridge window desert orchard",
+)
+GENRES = ["drama", "comedy", "thriller", "western", "musical", "fantasy", "documentary", "mystery"]
+
+POINTS = {"strong": 800, "mild": 400}  # of a positive adjective; a negative one has the opposite
+STRENGTHS = {"strong": 0.7, "mild": 0.3}  # probability of each
+ADJECTIVES = {  # fit every aspect
+    ("strong", 1): "brilliant superb wonderful excellent stunning outstanding",
+    ("mild", 1): "good nice pleasant decent enjoyable solid",
+    ("mild", -1): "dull weak bland mediocre uneven forgettable",
+    ("strong", -1): "awful terrible dreadful horrible atrocious abysmal",
+}
+OWN_ADJECTIVES = {  # fit one aspect only: strong positive, mild positive, mild negative, strong negative
+    "acting": "magnetic convincing stiff wooden",
+    "plot": "ingenious clever predictable senseless",
+    "music": "soaring catchy repetitive grating",
+    "dialogue": "sparkling witty clumsy unspeakable",
+    "pacing": "electrifying brisk sluggish glacial",
+    "ending": "unforgettable satisfying abrupt infuriating",
+    "humour": "hilarious amusing corny tasteless",
+    "photography": "breathtaking crisp blurry hideous",
+    "lighting": "luminous moody murky blinding",
+    "editing": "seamless tidy choppy incoherent",
+    "casting": "inspired apt odd disastrous",
+    "directing": "visionary assured timid inept",
+    "scenery": "majestic picturesque drab ghastly",
+    "opening": "riveting inviting slow unwatchable",
+    "romance": "passionate tender lukewarm lifeless",
+    "suspense": "gripping steady thin nonexistent",
+}
+ASPECTS = tuple(OWN_ADJECTIVES)
+OWN_SHARE = 0.3  # probability that an adjective is the aspect's own
+
+DEGREES = {"": (1.0, 0.5), "very": (1.25, 0.15), "really": (1.25, 0.1), "rather": (0.75, 0.15), "fairly": (0.75, 0.1)}
+NOT = (-0.5, 0.15)  # "not dull" is mildly positive; like DEGREES: factor on the points, probability
+VERBS = {"was": 0.6, "felt": 0.2, "seemed": 0.2}
+FEELINGS = {"loved": (800, 0.6), "liked": (400, 0.4), "disliked": (-400, 0.4), "hated": (-800, 0.6)}
+CONTRAST = (0.3, 0.7)  # weights of the two sides of "but"
+FORMS = {"plain": 0.6, "feeling": 0.2, "contrast": 0.2}
+
+START = {1: 0.4, -1: 0.6}  # polarity of the first sentence
+STAY = 0.7  # probability that the next sentence keeps the polarity
+MIN_SENTENCES, MAX_SENTENCES = 2, 4
+STOP = {1: 0.0, 2: 0.3, 3: 0.5, 4: 1.0}  # probability that the text ends after so many sentences
+BT_SCALE = 2.0  # gold reward to Bradley-Terry logits
+
+
+def vocabulary() -> list[str]:
+    """All words of prompts and responses, sorted, without special tokens."""
+    texts = [*TITLES, *GENRES, *ADJECTIVES.values(), *ASPECTS, *OWN_ADJECTIVES.values(), *DEGREES, *VERBS, *FEELINGS]
+    return sorted(set(" ".join([*texts, "review of a on and : , the i not but ."]).split()))
+
+
+@cache
+def adjectives(aspect: str) -> dict[str, tuple[int, float]]:
+    """The adjectives that fit an aspect: points, and probability given the polarity."""
+    found = {}
+    own = dict(zip(ADJECTIVES, OWN_ADJECTIVES[aspect].split(), strict=True))
+    for (strength, polarity), general in ADJECTIVES.items():
+        points, probability = polarity * POINTS[strength], STRENGTHS[strength]
+        words = general.split()
+        found |= {word: (points, probability * (1 - OWN_SHARE) / len(words)) for word in words}
+        found[own[strength, polarity]] = (points, probability * OWN_SHARE)
+    return found
+
+
+@cache
+def phrases(aspect: str) -> dict[str, tuple[int, float]]:
+    """All adjective phrases, [not] [degree] adjective: points, and probability given the polarity (their sign)."""
+    found = {}
+    for negation, negation_factor, negation_probability in (("", 1.0, 1 - NOT[1]), ("not", *NOT)):
+        for degree, (degree_factor, degree_probability) in DEGREES.items():
+            for adjective, (points, probability) in adjectives(aspect).items():
+                phrase = " ".join(f"{negation} {degree} {adjective}".split())
+                points = round(points * degree_factor * negation_factor)
+                found[phrase] = (points, probability * degree_probability * negation_probability)
+    return found
+
+
+def contrast_points(first: int, second: int) -> int:
+    """Points of "<first> but <second>"."""
+    return round(CONTRAST[0] * first + CONTRAST[1] * second)
+
+
+def of_polarity(words: Mapping[str, tuple[int, float]], polarity: int) -> dict[str, float]:
+    """Probabilities of those words or phrases whose points have the sign of `polarity`."""
+    return {word: probability for word, (points, probability) in words.items() if points * polarity > 0}
+
+
+@cache
+def phrase_probabilities(aspect: str, polarity: int) -> dict[str, float]:
+    """Probabilities of an aspect's adjective phrases of one polarity."""
+    return of_polarity(phrases(aspect), polarity)
+
+
+def next_polarity(polarity: int) -> dict[int, float]:
+    """Probabilities of the next sentence's polarity: a Markov chain."""
+    return {polarity: STAY, -polarity: 1 - STAY}
+
+
+# --- the generator ---
+
+
+def draw(probabilities: Mapping[Any, float], rng) -> Any:
+    """One key, drawn with its probability."""
+    left = rng.random()
+    for key, probability in probabilities.items():
+        left -= probability
+        if left < 0:
+            break
+    return key  # the last one where rounding leaves a rest
+
+
+def pick(items: Sequence[str], rng) -> str:
+    """One item, drawn uniformly."""
+    return items[int(rng.random() * len(items))]
+
+
+def sample_prompt(rng) -> str:
+    """A prompt, uniform over titles, genres and ordered pairs of different aspects."""
+    title = " ".join(pick(words.split(), rng) for words in TITLES)
+    genre, first = pick(GENRES, rng), pick(ASPECTS, rng)
+    second = pick([aspect for aspect in ASPECTS if aspect != first], rng)
+    return f"review of {title} , a {genre} , on {first} and {second} :"
+
+
+def asked_aspects(prompt: str) -> list[str]:
+    """The two aspects that a prompt asks for. ValueError when it is no prompt of this world."""
+    match prompt.split():
+        case ["review", "of", *title, ",", "a", genre, ",", "on", first, "and", second, ":"] if (
+            len(title) == len(TITLES)
+            and all(word in known.split() for word, known in zip(title, TITLES))
+            and genre in GENRES
+            and first in ASPECTS
+            and second in ASPECTS
+            and first != second
+        ):
+            return [first, second]
+    raise ValueError(f"not a prompt of this world: {prompt[:200]!r}")
+
+
+def sample_sentence(aspect: str, polarity: int, rng) -> str:
+    """A sentence of given polarity on an aspect."""
+    form = draw(FORMS, rng)
+    if form == "feeling":
+        return f"i {draw(of_polarity(FEELINGS, polarity), rng)} the {aspect} ."
+    phrase = draw(phrase_probabilities(aspect, polarity), rng)
+    if form == "contrast":
+        return f"the {aspect} was {draw(phrase_probabilities(aspect, -polarity), rng)} but {phrase} ."
+    return f"the {aspect} {draw(VERBS, rng)} {phrase} ."
+
+
+def sample_response(prompt: str, rng) -> str:
+    """A review that answers the prompt."""
+    aspects = asked_aspects(prompt)
+    polarity = draw(START, rng)
+    sentences = [sample_sentence(aspects[0], polarity, rng)]
+    while not draw({True: STOP[len(sentences)], False: 1 - STOP[len(sentences)]}, rng):
+        if len(sentences) == len(aspects):
+            aspects.append(pick([aspect for aspect in ASPECTS if aspect not in aspects], rng))
+        polarity = draw(next_polarity(polarity), rng)
+        sentences.append(sample_sentence(aspects[len(sentences)], polarity, rng))
+    return " ".join(sentences)
+
+
+# --- the parser, exact probabilities and the gold reward ---
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One sentence of a response as the parser reads it."""
+
+    text: str
+    """its words"""
+    problem: str = ""
+    """why it is refused; empty when it is not, and only then the rest but `aspect` means anything"""
+    aspect: str = ""
+    """what it is on; empty when that can't be told"""
+    points: int = 0
+    """sentiment in thousandths, -1000 to 1000"""
+    polarity: int = 0
+    """+1 or -1; of a contrast that of its second side, whatever the sign of the points"""
+    probability: float = 0.0
+    """of the words, given aspect and polarity"""
+
+
+def read_sentence(words: Sequence[str]) -> Sentence:
+    """Parse one sentence by itself, without its context."""
+    text = " ".join(words)
+    match words:
+        case [*_, last] if last != ".":
+            return Sentence(text, "does not end in a full stop")
+        case ["i", feeling, "the", aspect, "."] if feeling in FEELINGS and aspect in ASPECTS:
+            points, probability = FEELINGS[feeling]
+            return Sentence(text, "", aspect, points, 1 if points > 0 else -1, FORMS["feeling"] * probability)
+        case ["the", aspect, verb, *rest, "."] if aspect in ASPECTS and verb in VERBS:
+            sides = " ".join(rest).split(" but ")
+            unknown = [side for side in sides if side not in phrases(aspect)]
+            if unknown:
+                return Sentence(text, f"{unknown[0]!r} says nothing about {aspect}", aspect)
+            read = [phrases(aspect)[side] for side in sides]
+            points, probability = read[-1]
+            polarity = 1 if points > 0 else -1
+            if len(sides) == 1:
+                return Sentence(text, "", aspect, points, polarity, FORMS["plain"] * VERBS[verb] * probability)
+            if len(sides) > 2 or verb != "was" or read[0][0] * points > 0:
+                return Sentence(text, "a contrast is 'was', then two sides of opposite polarity", aspect)
+            probability *= FORMS["contrast"] * read[0][1]
+            return Sentence(text, "", aspect, contrast_points(read[0][0], points), polarity, probability)
+    return Sentence(text, "has no form of this grammar")
+
+
+def parse(prompt: str, response: str) -> list[Sentence]:
+    """The sentences of any text, in order, each with its aspect and sentiment or the problem with it.
+
+    A problem is also an aspect that was not asked for (first two sentences), one reviewed before, or a fifth sentence.
+    Whitespace of any kind separates words. Never fails on a response; ValueError when the prompt is not of this world.
+    """
+    asked, reviewed, sentences, start = asked_aspects(prompt), set(), [], 0
+    words = response.split()
+    ends = [i + 1 for i, word in enumerate(words) if word == "."]
+    if words and words[-1] != ".":
+        ends.append(len(words))  # unfinished
+    for number, end in enumerate(ends):
+        sentence = read_sentence(words[start:end])
+        if number >= MAX_SENTENCES:
+            sentence = Sentence(sentence.text, f"more than {MAX_SENTENCES} sentences", sentence.aspect)
+        elif not sentence.problem and number < len(asked) and sentence.aspect != asked[number]:
+            sentence = Sentence(sentence.text, f"off topic: {asked[number]} was asked for", sentence.aspect)
+        elif not sentence.problem and sentence.aspect in reviewed:
+            sentence = Sentence(sentence.text, f"{sentence.aspect} was reviewed before", sentence.aspect)
+        if not sentence.problem:
+            reviewed.add(sentence.aspect)
+        sentences.append(sentence)
+        start = end
+    return sentences
+
+
+def log_prob(prompt: str, response: str) -> float:
+    """Exact log-probability (nats) of a response and its end under the generator; -inf where it can't be generated."""
+    sentences = parse(prompt, response)
+    if len(sentences) < MIN_SENTENCES or any(sentence.problem for sentence in sentences):
+        return -math.inf
+    total, polarities = 0.0, START
+    for number, sentence in enumerate(sentences, start=1):
+        aspects_left = len(ASPECTS) - number + 1 if number > 2 else 1  # the first two are given
+        stop = STOP[number] if number == len(sentences) else 1 - STOP[number]
+        total += math.log(polarities[sentence.polarity] * sentence.probability / aspects_left * stop)
+        polarities = next_polarity(sentence.polarity)
+    return total
+
+
+def gold_reward(prompt: str, response: str, finished: bool = True) -> float:
+    """Gold reward in [-1, 1]: the mean sentiment of the sentences, where each with a problem counts -1.
+
+    Each sentence missing to two counts -1 as well. A text that ends without a full stop or, `finished` false, without
+    the end-of-sequence token loses another 0.5. The result is clipped to [-1, 1].
+    """
+    points = [-1000 if sentence.problem else sentence.points for sentence in parse(prompt, response)]
+    points += [-1000] * (MIN_SENTENCES - len(points))
+    gold = sum(points) / (1000 * len(points))
+    if not finished or response.split()[-1:] != ["."]:
+        gold -= 0.5
+    return max(-1.0, min(1.0, gold))
+
+
+# --- exact quantities: the words differ between aspects but the probabilities do not, so one aspect stands for all ---
+
+
+def entropy_of(probabilities: Iterable[float]) -> float:
+    """Entropy -sum p log p of a distribution, in nats."""
+    return -sum(p * math.log(p) for p in probabilities if p > 0)
+
+
+def sentence_entropy(polarity: int) -> float:
+    """Entropy of a sentence's words given aspect and polarity, in nats."""
+    phrase = entropy_of(phrase_probabilities(ASPECTS[0], polarity).values())
+    other = entropy_of(phrase_probabilities(ASPECTS[0], -polarity).values())
+    plain = entropy_of(VERBS.values()) + phrase
+    feeling = entropy_of(of_polarity(FEELINGS, polarity).values())
+    words = FORMS["plain"] * plain + FORMS["feeling"] * feeling + FORMS["contrast"] * (other + phrase)
+    return entropy_of(FORMS.values()) + words
+
+
+def sentence_length(polarity: int) -> float:
+    """Mean length of a sentence given its polarity, in tokens."""
+    length = {
+        sign: sum(p * len(phrase.split()) for phrase, p in phrase_probabilities(ASPECTS[0], sign).items())
+        for sign in (1, -1)
+    }
+    plain, feeling, contrast = 4 + length[polarity], 5, 5 + length[polarity] + length[-polarity]
+    return FORMS["plain"] * plain + FORMS["feeling"] * feeling + FORMS["contrast"] * contrast
+
+
+@cache
+def sentence_points(polarity: int) -> dict[int, float]:
+    """Distribution of a sentence's points given its polarity."""
+    phrase: dict[int, dict[int, float]] = {1: {}, -1: {}}
+    for points, p in phrases(ASPECTS[0]).values():
+        sign = 1 if points > 0 else -1
+        phrase[sign][points] = phrase[sign].get(points, 0.0) + p
+    found = {points: FORMS["plain"] * p for points, p in phrase[polarity].items()}
+    for points, p in FEELINGS.values():
+        if points * polarity > 0:
+            found[points] = found.get(points, 0.0) + FORMS["feeling"] * p
+    for first, p in phrase[-polarity].items():
+        for second, q in phrase[polarity].items():
+            points = contrast_points(first, second)
+            found[points] = found.get(points, 0.0) + FORMS["contrast"] * p * q
+    return found
+
+
+def sentence_polarities() -> list[dict[int, float]]:
+    """For each sentence number: the probability that there is one and that it has this polarity."""
+    found = [START]
+    while STOP[len(found)] < 1:
+        reached = dict.fromkeys(START, 0.0)
+        for polarity, p in found[-1].items():
+            for following, q in next_polarity(polarity).items():
+                reached[following] += p * (1 - STOP[len(found)]) * q
+        found.append(reached)
+    return found
+
+
+def entropy() -> float:
+    """Entropy of a response given its prompt, in nats: the sum over all choices made, by the chain rule."""
+    total = entropy_of(START.values())
+    for number, polarities in enumerate(sentence_polarities(), start=1):
+        go = 1 - STOP[number]
+        next_aspect = math.log(len(ASPECTS) - number) if number >= 2 else 0.0  # the first two are given
+        for polarity, p in polarities.items():
+            going_on = entropy_of(next_polarity(polarity).values()) + next_aspect
+            total += p * (sentence_entropy(polarity) + entropy_of([STOP[number], go]) + go * going_on)
+    return total
+
+
+def expected_length() -> float:
+    """Mean length of a response in tokens, the end-of-sequence token included."""
+    return 1 + sum(p * sentence_length(sign) for step in sentence_polarities() for sign, p in step.items())
+
+
+def max_length() -> int:
+    """Length of the longest response in tokens, the end-of-sequence token included."""
+    sides = 2 * max(len(phrase.split()) for phrase in phrases(ASPECTS[0]))
+    return MAX_SENTENCES * (5 + sides) + 1
+
+
+def entropy_per_token() -> float:
+    """Nats per token: the lowest SFT loss that any model can reach, when averaged over all tokens of a large corpus."""
+    return entropy() / expected_length()
+
+
+@cache
+def reward_distribution() -> dict[float, float]:
+    """Probability of each gold reward of the generator's responses (any prompt), in rising order."""
+    found: dict[float, float] = {}
+    sums = {polarity: {0: p} for polarity, p in START.items()}  # next polarity -> points so far -> probability
+    for number in range(1, MAX_SENTENCES + 1):
+        following: dict[int, dict[int, float]] = {1: {}, -1: {}}
+        for polarity, before in sums.items():
+            after: dict[int, float] = {}
+            for total, p in before.items():
+                for points, q in sentence_points(polarity).items():
+                    after[total + points] = after.get(total + points, 0.0) + p * q
+            for total, p in after.items():
+                gold = total / (1000 * number)
+                found[gold] = found.get(gold, 0.0) + p * STOP[number]
+                for sign, q in next_polarity(polarity).items():
+                    following[sign][total] = following[sign].get(total, 0.0) + p * (1 - STOP[number]) * q
+        sums = following
+    return {gold: p for gold, p in sorted(found.items()) if p > 0}
+
+
+# --- the optimum of RL with a KL penalty, and preferences ---
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """Of J(policy) = E_policy[r] - beta KL(policy || reference), r = scale * gold: what the best policy reaches."""
+
+    j_star: float
+    """J* = beta log E_ref[exp(r / beta)]"""
+    j_ref: float
+    """J of the reference itself, E_ref[r]"""
+    kl_star: float
+    """KL(best policy || reference) in nats"""
+    gold_star: float
+    """mean gold reward of the best policy"""
+    standard_error: float = 0.0
+    """of j_star; 0 when exact"""
+    effective_samples: float = math.inf
+    """(sum w)^2 / sum w^2 of w = exp(r / beta); inf when exact"""
+
+    @property
+    def reliable(self) -> bool:
+        """Whether at least 100 samples carry the estimate; print no share of J* - J_ref where they do not."""
+        return self.effective_samples >= 100
+
+
+def tilt(golds: np.ndarray, p: np.ndarray, beta: float, scale: float) -> tuple[Optimum, np.ndarray]:
+    """The optimum for golds (K,) that the reference has with probability p (K,), and weights (K,) exp(r / beta) / c."""
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, not {beta}")
+    exponents = scale * golds / beta
+    weights = np.exp(exponents - exponents.max())  # the largest is 1: never overflows
+    log_mean = float(np.log(p @ weights) + exponents.max())
+    gold_star = float(p @ (weights * golds) / (p @ weights))
+    kl_star = scale * gold_star / beta - log_mean  # E*[log w] - log E_ref[w]
+    return Optimum(beta * log_mean, scale * float(p @ golds), kl_star, gold_star), weights
+
+
+def optimum(beta: float, scale: float = BT_SCALE) -> Optimum:
+    """The exact optimum with the generator as reference. ValueError unless beta is positive."""
+    distribution = reward_distribution()
+    return tilt(np.array(list(distribution)), np.array(list(distribution.values())), beta, scale)[0]
+
+
+def optimum_from_samples(golds: Sequence[float], beta: float, scale: float = BT_SCALE) -> Optimum:
+    """The optimum estimated from the gold rewards (n,) of reference samples, with its error (delta method).
+
+    Ask `reliable` before use: far from the reference only a few samples carry the estimate, which is then biased down.
+    ValueError with fewer than two samples or unless beta is positive.
+    """
+    values = np.asarray(golds, dtype=float)
+    if values.ndim != 1 or len(values) < 2:
+        raise ValueError("at least two gold rewards are needed, in one dimension")
+    found, weights = tilt(values, np.full(len(values), 1 / len(values)), beta, scale)
+    standard_error = beta * weights.std(ddof=1) / (weights.mean() * math.sqrt(len(values)))
+    effective_samples = weights.sum() ** 2 / (weights**2).sum()
+    return Optimum(
+        found.j_star, found.j_ref, found.kl_star, found.gold_star, float(standard_error), float(effective_samples)
+    )
+
+
+def preference_probability(gold_a, gold_b, scale: float = BT_SCALE):
+    """P(a is preferred to b) = sigmoid(scale (gold_a - gold_b)), Bradley-Terry; numbers or arrays of one shape."""
+    return 1 / (1 + np.exp(-scale * (np.asarray(gold_a) - np.asarray(gold_b))))
+
+
+def bayes_accuracy(pairs: Sequence[tuple[float, float]], scale: float = BT_SCALE) -> float:
+    """Accuracy on these pairs of golds (n, 2) that no reward model can beat on average over the preference draws."""
+    golds = np.asarray(pairs, dtype=float)
+    if golds.ndim != 2 or golds.shape[1] != 2 or not len(golds):
+        raise ValueError("pairs of gold rewards are needed, one row each")
+    p = preference_probability(golds[:, 0], golds[:, 1], scale)
+    return float(np.maximum(p, 1 - p).mean())
+
+
+def expected_bayes_accuracy(scale: float = BT_SCALE) -> float:
+    """The exact mean of `bayes_accuracy` over pairs of independent responses of the generator."""
+    golds, probabilities = map(np.array, zip(*reward_distribution().items()))
+    total = 0.0
+    for gold, p in zip(golds, probabilities):
+        total += p * (probabilities @ preference_probability(np.maximum(gold, golds), np.minimum(gold, golds), scale))
+    return float(total)
+
+
+def main() -> None:
+    """Show sampled reviews and the exact figures."""
+    parser = argparse.ArgumentParser(description="Sampled film reviews and the exact figures of the world.")
+    parser.add_argument("--samples", type=int, default=5, help="reviews to show (default 5)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the reviews (default 1)")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    for _ in range(args.samples):
+        prompt = sample_prompt(rng)
+        response = sample_response(prompt, rng)
+        print(f"{prompt}\n  {response}\n  gold {gold_reward(prompt, response):+.3f}, ", end="")
+        print(f"log-probability {log_prob(prompt, response):.2f} nats, {len(response.split()) + 1} tokens with EOS")
+    golds, p = map(np.array, zip(*reward_distribution().items()))
+    prompts = math.prod(len(words.split()) for words in TITLES) * len(GENRES) * len(ASPECTS) * (len(ASPECTS) - 1)
+    print(f"\nvocabulary            {len(vocabulary())} words, {prompts:,} prompts")
+    print(f"response length       {expected_length():.3f} tokens with EOS, at most {max_length()}")
+    print(f"entropy               {entropy():.3f} nats per response, {entropy_per_token():.4f} per token")
+    print(f"gold reward           mean {p @ golds:+.4f}, std {math.sqrt(p @ golds**2 - (p @ golds) ** 2):.4f}")
+    print(f"Bayes accuracy        {expected_bayes_accuracy():.4f} on independent pairs at scale {BT_SCALE}")
+    print("beta    J*      J_ref    KL* (nats)  gold")
+    for beta in (0.05, 0.1, 0.2, 0.5, 1.0):
+        best = optimum(beta)
+        print(f"{beta:<6}  {best.j_star:.4f}  {best.j_ref:+.4f}  {best.kl_star:10.4f}  {best.gold_star:+.4f}")
+
+
+if __name__ == "__main__":
+    main()
