@@ -1,0 +1,142 @@
+"""Rebuild benchmark/assets, the small language world that the language scripts run on, from nothing.
+
+    python benchmark/build_assets.py                # writes benchmark/assets
+    python benchmark/build_assets.py --out /tmp/assets
+
+Steps: an untrained model with its tokenizer (base), reviews from the grammar (reviews), algos/sft.py on them (sft),
+pairs of samples of that model, labelled by a Bradley-Terry draw on their gold reward (preferences), and prompts alone
+(prompts), algos/reward_model.py on the pairs (reward). Each split of a data set has prompts of its own.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import world
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+ALGOS = Path(__file__).resolve().parent.parent / "algos"
+SEED = 7
+ROWS = {  # rows of each split
+    "reviews": {"train": 24_000, "test": 1_000},
+    "preferences": {"train": 12_000, "test": 1_000},
+    "prompts": {"train": 8_000, "test": 500},
+}
+RESPONSE_LENGTH = 48  # tokens; the longest of the grammar has 45
+
+
+def build_base(folder: Path) -> None:
+    """An untrained Llama of 0.67 M parameters with a word-level tokenizer."""
+    words = ["<pad>", "<eos>", "<unk>", *world.vocabulary()]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    torch.manual_seed(SEED)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def fresh_prompts(rng: random.Random) -> Iterator[str]:
+    """Prompts of the world without end, none twice."""
+    seen: set[str] = set()
+    while True:
+        prompt = world.sample_prompt(rng)
+        if prompt not in seen:
+            seen.add(prompt)
+            yield prompt
+
+
+@torch.no_grad()
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[tuple[str, bool]]:
+    """A response of the model to each prompt at temperature 1, and whether it ended before the length limit."""
+    found = []
+    for start in range(0, len(prompts), 500):
+        ids = tokenizer(prompts[start : start + 500], return_tensors="pt").input_ids  # all prompts have one length
+        model.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=RESPONSE_LENGTH)
+        for row in output[:, ids.shape[1] :]:
+            words = tokenizer.decode(row).split()
+            finished = "<eos>" in words
+            found.append((" ".join(words[: words.index("<eos>")] if finished else words), finished))
+    return found
+
+
+def preference_pairs(prompts: list[str], responses: list[tuple[str, bool]], rng: random.Random) -> Iterator[dict]:
+    """Rows prompt, chosen, rejected from two responses to each prompt; the gold rewards are kept beside them."""
+    for prompt, a, b in zip(prompts, responses[::2], responses[1::2], strict=True):
+        gold_a, gold_b = (world.gold_reward(prompt, text, finished) for text, finished in (a, b))
+        if rng.random() > world.preference_probability(gold_a, gold_b):
+            a, b, gold_a, gold_b = b, a, gold_b, gold_a
+        yield {
+            "prompt": prompt,
+            "chosen": f" {a[0]}",
+            "rejected": f" {b[0]}",
+            "gold_chosen": round(gold_a, 4),
+            "gold_rejected": round(gold_b, 4),
+        }
+
+
+def write_rows(path: Path, rows: Iterator[dict]) -> None:
+    """One JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def train(script: str, run_dir: Path, model: Path, *flags: object) -> None:
+    """Run a shipped script through its command line and keep its model."""
+    command = [sys.executable, ALGOS / f"{script}.py", "--run-dir", run_dir, *flags]
+    print("+", *command[1:], flush=True)
+    subprocess.run(list(map(str, command)), check=True)
+    shutil.copytree(run_dir / "model", model, dirs_exist_ok=True)
+    shutil.rmtree(run_dir)
+
+
+def main() -> None:
+    """Write all assets to --out."""
+    parser = argparse.ArgumentParser(description="Rebuild the small language world from nothing.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "assets", help="folder to write")
+    out = parser.parse_args().out
+    rng = random.Random(SEED)
+    prompts = fresh_prompts(rng)
+    build_base(out / "base")
+    for split, rows in ROWS["reviews"].items():
+        reviews = (
+            {"prompt": p, "completion": f" {world.sample_response(p, rng)}"} for p, _ in zip(prompts, range(rows))
+        )
+        write_rows(out / "reviews" / f"{split}.jsonl", reviews)
+    train("sft", out / "run", out / "sft", "--model", out / "base", "--dataset", out / "reviews")
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "sft")
+    sft = AutoModelForCausalLM.from_pretrained(out / "sft").eval()
+    torch.manual_seed(SEED)
+    for split, rows in ROWS["prompts"].items():
+        write_rows(out / "prompts" / f"{split}.jsonl", ({"prompt": p} for p, _ in zip(prompts, range(rows))))
+    for split, rows in ROWS["preferences"].items():
+        asked = [p for p, _ in zip(prompts, range(rows))]
+        responses = sample(sft, tokenizer, [p for p in asked for _ in range(2)])
+        write_rows(out / "preferences" / f"{split}.jsonl", preference_pairs(asked, responses, rng))
+    train("reward_model", out / "run", out / "reward", "--model", out / "sft", "--dataset", out / "preferences")
+
+
+if __name__ == "__main__":
+    main()

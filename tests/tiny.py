@@ -1,0 +1,128 @@
+"""Tiny language models, tokenizers and data sets for the tests, made on the spot: no hub is needed."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+WORDS = "review of : the acting plot music was felt great dull fine bad . very not film user assistant".split()
+TEXTS = [
+    f"the {a} was {d} {j} ." for a in ("acting", "plot") for d in ("very", "not") for j in ("great", "dull", "bad")
+]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA_STYLE = (  # BOS and EOS are in the template
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% else %}[{{ m.role }}] {{ m.content }} :{% endif %}{% endfor %}"
+)
+_SHARED = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 128}
+CONFIGS = {
+    "gpt2": lambda vocab: GPT2Config(vocab_size=vocab, n_embd=32, n_head=4, n_layer=2, n_positions=128),
+    "llama": lambda vocab: LlamaConfig(vocab_size=vocab, intermediate_size=64, tie_word_embeddings=True, **_SHARED),
+    "qwen3": lambda vocab: Qwen3Config(
+        vocab_size=vocab, intermediate_size=64, head_dim=8, num_key_value_heads=2, **_SHARED
+    ),
+    "gpt_neox": lambda vocab: GPTNeoXConfig(vocab_size=vocab, intermediate_size=64, **_SHARED),
+    "mistral": lambda vocab: MistralConfig(vocab_size=vocab, intermediate_size=64, num_key_value_heads=2, **_SHARED),
+}
+
+
+def word_tokenizer(pad: str | None = "<pad>", eos: str | None = "<eos>", **special: str) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over WORDS with a ChatML-like template of whole words."""
+    vocab = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", "<bos>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token=pad, eos_token=eos, **special
+    )
+    fast.chat_template = (
+        "{% for m in messages %} {{ m.role }} : {{ m.content }} {% if m.role == 'assistant' %}<eos>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %} assistant : {% endif %}"
+    )
+    return fast
+
+
+def bpe_tokenizer(bos: bool = False, template: str = CHATML) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that merges often, so that a prompt and its completion may share a token where they meet."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([*TEXTS, *WORDS, "Question: what? Answer: 42 is right."] * 4, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    eos = "<|im_end|>" if template == CHATML else "</s>"
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, pad_token=eos)
+    fast.chat_template = template
+    return fast
+
+
+def make_model(folder: Path, arch: str = "llama", tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0,
+               **config) -> PreTrainedModel:  # fmt: skip
+    """A random model of an architecture of CONFIGS and its tokenizer, saved in `folder`; returns the model."""
+    tokenizer = tokenizer or word_tokenizer()
+    settings = CONFIGS[arch](len(tokenizer))
+    settings.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, **config})
+    settings.bos_token_id = tokenizer.bos_token_id
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    with torch.no_grad():  # wide enough that outputs differ clearly from token to token
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.eval()
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    """One JSON object a line; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def completions(rows: int) -> list[dict]:
+    """prompt and completion rows of unequal lengths."""
+    return [
+        {"prompt": f"review of {WORDS[4 + i % 3]} :", "completion": " " + " ".join([TEXTS[i % 12]] * (1 + i % 3))}
+        for i in range(rows)
+    ]
+
+
+def preferences(rows: int) -> list[dict]:
+    """prompt, chosen and rejected rows of unequal lengths: a positive text is preferred."""
+    return [
+        {
+            "prompt": f"review of {WORDS[4 + i % 3]} :" if i % 2 else f"the film : review of {WORDS[4 + i % 3]} :",
+            "chosen": " " + " ".join([f"the {WORDS[4 + i % 3]} was great ."] * (1 + i % 2)),
+            "rejected": " " + " ".join([f"the {WORDS[5 + i % 2]} felt very dull ."] * (1 + i % 3)),
+        }
+        for i in range(rows)
+    ]
+
+
+def as_messages(row: dict) -> dict:
+    """The conversational form of a row: the prompt a user's message, completions an assistant's."""
+    return {
+        column: [{"role": "user" if column == "prompt" else "assistant", "content": text.strip()}]
+        for column, text in row.items()
+    }
