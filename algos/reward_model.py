@@ -192,7 +192,7 @@ def rewards(model: PreTrainedModel, ids: Tensor, last: Tensor) -> Tensor:
     """
     after = torch.arange(ids.shape[1], device=ids.device) > last[:, None]
     ids = ids.masked_fill(after, model.config.get_text_config().pad_token_id)
-    return model(ids, use_cache=False).logits[:, 0].float() - model.config.reward_mean
+    return model(ids, use_cache=False).logits[:, 0].float() - getattr(model.config, "reward_mean", 0.0)
 
 
 # --- algorithm ---
