@@ -110,9 +110,9 @@ def train(args: Args, folder: Path) -> None:
     held_out = reward_model.load_scored_pairs(args, tokenizer, args.eval_split)
     rows = datasets.load_dataset(args.dataset, split=args.train_split)
     trainer = trl_trainer(args, folder, tokenizer, rows)
-    print("before", reward_model.held_out_metrics(args, trainer.model.eval(), held_out)[0])
+    print("before", reward_model.held_out_rewards(args, trainer.model.eval(), held_out)[0])
     speed = trainer.train().metrics["train_samples_per_second"]
-    print("after", reward_model.held_out_metrics(args, trainer.model.eval(), held_out)[0], f"{speed:.0f} pairs/s")
+    print("after", reward_model.held_out_rewards(args, trainer.model.eval(), held_out)[0], f"{speed:.0f} pairs/s")
 
 
 def speed(args: Args, folder: Path, repeats: int) -> None:
