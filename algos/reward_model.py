@@ -723,7 +723,7 @@ def load_scored_pairs(args: Args, tokenizer: PreTrainedTokenizerBase, split: str
     return truncate([[*pair, [margin]] for pair, margin in pairs], args.max_length, split)
 
 
-def held_out_metrics(args: Args, model: PreTrainedModel,
+def held_out_rewards(args: Args, model: PreTrainedModel,
                      rows: list[list[Any]]) -> tuple[dict[str, float], float, float]:
     """Means of loss, accuracy and margin over all pairs, then mean and standard deviation of their 2·pairs rewards."""
     sums = torch.zeros(5, dtype=torch.float64, device=model.device)
@@ -765,7 +765,7 @@ def main(args: Args) -> None:
 
     def evaluate() -> None:
         if held_out:
-            metrics, _, _ = held_out_metrics(args, model, held_out)
+            metrics, _, _ = held_out_rewards(args, model, held_out)
             log(writer, "eval", metrics, step)
             say(f"update {step}: held-out accuracy {metrics['accuracy']:.4f}, loss {metrics['loss']:.4f}")
 
@@ -830,7 +830,7 @@ def main(args: Args) -> None:
     show_samples()
     weights = get_state(model, optimizer)["model"]
     if args.normalize:
-        _, mean, std = held_out_metrics(args, model, held_out or train[:NORMALIZE_ROWS])
+        _, mean, std = held_out_rewards(args, model, held_out or train[:NORMALIZE_ROWS])
         say(f"rewards had mean {mean:.3f} and standard deviation {std:.3f}, now 0 and 1")
         if RANK == 0:
             weights["score.weight"], model.config.reward_mean = normalized(weights["score.weight"], mean, std)

@@ -10,7 +10,7 @@ import reward_model
 import tiny
 import torch
 from helpers import scalars
-from reward_model import Args, collate_pairs, held_out_metrics, main, reward_loss, rewards, split_prompt
+from reward_model import Args, collate_pairs, held_out_rewards, main, reward_loss, rewards, split_prompt
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 CPU = torch.device("cpu")
@@ -229,7 +229,7 @@ def test_the_first_loss_logged_is_that_of_the_model_at_the_start_and_an_easy_set
     run_dir = args.run_dir
     _, model, rows = load(args)
     first = reward_model.batch_at(rows, 0, args.batch_size, args.seed)
-    assert scalars(run_dir, "loss")[0] == (1, pytest.approx(held_out_metrics(args, model, first)[0]["loss"], rel=1e-5))
+    assert scalars(run_dir, "loss")[0] == (1, pytest.approx(held_out_rewards(args, model, first)[0]["loss"], rel=1e-5))
     assert scalars(run_dir, "accuracy")[-1][1] == scalars(run_dir, "eval/accuracy")[-1][1] == 1
     assert scalars(run_dir, "eval/margin")[-1][1] > 2
     assert scalars(run_dir, "eval/loss")[-1][1] < 0.1
@@ -248,7 +248,7 @@ def test_held_out_means_are_those_of_single_pairs_whatever_the_batch(args):
     args.centering, args.batch_size = 0.1, 4
     _, model, rows = load(args)
     rows = [[*row[:3], [0.1 * i]] for i, row in enumerate(rows[:11])]  # 4 does not divide 11
-    metrics, mean, std = held_out_metrics(args, model, rows)
+    metrics, mean, std = held_out_rewards(args, model, rows)
     scores, total = [], {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
     for prompt, chosen, rejected, (margin,) in rows:
         with torch.no_grad():
@@ -266,8 +266,8 @@ def test_held_out_means_are_those_of_single_pairs_whatever_the_batch(args):
 
 def test_swapping_chosen_and_rejected_negates_the_margin(args):
     _, model, rows = load(args)
-    metrics, *_ = held_out_metrics(args, model, rows)
-    swapped, *_ = held_out_metrics(args, model, [[prompt, y, x, margin] for prompt, x, y, margin in rows])
+    metrics, *_ = held_out_rewards(args, model, rows)
+    swapped, *_ = held_out_rewards(args, model, [[prompt, y, x, margin] for prompt, x, y, margin in rows])
     assert metrics["margin"] == pytest.approx(-swapped["margin"], rel=1e-5)
     assert metrics["accuracy"] == pytest.approx(1 - swapped["accuracy"])
     assert metrics["loss"] - swapped["loss"] == pytest.approx(-metrics["margin"], rel=1e-4)  # logσ(h) - logσ(-h) = h
