@@ -133,10 +133,9 @@ def test_sharing_the_prompt_gives_the_same_gradient(tmp_path):
 
 
 def test_sharing_the_prompt_is_refused_where_a_sliding_window_is_shorter_than_the_rows(tmp_path, capsys):
-    args = SimpleNamespace(share_prompt=True)
-    dpo.check_share_prompt(args, make_model(tmp_path / "wide", "mistral", sliding_window=16), ROWS)
+    dpo.check_share_prompt(make_model(tmp_path / "wide", "mistral", sliding_window=16), ROWS)
     with pytest.raises(SystemExit):
-        dpo.check_share_prompt(args, make_model(tmp_path / "narrow", "mistral", sliding_window=4), ROWS)
+        dpo.check_share_prompt(make_model(tmp_path / "narrow", "mistral", sliding_window=4), ROWS)
     assert "--no-share-prompt" in capsys.readouterr().err
 
 
@@ -266,6 +265,13 @@ def test_the_first_loss_is_ln_2_for_the_weights_in_memory(world, monkeypatch, fl
     assert metric(args, "eval/loss")[0] == pytest.approx(LN2, abs=1e-6)
     if args.online_reference:
         assert metric(args, "eval/rewards/accuracies")[0] == 0.5
+
+
+def test_dropout_is_off_so_that_policy_and_reference_agree_at_first(world, tmp_path):
+    make_model(tmp_path / "model", "gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
+    args = world(max_steps=1, online_reference=True)
+    dpo.main(args)
+    assert metric(args, "loss")[1] == pytest.approx(LN2, abs=1e-7) and metric(args, "rewards/margins")[1] == 0
 
 
 @pytest.mark.parametrize("lora_rank", [0, pytest.param(2, marks=needs_peft)])
