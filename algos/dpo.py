@@ -148,7 +148,7 @@ class Args:
     online_reference: bool = False
     """run π_ref beside the policy instead of storing its log-probabilities before training"""
     share_prompt: bool = True
-    """one row [prompt, chosen, rejected] per pair instead of two: faster unless completions are longer than prompts"""
+    """one row [prompt, chosen, rejected] per pair instead of two: faster unless completions are several times longer than prompts"""
 
     @property
     def rows_per_pass(self) -> int:
