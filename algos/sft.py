@@ -121,7 +121,7 @@ class Args:
     """B: rows of an update, over all processes"""
     micro_batch_size: int = 0
     """rows of a forward pass, over all processes: less memory, same gradient; 0: the whole batch"""
-    epochs: int = 1
+    epochs: int = 2
     """passes over the data"""
     max_steps: int = 0
     """updates to train for, if not 0, instead of --epochs"""
