@@ -148,7 +148,7 @@ class Args:
     online_reference: bool = False
     """run π_ref beside the policy instead of storing its log-probabilities before training"""
     share_prompt: bool = True
-    """one row [prompt, chosen, rejected] per pair instead of two: faster unless completions are several times longer than prompts"""
+    """one row [prompt, chosen, rejected] for a pair instead of two: slower where completions far outgrow prompts"""
 
     @property
     def rows_per_pass(self) -> int:
@@ -805,8 +805,8 @@ def check_share_prompt(model: PreTrainedModel, rows: list[list[Any]]) -> None:
         error("--share-prompt: the attention of --model does not allow it; use --no-share-prompt")
 
 
-def held_out_metrics(args: Args, model: PreTrainedModel, reference: PreTrainedModel,
-                     rows: list[list[Any]]) -> dict[str, float]:
+def evaluate_pairs(args: Args, model: PreTrainedModel, reference: PreTrainedModel,
+                   rows: list[list[Any]]) -> dict[str, float]:
     """METRICS over all rows."""
     sums = torch.zeros(len(METRICS), dtype=torch.float64, device=model.device)
     for part in micro_batches(rows, args.rows_per_pass):
@@ -866,7 +866,7 @@ def main(args: Args) -> None:
 
     def evaluate() -> None:
         if held_out:
-            found = held_out_metrics(args, model, reference, held_out)
+            found = evaluate_pairs(args, model, reference, held_out)
             log(writer, "eval", found, step)
             say(f"update {step}: held-out loss {found['loss']:.4f}, accuracy {found['rewards/accuracies']:.4f}, "
                 f"margin {found['rewards/margins']:.4f}")

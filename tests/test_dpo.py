@@ -377,13 +377,13 @@ def test_micro_batches_of_one_give_the_gradient_of_the_whole_batch(world, share_
         assert (gradient - ones[name]).norm() <= 1e-5 * gradient.norm(), name
 
 
-def test_held_out_metrics_do_not_depend_on_the_size_of_the_last_batch(world):
+def test_evaluate_pairs_do_not_depend_on_the_size_of_the_last_batch(world):
     args = world()
     model = AutoModelForCausalLM.from_pretrained(args.model)
     rows = [list(map(list, row)) for row in [*ROWS, *ROWS[:3]]]
     for row in rows:
         row.append([-20.0, -21.0])
-    found = [dpo.held_out_metrics(world(micro_batch_size=size), model, model, rows) for size in (7, 3, 1)]
+    found = [dpo.evaluate_pairs(world(micro_batch_size=size), model, model, rows) for size in (7, 3, 1)]
     assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0] == pytest.approx(found[2], rel=1e-5)
 
 
