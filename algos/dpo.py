@@ -10,10 +10,10 @@
 #     "tyro>=1.0.17",
 # ]
 # ///
-"""Direct preference optimisation (DPO): learn from pairs which of two completions people prefer, without a reward model.
+"""Direct preference optimisation (DPO): learn from preferences between two completions, without a reward model.
 
-The optimum of RLHF, π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β), says which reward a policy is optimal for: r = β·log π/π_ref
-plus a function of x. Put into the Bradley-Terry likelihood of the preferences, it leaves a classification loss on π.
+RLHF's optimum π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β) tells which reward a policy is optimal for: β·log π/π_ref plus a
+function of x. Put into the Bradley-Terry likelihood of the preferences, that reward leaves a classification loss on π.
 
 Paper: Rafailov et al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
 arXiv 2305.18290. --loss ipo: Azar et al. 2023, arXiv 2310.12036. --label-smoothing: Mitchell 2023, "A note on DPO with
@@ -29,18 +29,19 @@ prompt. Texts and lists of {"role", "content"} messages both do; messages pass t
 Letters: B pairs of a batch, b of a micro-batch, P tokens of a prompt, R of a response, L of a row (P + R), V words of
 the vocabulary.
 
-Logged every 10 updates, as means since the last time: loss (ln 2 at first); rewards/chosen and rewards/rejected (the
-implicit reward β·log π/π_ref), rewards/margins (their difference), rewards/accuracies (share of pairs with a positive
-margin, ties count half); logps/chosen and logps/rejected (log π(y|x) in nats: both usually fall, since the loss only
-asks for their difference); grad_norm (before clipping), learning_rate, pairs_per_second. eval/… is the same over all of
-the held-out split. samples holds greedy completions before and after training, as text.
+Logged every 10 updates, as means since the last time: loss (ln 2 at first, 1/(4β²) with IPO); rewards/chosen and
+rewards/rejected (the implicit reward β·log π/π_ref), rewards/margins (their difference), rewards/accuracies (share of
+pairs with a margin above 0; a tie counts half); logps/chosen and logps/rejected (log π(y|x) in nats; both usually fall,
+as the loss asks for their difference only); grad_norm (before clipping), learning_rate, pairs_per_second. eval/ holds
+the same over the whole held-out split, samples greedy completions before and after training, as text.
 
 Differs from the paper:
  1. AdamW without weight decay, where the paper takes RMSprop; warm-up and decay are shares of the run.
  2. Gradients are clipped; dropout is off, so that the first loss is ln 2.
- 3. With --loss ipo, log π(y|x) is the sum over tokens, as in its Eq. 17; other libraries take the mean per token there.
+ 3. With --loss ipo, log π(y|x) is the sum over tokens, as in IPO's Eq. 17; TRL takes the mean per token there.
  4. A batch never mixes two epochs: the pairs that do not fill one are left out of that epoch.
 """
+
 import contextlib
 import copy
 import functools
@@ -147,7 +148,7 @@ class Args:
     online_reference: bool = False
     """run π_ref beside the policy instead of storing its log-probabilities before training"""
     share_prompt: bool = True
-    """one row [prompt, chosen, rejected] per pair instead of two rows"""
+    """one row [prompt, chosen, rejected] for a pair instead of two: slower where completions far outgrow prompts"""
 
     @property
     def rows_per_pass(self) -> int:
@@ -186,7 +187,7 @@ def response_logits(model: PreTrainedModel, ids: Tensor, start: int) -> Tensor:
 
 
 def pair_logprobs(model: PreTrainedModel, rows: list[list[Any]], share_prompt: bool) -> Tensor:
-    """log π(y|x) of the completions of rows [prompt, chosen, rejected, …], in one forward pass: (2, b), chosen first."""
+    """log π(y|x) of both completions of rows [prompt, chosen, rejected, …], by one forward pass: (2, b)."""
     if share_prompt:
         return shared_prompt_logprobs(model, rows)
     pairs = [[prompt, chosen] for prompt, chosen, *_ in rows] + [[prompt, rejected] for prompt, _, rejected, *_ in rows]
@@ -196,15 +197,14 @@ def pair_logprobs(model: PreTrainedModel, rows: list[list[Any]], share_prompt: b
 
 
 def shared_prompt_logprobs(model: PreTrainedModel, rows: list[list[Any]]) -> Tensor:
-    """`pair_logprobs` from b rows prompt + chosen + rejected, where the rejected completion does not see the chosen.
+    """`pair_logprobs` from b rows prompt + chosen + rejected instead of 2b rows.
 
-    Its tokens have the positions that they would have right after the prompt.
+    The rejected completion does not see the chosen one, and its positions go on from the prompt.
     """
     device = model.device
     ids = pad([prompt + chosen + rejected for prompt, chosen, rejected, *_ in rows], device)  # (b, L)
-    first, second, end = torch.tensor(  # where chosen and rejected begin, and the end; (b, 1) each
-        [[len(prompt), len(prompt + chosen), len(prompt + chosen + rejected)] for prompt, chosen, rejected, *_ in rows],
-        device=device).T[..., None]
+    lengths = torch.tensor([list(map(len, row[:3])) for row in rows], device=device)
+    first, second, end = lengths.cumsum(1).T[..., None]  # where chosen and rejected begin, and the end: (b, 1) each
     start = max(1, int(first.min()))
     position = torch.arange(ids.shape[1], device=device)
     in_chosen, in_rejected = (first <= position) & (position < second), position >= second  # (b, L)
@@ -245,8 +245,8 @@ def preference_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: 
     """Loss of each pair, given log π(y|x) of both completions under policy and reference, all (b,).
 
     With h = log π(y_w|x)/π_ref(y_w|x) - log π(y_l|x)/π_ref(y_l|x):
-    "sigmoid": -(1 - ε)·log σ(βh) - ε·log σ(-βh), DPO's Eq. 7 at ε = 0; cDPO's labels are wrong with probability ε.
-    "ipo": (h - 1/(2β))², IPO's Eq. 17 with τ = β.
+    "sigmoid": -(1 - ε)·log σ(βh) - ε·log σ(-βh), DPO Eq. 7 at ε = 0 and cDPO above it, where ε of the labels are wrong.
+    "ipo": (h - 1/(2β))², IPO Eq. 17 with τ = β.
     """
     h = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
     if loss == "ipo":
@@ -792,7 +792,7 @@ def autocast(args: Args, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
-def check_share_prompt(args: Args, model: PreTrainedModel, rows: list[list[Any]]) -> None:
+def check_share_prompt(model: PreTrainedModel, rows: list[list[Any]]) -> None:
     """Refuse --share-prompt where it changes the log-probabilities of the longest row, as for sliding windows."""
     longest = [max(rows, key=lambda row: sum(map(len, row)))]
     try:
@@ -805,8 +805,8 @@ def check_share_prompt(args: Args, model: PreTrainedModel, rows: list[list[Any]]
         error("--share-prompt: the attention of --model does not allow it; use --no-share-prompt")
 
 
-def held_out_metrics(args: Args, model: PreTrainedModel, reference: PreTrainedModel,
-                     rows: list[list[Any]]) -> dict[str, float]:
+def evaluate_pairs(args: Args, model: PreTrainedModel, reference: PreTrainedModel,
+                   rows: list[list[Any]]) -> dict[str, float]:
     """METRICS over all rows."""
     sums = torch.zeros(len(METRICS), dtype=torch.float64, device=model.device)
     for part in micro_batches(rows, args.rows_per_pass):
@@ -849,7 +849,7 @@ def main(args: Args) -> None:
     model = prepare_model(args, add_lora(model, args.lora_rank) if args.lora_rank else model, device)
     reference = prepare_model(args, reference, device) if copied else model
     if args.share_prompt:
-        check_share_prompt(args, model, train)
+        check_share_prompt(model, train)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=0.0, fused=True)
     total_steps = args.max_steps or args.epochs * (len(train) // args.batch_size)
@@ -866,7 +866,7 @@ def main(args: Args) -> None:
 
     def evaluate() -> None:
         if held_out:
-            found = held_out_metrics(args, model, reference, held_out)
+            found = evaluate_pairs(args, model, reference, held_out)
             log(writer, "eval", found, step)
             say(f"update {step}: held-out loss {found['loss']:.4f}, accuracy {found['rewards/accuracies']:.4f}, "
                 f"margin {found['rewards/margins']:.4f}")
