@@ -34,15 +34,15 @@ Letters: B pairs of a batch, b of a micro-batch, L tokens of a row (prompt and c
 
 Logged every 10 updates, as means since the last time: loss, accuracy (share of pairs with r(x, y_w) > r(x, y_l)),
 margin (mean r(x, y_w) - r(x, y_l)), grad_norm (before clipping), learning_rate, pairs_per_second; eval/loss,
-eval/accuracy and eval/margin are means over all pairs of the held-out split. The loss starts near ln 2 = 0.693, and
-its best value is no lower than the disagreement among the people who chose. samples holds a few scored pairs.
+eval/accuracy and eval/margin are means over all pairs of the held-out split. The loss starts near ln 2 = 0.693; where
+people disagree, no model can reach 0, nor an accuracy of 1. samples holds a few scored pairs before and after training.
 
 Differs from the paper:
  1. Pairs are drawn one by one; the paper puts all comparisons of a prompt into one batch, against overfitting.
  2. --normalize gives the rewards of held-out completions mean 0 and standard deviation 1; the paper only shifts, so
     that demonstrations have mean 0. This changes the scale, so the logits' differences are no longer log-odds.
  3. A margin per pair (Llama 2, arXiv 2307.09288, Eq. 2) and a penalty on uncentred rewards (--centering, arXiv
-    2312.09244), both off unless asked for.
+    2312.09244), both off unless the data or the flag ask for them.
  4. AdamW without weight decay; dropout is off.
 """
 
@@ -120,7 +120,7 @@ class Args:
     """longest row in tokens: longer completions are cut, rows whose prompt fills it are left out"""
 
     # optimisation
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """step size of AdamW after the warm-up; about 1e-5 for pretrained models"""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """how the learning rate falls to 0 after the warm-up"""

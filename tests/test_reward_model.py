@@ -235,11 +235,14 @@ def test_the_first_loss_logged_is_that_of_the_model_at_the_start_and_an_easy_set
     assert scalars(run_dir, "eval/loss")[-1][1] < 0.1
 
 
-def test_micro_batches_give_the_weights_of_the_whole_batch(args, tmp_path):
+def test_micro_batches_give_the_loss_gradient_and_weights_of_the_whole_batch(args, tmp_path):
     args.centering = 0.1
     whole, _ = trained(args)
     args.micro_batch_size, args.run_dir = 2, str(tmp_path / "micro")
     parts, _ = trained(args)
+    for tag in ("loss", "accuracy", "margin", "grad_norm"):  # Adam itself forgives a constant factor
+        found, expected = ([value for _, value in scalars(tmp_path / run, tag)] for run in ("micro", "run"))
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5), tag
     for a, b in zip(whole.state_dict().values(), parts.state_dict().values()):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
