@@ -153,7 +153,7 @@ class Args:
     @property
     def rows_per_pass(self) -> int:
         """b: pairs of a forward pass, over all processes."""
-        return self.micro_batch_size or self.batch_size
+        return min(self.micro_batch_size, self.batch_size) or self.batch_size
 
 
 def validate(args: Args) -> None:
