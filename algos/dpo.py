@@ -153,7 +153,7 @@ class Args:
     @property
     def rows_per_pass(self) -> int:
         """b: pairs of a forward pass, over all processes."""
-        return self.micro_batch_size or self.batch_size
+        return min(self.micro_batch_size, self.batch_size) or self.batch_size
 
 
 def validate(args: Args) -> None:
@@ -848,10 +848,10 @@ def main(args: Args) -> None:
     reference = copy.deepcopy(model).requires_grad_(False) if copied else None
     model = prepare_model(args, add_lora(model, args.lora_rank) if args.lora_rank else model, device)
     reference = prepare_model(args, reference, device) if copied else model
-    if args.share_prompt:
-        check_share_prompt(model, train)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=0.0, fused=True)
+    if args.share_prompt:
+        check_share_prompt(model, train)
     total_steps = args.max_steps or args.epochs * (len(train) // args.batch_size)
     saved = load_checkpoint(args.resume) if args.resume else {"step": 0}
     step = saved["step"]
@@ -861,6 +861,8 @@ def main(args: Args) -> None:
             if rows:
                 store_reference(args, model, rows)
     if args.resume:
+        if args.fsdp:
+            model.reshard()  # the reference's forward passes have left its outermost part whole
         set_state(model, optimizer, saved)
     run_dir, writer = open_run(args, Path(args.dataset).stem, step, finished=step >= total_steps)
 
