@@ -29,6 +29,8 @@ class Args:
     """reference curves (json) to compare with"""
     level: float | None = None
     """also tell after how many episodes and steps the mean of the last 100 episodes first reached this"""
+    below: float | None = None
+    """also count the seeds whose area is below this"""
     picture: Path | None = None
     """png to draw"""
     title: str = ""
@@ -88,6 +90,17 @@ def summary(runs: list[tuple[np.ndarray, np.ndarray, np.ndarray]], total_steps: 
     return {"curves": curves, "area": curves.mean(1), "final": np.array([final_level(*run[1:]) for run in runs])}
 
 
+def chance(ours: np.ndarray, peers: np.ndarray, below: float | None) -> str:
+    """Medians of the areas (seeds,) of both, and how likely such a difference is by chance alone (two-sided p)."""
+    from scipy.stats import fisher_exact, mannwhitneyu
+
+    text = f"median area {np.median(ours):.2f} and {np.median(peers):.2f}, p = {mannwhitneyu(ours, peers).pvalue:.2g}"
+    if below is None:
+        return text
+    low = [[int((areas < below).sum()), int((areas >= below).sum())] for areas in (ours, peers)]
+    return f"{text}; share below {below:g}: p = {fisher_exact(low).pvalue:.2g}"
+
+
 def draw(groups: dict[str, dict[str, np.ndarray]], total_steps: int, title: str, path: Path) -> None:
     """Mean over seeds with the range between the lowest and highest seed, in colours safe for colour-blind eyes."""
     import matplotlib.pyplot as plt
@@ -140,6 +153,10 @@ def main(args: Args) -> None:
                 + ", ".join(f"{e:.0f} ({s:.0f} steps)" for e, s in first)
                 + " episodes"
             )
+        if args.below is not None:
+            print(f"{'':>24}  area below {args.below:g}: {(group['area'] < args.below).sum()} seeds")
+    if args.peer:
+        print(chance(*(group["area"] for group in groups.values()), args.below))
     if args.picture:
         draw(groups, total_steps, args.title or env_id, args.picture)
         print(f"wrote {args.picture}")

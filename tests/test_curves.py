@@ -42,6 +42,13 @@ def test_a_level_is_reached_when_the_mean_of_the_last_100_episodes_is_at_least_i
     assert curves.reached(steps, np.array([0.0, 1.0, 5.0]), numbers, 4.2) == (180, 30)  # (20·1 + 80·5) / 100
 
 
+def test_areas_are_compared_by_rank_and_by_the_number_of_seeds_below_a_bound():
+    ours, peers = np.array([1.0, 2.0, -50.0]), np.array([3.0, 4.0, 5.0])
+    # of the 20 ways to share out six ranks, two are as extreme; of those to share out the one below, all are
+    assert curves.chance(ours, peers, 0.0) == "median area 1.00 and 4.00, p = 0.1; share below 0: p = 1"
+    assert curves.chance(ours, ours, None) == "median area 1.00 and 1.00, p = 1"
+
+
 @pytest.mark.parametrize(
     "flags,expected",
     [
