@@ -118,9 +118,11 @@ def main() -> None:
         if args.golds:
             args.golds.write_text(json.dumps(golds.round(4).tolist()))
     best = world.optimum_from_samples(golds, args.beta)
-    print(f"reference: gold {golds.mean():+.4f}, J_ref {best.j_ref:+.4f}, J* {best.j_star:.4f} ± "
-          f"{best.standard_error:.4f}, KL* {best.kl_star:.3f}, gold* {best.gold_star:+.4f} "
-          f"({len(golds)} samples, {best.effective_samples:.0f} effective)")
+    print(
+        f"reference: gold {golds.mean():+.4f}, J_ref {best.j_ref:+.4f}, J* {best.j_star:.4f} ± "
+        f"{best.standard_error:.4f}, KL* {best.kl_star:.3f}, gold* {best.gold_star:+.4f} "
+        f"({len(golds)} samples, {best.effective_samples:.0f} effective)"
+    )
     for name in args.models:
         torch.manual_seed(args.seed)
         policy = AutoModelForCausalLM.from_pretrained(name).eval()
