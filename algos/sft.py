@@ -365,11 +365,8 @@ def prepare_model(args: Args, model: PreTrainedModel, device: torch.device) -> P
     return model
 
 
-def load_rows(name: str, split: str, *layouts: tuple[str, ...]) -> dict[str, list[Any]]:
-    """Columns of the first layout that a split of a data set has, each a list of texts or of lists of messages.
-
-    name is a hub id, a folder or a file. Exits with the row or line at fault when one is empty or of another kind.
-    """
+def load_split(name: str, split: str) -> datasets.Dataset:
+    """A split of a data set, not empty; name is a hub id, a folder or a file."""
     where = f"--dataset {name}"
     path, kinds = Path(name), {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if not path.exists() and (name.startswith(("/", ".", "~")) or path.suffix in kinds):
@@ -390,9 +387,17 @@ def load_rows(name: str, split: str, *layouts: tuple[str, ...]) -> dict[str, lis
                     error(f"{where}: line {number} of {file.name} is not valid JSON")
         advice = " (--eval-split '' for none)" if "split" in str(fault) else ""
         error(f"{where}: {' '.join(str(fault).split())[:200]}{advice}")
-    where += f", split {split}"
     if not len(data):
-        error(f"{where} has no rows")
+        error(f"{where}, split {split} has no rows")
+    return data
+
+
+def load_rows(name: str, split: str, *layouts: tuple[str, ...]) -> dict[str, list[Any]]:
+    """Columns of the first layout that a split of a data set has, each a list of texts or of lists of messages.
+
+    Exits with the row at fault when one is empty or of another kind.
+    """
+    data, where = load_split(name, split), f"--dataset {name}, split {split}"
     layout = next((layout for layout in layouts if set(layout) <= set(data.column_names)), None)
     if layout is None:
         wanted = ", or ".join(" and ".join(layout) for layout in layouts)
