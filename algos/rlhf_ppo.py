@@ -222,11 +222,18 @@ def rewards(model: PreTrainedModel, ids: Tensor, last: Tensor) -> Tensor:
     return model(ids, use_cache=False).logits[:, 0].float() - getattr(model.config, "reward_mean", 0.0)
 
 
+def tempered_logprobs(model: PreTrainedModel, ids: Tensor, start: int, temperature: float) -> Tensor:
+    """log π(y_t | x, y_<t) of the tokens from position `start` on: ids (b, L) to (b, L - start), in float32.
+
+    π is the distribution that `sample` draws from.
+    """
+    return response_logprobs(response_logits(model, ids, start) / temperature, ids[:, start:])
+
+
 def add_lora(model: PreTrainedModel, rank: int) -> PreTrainedModel:
     """The model with frozen weights and trainable low-rank adapters, which are 0 at first, on its linear layers."""
     from peft import LoraConfig, get_peft_model
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
-                                            task_type="CAUSAL_LM"))
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
 
 
 def token_values(critic: PreTrainedModel, ids: Tensor, start: int) -> Tensor:
@@ -769,10 +776,10 @@ def load_prompts(args: Args, tokenizer: PreTrainedTokenizerBase) -> list[list[in
     ((column, texts),) = load_rows(args.dataset, args.train_split, ("prompt",), ("messages",)).items()
     if column == "messages":
         texts = [turns[:-1] if turns[-1]["role"] == "assistant" else turns for turns in texts]
-    rows = tokenize(tokenizer, texts, generation_prompt=True)
-    for number, ids in enumerate(rows, 1):
-        if not ids:
+    for number, text in enumerate(texts, 1):
+        if not text or isinstance(text, str) and not text.strip():
             error(f"--dataset {args.dataset}, split {args.train_split}, row {number}: the prompt is empty")
+    rows = tokenize(tokenizer, texts, generation_prompt=True)
     kept = [ids for ids in rows if len(ids) <= args.max_length - args.response_length]
     if len(kept) < len(rows):
         say(f"split {args.train_split}: {len(rows) - len(kept)} of {len(rows)} prompts left out, longer than "
@@ -851,20 +858,9 @@ def main(args: Args) -> None:
             ids[share] = sample(model, asked[share], uniform[share].to(device), args.temperature, stops)
         return [[token for token in row if token >= 0] for row in sum_over_processes(ids).tolist()]
 
-    def logprobs_of(model: PreTrainedModel, ids: Tensor, start: int) -> Tensor:
-        """log π(y_t | x, y_<t) of the tokens from `start` on, at the temperature of sampling: (b, L - start)."""
-        with autocast(args, device):
-            return response_logprobs(response_logits(model, ids, start) / args.temperature, ids[:, start:])
-
-    def values_of(ids: Tensor, start: int) -> Tensor:
-        """V of the states before the tokens from `start` on: (b, L - start)."""
-        with autocast(args, device):
-            return token_values(critic, ids, start)
-
-    def scores_of(ids: Tensor, lengths: list[int]) -> Tensor:
+    def score_rows(ids: Tensor, lengths: list[int]) -> Tensor:
         """r(x, y) of rows of these lengths, (b,)."""
-        with autocast(args, device):
-            return rewards(reward_model, ids, torch.tensor(lengths, device=device) - 1)
+        return rewards(reward_model, ids, torch.tensor(lengths, device=device) - 1)
 
     def texts_of(prompt: list[int], response: list[int]) -> tuple[str, str, bool]:
         """Prompt, response without its stop token, and whether it had one."""
@@ -877,7 +873,8 @@ def main(args: Args) -> None:
         asked = prompts[: max(4, WORLD_SIZE)]
         uniform = torch.rand(len(asked), args.response_length, generator=torch.Generator().manual_seed(args.seed))
         rows = [prompt + response for prompt, response in zip(asked, respond(model, asked, uniform.double()))]
-        scores = scores_of(pad(rows, device), list(map(len, rows))).tolist()
+        with autocast(args, device):
+            scores = score_rows(pad(rows, device), list(map(len, rows))).tolist()
         texts = []
         for prompt, row, score in zip(asked, rows, scores):
             question, answer, finished = texts_of(prompt, row[len(prompt) :])
@@ -909,12 +906,13 @@ def main(args: Args) -> None:
         for part in micro_batches(rows, args.rows_per_pass):
             numbers = [number for *_, (number,) in part]
             ids, part_mask, start = collate([row[:2] for row in part], device)
-            with torch.no_grad():
+            with torch.no_grad(), autocast(args, device):
+                logprobs = tempered_logprobs(policy, ids, start, args.temperature)
+                values = token_values(critic, ids, start)
                 with bare():
-                    ref_logprobs = logprobs_of(reference, ids, start)
-                found = torch.stack([logprobs_of(policy, ids, start), ref_logprobs, values_of(ids, start)])
-                per_token[:, numbers, start : ids.shape[1]] = found * part_mask
-                scores[numbers] = scores_of(ids, [len(prompt + response) for prompt, response, _ in part])
+                    ref_logprobs = tempered_logprobs(reference, ids, start, args.temperature)
+                scores[numbers] = score_rows(ids, [len(prompt + response) for prompt, response, _ in part])
+            per_token[:, numbers, start : ids.shape[1]] = torch.stack([logprobs, ref_logprobs, values]) * part_mask
         old_logprobs, ref_logprobs, old_values = sum_over_processes(per_token)  # zeros but for each one's share
         stopped = torch.tensor([response[-1] in stops for response in responses], device=device).float()
         scores = sum_over_processes(scores) - args.missing_eos_penalty * (1 - stopped)
@@ -937,9 +935,12 @@ def main(args: Args) -> None:
                 for part in micro_batches([rows[i] for i in order], args.rows_per_pass):
                     ids, part_mask, start = collate([row[:2] for row in part], device)
                     where = [number for *_, (number,) in part], slice(start, ids.shape[1])
+                    with autocast(args, device):
+                        logprobs = tempered_logprobs(policy, ids, start, args.temperature)
+                        values = token_values(critic, ids, start)
                     loss, part_metrics = rlhf_loss(
-                        logprobs_of(policy, ids, start), values_of(ids, start), old_logprobs[where], old_values[where],
-                        advantages[where], returns[where], part_mask, count, args.clip_coef, args.vf_coef,
+                        logprobs, values, old_logprobs[where], old_values[where], advantages[where], returns[where],
+                        part_mask, count, args.clip_coef, args.vf_coef,
                     )
                     loss.backward()
                     metrics += part_metrics
