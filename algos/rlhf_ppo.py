@@ -133,8 +133,8 @@ class Args:
     """minibatches per epoch, one step each"""
     num_ppo_epochs: int = 4
     """passes over the rollout per update (PPO Algorithm 1's K)"""
-    micro_batch_size: int = 0
-    """rows of a forward pass, over all processes: less memory, same gradient; 0: the whole minibatch"""
+    micro_batch_size: int = 16
+    """rows of a forward pass, over all processes, of like length: less memory, same gradient; 0: the whole minibatch"""
     max_grad_norm: float = 1.0
     """largest global norm of the gradient; inf turns the clip off"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -755,7 +755,6 @@ def load_reward_model(name: str, policy_tokenizer: PreTrainedTokenizerBase, max_
         error(f"--reward-model {name}: needs one label and a head named score (train one with reward_model.py)")
     if model.config.get_text_config().pad_token_id is None:
         error(f"--reward-model {name}: its config has no pad_token_id, by which it finds a text's last token")
-    model.config.reward_mean = getattr(model.config, "reward_mean", 0.0)
     return model
 
 

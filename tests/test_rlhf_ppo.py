@@ -41,7 +41,7 @@ def settings(world, run_dir, **changed):
     return {
         "model": str(world / "llama"), "reward_model": str(world / "llama-reward"),
         "dataset": str(world / "prompts.jsonl"), "run_dir": str(run_dir), "device": "cpu", "batch_size": 8,
-        "num_minibatches": 2, "num_ppo_epochs": 2, "total_episodes": 16, "response_length": 8, "max_length": 64,
+        "num_minibatches": 2, "micro_batch_size": 0, "num_ppo_epochs": 2, "total_episodes": 16, "response_length": 8, "max_length": 64,
         "learning_rate": 1e-2,
     } | changed  # fmt: skip
 
