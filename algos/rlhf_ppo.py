@@ -42,14 +42,13 @@ val/ratio (mean π/π_old), grad_norm (before clipping); lr, kl_coef (β), episo
 (response tokens). samples holds completions with their scores, as text, before and after training.
 
 Differs from the papers:
- 1. Policy and critic are two models under one optimiser and one learning rate, which falls linearly to 0. Ziegler's
-    value head sits on the policy.
- 2. Dropout is off, so that π_old is π before the first step (Ziegler turns it off for the same reason).
- 3. A response without a stop token is scored as it is, less a penalty; Ziegler's sampler cuts it at a full stop and
-    gives a fixed low score where there is none.
- 4. A token is sampled by inverting the distribution function at one uniform number per token, drawn on the CPU for
-    all processes, so that any number of processes samples alike.
- 5. No pretraining gradients (the "ptx" term of InstructGPT Eq. 2).
+ 1. Policy and critic are two models, as in InstructGPT (one with two heads in Ziegler's code), under one optimiser and
+    one learning rate, which falls linearly to 0.
+ 2. Dropout is off, so that π_old is π before the first step.
+ 3. A response without a stop token is scored as it is, less a penalty; Ziegler gives a fixed reward of -1.
+ 4. A token is sampled by inverting the distribution function at a uniform number. These are drawn on the CPU for all
+    processes, so that any number of processes samples alike.
+ 5. No pretraining gradients (InstructGPT Eq. 2 with γ = 0).
  6. With --lora-rank, policy and critic train adapters, and the reference is the policy with its adapters off.
 """
 
@@ -150,7 +149,7 @@ class Args:
     temperature: float = 1.0
     """of sampling; π and π_ref are these tempered distributions everywhere"""
     kl_coef: float = 0.1
-    """β: weight of the KL penalty (Ziegler Eq. 2), in units of the score; at the start, with --target-kl"""
+    """β: weight of the KL penalty (Ziegler Eq. 2), in units of the score per nat; at the start, with --target-kl"""
     target_kl: float = 0.0
     """KL per response, in nats, towards which β is adapted (Ziegler 2.2); 0 leaves β alone"""
     gae_lambda: float = 0.95
@@ -789,15 +788,14 @@ def load_prompts(args: Args, tokenizer: PreTrainedTokenizerBase) -> list[list[in
     return kept
 
 
-def place_model(args: Args, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+def place_model(args: Args, model: PreTrainedModel, device: torch.device) -> None:
     """Put the model on the device in evaluation mode, which is without dropout; compile it."""
     model.to(device).eval()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()  # and off, until `recompute`
     if args.compile:
         model.compile(dynamic=True)
-        model.base_model.compile(dynamic=True)
-    return model
+        model.base_model.compile(dynamic=True)  # which the critic calls by itself
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
