@@ -118,13 +118,13 @@ class Args:
     """split to take prompts from; slices such as train[:95%] work"""
     gold: str = ""
     """Python file with gold_reward(prompt, response, finished), the true reward, to log beside the score"""
-    total_episodes: int = 5120
+    total_episodes: int = 4096
     """responses to sample in all"""
     max_length: int = 512
     """longest row in tokens, prompt and response: longer prompts are left out"""
 
     # optimisation
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """step size of AdamW at the start; it falls linearly to 0. About 3e-6 for pretrained models"""
     batch_size: int = 128
     """B: responses of a rollout, over all processes"""
@@ -148,7 +148,7 @@ class Args:
     """longest response in tokens"""
     temperature: float = 1.0
     """of sampling; π and π_ref are these tempered distributions everywhere"""
-    kl_coef: float = 0.1
+    kl_coef: float = 0.25
     """β: weight of the KL penalty (Ziegler Eq. 2), in units of the score per nat; at the start, with --target-kl"""
     target_kl: float = 0.0
     """KL per response, in nats, towards which β is adapted (Ziegler 2.2); 0 leaves β alone"""
@@ -253,7 +253,7 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], uniform: Tensor, te
     """Responses to prompts (token ids) at a temperature: (b, R) ids, -1 after the first of `stops`.
 
     uniform (b, R) holds the random numbers in [0, 1). Prompts are padded on the left, so that all end in one column;
-    attention and positions leave the padding out.
+    attention and positions leave the padding out. Calling forward leaves out --compile: the cache grows by the token.
     """
     width, (rows, length) = max(map(len, prompts)), uniform.shape
     tokens = torch.tensor([ids[:1] * (width - len(ids)) + ids for ids in prompts], device=uniform.device)
@@ -265,8 +265,8 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], uniform: Tensor, te
     running = torch.ones(rows, dtype=torch.bool, device=uniform.device)
     ends, seen = torch.tensor(stops, device=uniform.device), 0
     for t in range(length):
-        logits = model(tokens, attention_mask=visible[:, : width + t], position_ids=positions[:, seen : width + t],
-                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model.forward(tokens, attention_mask=visible[:, : width + t], past_key_values=cache, use_cache=True,
+                               position_ids=positions[:, seen : width + t], logits_to_keep=1).logits[:, -1]
         token = draw(logits / temperature, uniform[:, t])
         responses[:, t] = torch.where(running, token, -1)
         running &= ~torch.isin(token, ends)
@@ -789,13 +789,10 @@ def load_prompts(args: Args, tokenizer: PreTrainedTokenizerBase) -> list[list[in
 
 
 def place_model(args: Args, model: PreTrainedModel, device: torch.device) -> None:
-    """Put the model on the device in evaluation mode, which is without dropout; compile it."""
+    """Put the model on the device in evaluation mode, which is without dropout."""
     model.to(device).eval()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()  # and off, until `recompute`
-    if args.compile:
-        model.compile(dynamic=True)
-        model.base_model.compile(dynamic=True)  # which the critic calls by itself
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -834,6 +831,9 @@ def main(args: Args) -> None:
         reference, bare = copy.deepcopy(policy).requires_grad_(False), contextlib.nullcontext
     for model in (policy, critic, reward_model, reference):
         place_model(args, model, device)
+    if args.compile:
+        for model in (policy, critic.base_model, reward_model, reference):
+            model.compile(dynamic=True)
     trained = nn.ModuleDict({"policy": policy, "critic": critic})
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=0.0, fused=True)

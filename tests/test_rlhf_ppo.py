@@ -331,6 +331,15 @@ def test_scores_sit_on_the_last_tokens_and_missing_stops_cost_once(monkeypatch, 
     assert 0 < sum(stops) < 3
 
 
+def test_advantages_are_whitened_over_the_response_tokens_of_the_rollout(monkeypatch, world, tmp_path):
+    seen = train(monkeypatch, world, tmp_path, num_minibatches=1, total_episodes=8)
+    _, _, _, _, advantages, _, mask, *_ = seen.loss[0]
+    (_, values, *_), raw = seen.gae[0]
+    chosen = advantages[mask == 1]
+    assert (mask == 0).any() and abs(chosen.mean()) < 1e-5 and chosen.std(correction=0) == pytest.approx(1, abs=1e-4)
+    assert raw.T[seen.rewards[0][0][3] == 1].mean().abs() > 1e-3  # they were not before
+
+
 def test_reward_model_and_reference_stay_what_they_were_and_the_critic_starts_at_0(monkeypatch, world, tmp_path):
     seen = train(monkeypatch, world, tmp_path)
     policy = AutoModelForCausalLM.from_pretrained(world / "llama").state_dict()
@@ -375,7 +384,7 @@ def test_the_controller_changes_beta_and_gold_is_logged(monkeypatch, world, tmp_
         "    return 1.0 if finished else -1.0\n"
     )
     train(monkeypatch, world, tmp_path / "run", target_kl=5.0, gold=str(tmp_path / "gold.py"))
-    assert [value for _, value in scalars(tmp_path / "run", "kl_coef")] == pytest.approx([0.1, 0.098])
+    assert [value for _, value in scalars(tmp_path / "run", "kl_coef")] == pytest.approx([0.25, 0.245])
     for (_, gold), (_, stopped) in zip(
         scalars(tmp_path / "run", "objective/gold"), scalars(tmp_path / "run", "val/num_eos_tokens")
     ):
