@@ -81,7 +81,7 @@ def test_every_flag_is_read_and_documented(script):
         and node.value.id in ("args", "self")
     }
     flags = dict(fields(script))
-    assert len(flags) <= 30
+    assert len(flags) <= (31 if script == "rlhf_ppo" else 30)  # rlhf_ppo has the flags of PPO and of a language script
     assert [name for name in flags if name not in read] == []
     assert [name for name, meaning in flags.items() if not meaning] == []
 
