@@ -742,7 +742,7 @@ def merged(args: Args, model: PreTrainedModel, weights: dict[str, Tensor]) -> tu
     return whole, whole.state_dict()
 
 
-def load_reward_model(name: str, policy_tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreTrainedModel:
+def load_scorer(name: str, policy_tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreTrainedModel:
     """The reward model, which must score single tokens' states and read the policy's tokens."""
     model = load_pretrained(AutoModelForSequenceClassification, "reward-model", name, dtype=torch.float32)
     tokenizer = load_tokenizer("reward-model", name)
@@ -816,7 +816,7 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer("model", args.model)
     policy = load_pretrained(AutoModelForCausalLM, "model", args.model, dtype=torch.float32)
     check_model("model", args.model, policy, tokenizer, args.max_length)
-    reward_model = load_reward_model(args.reward_model, tokenizer, args.max_length).requires_grad_(False)
+    reward_model = load_scorer(args.reward_model, tokenizer, args.max_length).requires_grad_(False)
     gold_reward = load_gold(args.gold) if args.gold else None
     prompts = load_prompts(args, tokenizer)
     stops = stop_tokens(policy, tokenizer)
