@@ -223,8 +223,7 @@ def shared_prompt_logprobs(model: PreTrainedModel, rows: list[list[Any]]) -> Ten
 def add_lora(model: PreTrainedModel, rank: int) -> PreTrainedModel:
     """The model with frozen weights and trainable low-rank adapters, which are 0 at first, on its linear layers."""
     from peft import LoraConfig, get_peft_model
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
-                                            task_type="CAUSAL_LM"))
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
 
 
 # --- algorithm ---
