@@ -115,7 +115,7 @@ class Args:
     """longest row in tokens: longer completions are cut, rows whose prompt fills it are left out"""
 
     # optimisation
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     """step size of AdamW after the warm-up; about 1e-6 for pretrained models, 1e-5 with LoRA"""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """how the learning rate falls to 0 after the warm-up"""

@@ -42,7 +42,7 @@ the replayed steps). eval/* is the greedy policy on fresh environments.
 
 Differs from the paper:
  1. Adam, and the plain squared error of Eq. 2: 2013 has RMSProp, 2015 also clips the error to ±1.
- 2. N environments step side by side: 2 are faster than 1, 8 learnt less steadily on CartPole-v1. Every interval counts
+ 2. N environments step side by side: 5 are faster than 1, 8 learnt less steadily on CartPole-v1. Every interval counts
     environment steps over all of them, also the target network's (in 2015: updates). ε and θ stand still for T steps.
  3. Truncated episodes bootstrap with Q(final observation); only true terminations end the return.
  4. Vectors take an MLP with layers of 120 and 84, pixels the network of 2015 with orthogonal initialisation.
@@ -109,7 +109,7 @@ class Args:
     """gymnasium environment with Box or Discrete observations and Discrete actions"""
     total_timesteps: int = 500_000
     """environment steps to train for (reset rows are not counted)"""
-    num_envs: int = 2
+    num_envs: int = 5
     """N: environments stepped side by side, over all processes"""
     normalize = False  # no flag: replayed observations and rewards would have been scaled by outdated statistics
 

@@ -48,13 +48,13 @@ SETTINGS = {
     },
     "a2c": {"num_envs": 8, "model": {}},
     "dqn": {
-        "num_envs": 2,
+        "num_envs": 5,
         "model": {
             "learning_rate": 2.5e-4,
             "buffer_size": 10_000,
             "learning_starts": 10_000,
             "batch_size": 128,
-            "train_freq": 5,  # of both environments: one minibatch per 10 steps
+            "train_freq": 2,  # of each environment: one minibatch per 10 steps
             "gradient_steps": 1,
             "target_update_interval": 500,
             "exploration_fraction": 0.5,
