@@ -180,7 +180,9 @@ def test_a_run_with_normalised_box_actions_resumes_bit_for_bit(script, tmp_path,
 
 
 def test_the_logged_evaluation_is_that_of_the_normalised_policy(tmp_path):
-    run_dir = train("ppo", tmp_path, "Scaled-v0", normalize=True, total_timesteps=8_000, learning_rate=5e-3, eval_episodes=200)
+    run_dir = train(
+        "ppo", tmp_path, "Scaled-v0", normalize=True, total_timesteps=8_000, learning_rate=5e-3, eval_episodes=200
+    )
     saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     agent = ppo.Agent(Box(-10, 10, (3,), np.float32), Discrete(2))
     agent.load_state_dict(saved["agent"])
