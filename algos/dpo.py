@@ -854,6 +854,7 @@ def main(args: Args) -> None:
     total_steps = args.max_steps or args.epochs * (len(train) // args.batch_size)
     saved = load_checkpoint(args.resume) if args.resume else {"step": 0}
     step = saved["step"]
+    run_dir, writer = open_run(args, Path(args.dataset).stem, step, finished=step >= total_steps)
     if not args.online_reference:  # of the starting weights, also when resuming
         rows_needed = min(len(train), total_steps * args.batch_size) if step < total_steps else 0
         for rows in (held_out, batch_at(train, 0, rows_needed, args.seed) if rows_needed else []):
@@ -863,7 +864,6 @@ def main(args: Args) -> None:
         if args.fsdp:
             model.reshard()  # the reference's forward passes have left its outermost part whole
         set_state(model, optimizer, saved)
-    run_dir, writer = open_run(args, Path(args.dataset).stem, step, finished=step >= total_steps)
 
     def evaluate() -> None:
         if held_out:

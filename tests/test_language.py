@@ -376,7 +376,9 @@ def test_a_model_without_weights_tokenizer_eos_or_template_is_refused(script, ca
     refused(call(script, "--model", endless), "--model", "EOS")
     small = tmp_path / "small"
     shutil.copytree(whole, small)
-    tiny.bpe_tokenizer().save_pretrained(small)
+    larger = tiny.bpe_tokenizer()
+    larger.pad_token = "<s>"
+    larger.save_pretrained(small)
     refused(call(script, "--model", small), "--model", "tokens in the tokenizer")
     mute = tmp_path / "mute"
     tokenizer = tiny.word_tokenizer()
