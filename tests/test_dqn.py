@@ -63,7 +63,7 @@ def test_a_terminal_target_is_the_reward_and_any_other_bootstraps_with_the_large
 
 def test_the_loss_of_a_minibatch_equals_the_hand_computed_one():
     network = dqn.QNetwork(Box(-1, 1, (2,)), Discrete(2))
-    network.trunk, network.head = torch.nn.Identity(), torch.nn.Linear(2, 2, bias=False)
+    network.trunk, network.head = torch.nn.Sequential(), torch.nn.Linear(2, 2, bias=False)
     network.head.weight.data = tensor([[1.0, 2.0], [3.0, 4.0]])
     # Q([1, 0]) = [1, 3], Q([0, 1]) = [2, 4]: chosen 3 and 2, errors 1 and 3
     loss, metrics = dqn.q_loss(network, torch.eye(2), tensor([1, 0]), tensor([4.0, 5.0]), 2)
@@ -144,40 +144,36 @@ class Stacks:
         return self.obs.copy(), self.rng.random(self.num_envs), over[0], over[1] & ~over[0], {}
 
 
-def check_buffer(envs, stack, rows, steps, check_every, cut_every=10**9, T=1):
-    """Play at random into a ring of `rows` rows, T at once; now and then compare all that can be drawn with the truth."""
+def check_buffer(envs, stack, rows, steps, check_every, cut_every=10**9):
+    """Play at random into a ring of `rows` rows; now and then compare all that can be drawn with the truth."""
     N = envs.num_envs
     buffer = dqn.ReplayBuffer(rows * N, N, envs.single_observation_space, stack)
-    rng, chunk, ends = np.random.default_rng(0), [], 0
+    rng, ends = np.random.default_rng(0), 0
     happened = {}  # (row number, environment) to the step taken there
     for step in range(steps):
         if step % cut_every == 0:
             obs, _ = envs.reset(seed=step)
-            buffer.begin(torch.as_tensor(obs[None]), first=True)
+            buffer.begin(obs, first=True)
             prev_done = np.zeros(N, bool)
         actions = rng.integers(envs.single_action_space.n, size=N)
         next_obs, rewards, terminated, truncated, _ = envs.step(actions)
-        now = int(buffer.count) - 1 + len(chunk)
-        chunk.append([torch.as_tensor(x) for x in (next_obs, np.stack([actions, rewards, terminated], -1), ~prev_done)])
+        now = int(buffer.count) - 1
+        buffer.add(np.stack([actions, rewards, terminated, ~prev_done], -1).astype(np.float32), next_obs)
         for n in np.flatnonzero(~prev_done):
             happened[now, n] = obs[n], actions[n], rewards[n], terminated[n], next_obs[n]
         obs, prev_done = next_obs.copy(), terminated | truncated
         ends += prev_done.sum()
-        if len(chunk) == T:
-            next_obs, flags, mask = (torch.stack(x) for x in zip(*chunk))
-            buffer.add(next_obs, flags.float(), mask.float())
-            chunk.clear()
         if (step + 1) % check_every == 0:
             oldest = now + 1 - rows + stack  # the first whose stack is still whole
             happened = {key: value for key, value in happened.items() if key[0] >= oldest}
             expected = {number % rows * N + n: value for (number, n), value in happened.items()}
-            assert buffer.is_step.flatten().nonzero().flatten().tolist() == sorted(expected)
+            assert np.flatnonzero(buffer.is_step).tolist() == sorted(expected)
             for got, true in zip(buffer.get(tensor(sorted(expected))), zip(*(expected[i] for i in sorted(expected)))):
                 np.testing.assert_array_equal(got.numpy(), np.stack(true).astype(got.numpy().dtype))
     return buffer, ends
 
 
-@pytest.mark.parametrize("rows, T", [(8, 1), (13, 1), (13, 5), (40, 1), (40, 10)])
+@pytest.mark.parametrize("rows", [8, 13, 40])
 @pytest.mark.parametrize(
     "stack, frame_shape, dtype",
     [
@@ -187,9 +183,9 @@ def check_buffer(envs, stack, rows, steps, check_every, cut_every=10**9, T=1):
         (1, (2,), np.float32),
     ],
 )
-def test_all_steps_in_the_ring_come_out_as_they_happened_across_ends_cuts_and_wraps(stack, frame_shape, dtype, rows, T):
+def test_all_steps_in_the_ring_come_out_as_they_happened_across_ends_cuts_and_wraps(stack, frame_shape, dtype, rows):
     envs = Stacks(3, stack, frame_shape, dtype)
-    _, ends = check_buffer(envs, stack, rows, steps=200, check_every=T, cut_every=30, T=T)
+    _, ends = check_buffer(envs, stack, rows, steps=200, check_every=1, cut_every=30)
     assert ends > 50
 
 
@@ -198,17 +194,17 @@ def test_stacks_of_pong_are_rebuilt_exactly_through_wraps_and_the_end_of_a_game(
     buffer, ends = check_buffer(envs, 4, rows=250, steps=1100, check_every=110)
     envs.close()
     assert ends >= 2 and int(buffer.count) > 4 * 250
-    assert buffer.frames.shape == (250, 2, 1, 84, 84) and buffer.frames.dtype == torch.uint8
+    assert buffer.frames.shape == (250, 2, 1, 84, 84) and buffer.frames.dtype == np.uint8
 
 
 def test_steps_are_drawn_uniformly_and_reset_rows_never():
     torch.manual_seed(0)
     buffer = dqn.ReplayBuffer(20, 2, Box(-1, 1, (1,)), 1)
-    buffer.begin(torch.zeros(1, 2, 1), first=True)
-    mask = tensor([[1.0, t % 2] for t in range(7)])
-    buffer.add(torch.zeros(7, 2, 1), torch.zeros(7, 2, 3), mask)
+    buffer.begin(np.zeros((2, 1)), first=True)
+    for t in range(7):
+        buffer.add(np.array([[0, 0, 0, 1], [0, 0, 0, t % 2]]), np.zeros((2, 1)))
     counts = torch.bincount(buffer.draw(20_000), minlength=20)
-    steps = buffer.is_step.flatten()
+    steps = torch.from_numpy(buffer.is_step).flatten()
     assert steps.sum() == 10 and counts[~steps].sum() == 0
     torch.testing.assert_close(counts[steps] / 20_000, torch.full((10,), 0.1), rtol=0, atol=0.01)
 
@@ -230,7 +226,7 @@ def test_the_refusal_of_a_large_buffer_names_the_size_that_fits(monkeypatch, cap
     assert stop.value.code == 2 and "--buffer-size 1000000" in message
     fitting = int(message.split("at most ")[1].split()[0])
     buffer = dqn.ReplayBuffer(fitting, 1, space, 1)
-    assert 9_400_000 < sum(x.nbytes for x in buffer.buffers()) <= 9_500_000  # 5 % is left to all else
+    assert 9_400_000 < sum(x.nbytes for x in buffer.state_dict().values()) <= 9_500_000  # 5 % is left to all else
     dqn.check_memory(dqn.Args(buffer_size=fitting), space)
     with pytest.raises(SystemExit):
         dqn.check_memory(dqn.Args(buffer_size=fitting + 1), space)
@@ -279,7 +275,7 @@ def test_a_checkpoint_is_not_resumed_with_another_buffer(tmp_path, capsys):
 def test_reset_rows_are_neither_stored_as_steps_nor_counted(tmp_path):
     _, checkpoint = train(tmp_path, "probe_envs:StaggeredTrap-v0", total_timesteps=500, save_every=0)
     buffer, rows = checkpoint["buffer"], int(checkpoint["buffer"]["count"]) - 1
-    assert buffer["steps"][..., 1].max() == 2  # reset rows have 1e6
+    assert buffer["steps"][buffer["is_step"]][:, 1].max() == 2  # reset rows have 1e6
     assert buffer["frames"][buffer["is_step"]].abs().max() < 100  # as do final observations
     steps = sum(rows - rows // (length + 1) for length in (4, 4, 6, 6))  # every length + 1st row is a reset
     assert checkpoint["step"] == int(buffer["is_step"].sum()) == steps
@@ -304,6 +300,22 @@ def test_one_minibatch_is_learnt_per_train_every_counted_steps(num_envs, train_e
     flags = {"num_envs": num_envs, "train_every": train_every, "total_timesteps": 400, "learning_starts": 100}
     _, checkpoint = train(tmp_path, "probe_envs:Staggered-v0", **flags)
     assert rows == [16] * ((checkpoint["step"] - 100) // train_every)
+
+
+@pytest.mark.parametrize("num_envs, together", [(4, 1), (8, 2), (12, 3)])
+def test_minibatches_drawn_together_keep_the_targets_of_their_own_rows(num_envs, together, tmp_path, monkeypatch):
+    batches, original = [], dqn.q_loss
+
+    def spy(q_network, obs, actions, targets, count):
+        batches.append((obs, actions, targets))
+        return original(q_network, obs, actions, targets, count)
+
+    monkeypatch.setattr(dqn, "q_loss", spy)
+    train(tmp_path, "Chain-v0", num_envs=num_envs, train_every=4, total_timesteps=300, gamma=0.0)
+    assert len(batches) >= (300 - 16) // 4 >= 10 * together
+    for obs, actions, targets in batches:  # γ = 0: the target is the reward
+        np.testing.assert_array_equal(targets, CHAIN_REWARD[obs.argmax(1), actions])
+    assert len({tuple(targets.tolist()) for *_, targets in batches}) > 0.9 * len(batches)  # each draws its own
 
 
 def test_the_target_network_lags_until_it_is_copied(tmp_path):
