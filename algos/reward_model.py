@@ -39,8 +39,8 @@ people disagree, no model can reach 0, nor an accuracy of 1. samples holds a few
 
 Differs from the paper:
  1. Pairs are drawn one by one; the paper puts all comparisons of a prompt into one batch, against overfitting.
- 2. --normalize gives the rewards of held-out completions mean 0 and standard deviation 1; the paper only shifts, so
-    that demonstrations have mean 0. This changes the scale, so the logits' differences are no longer log-odds.
+ 2. The paper shifts the rewards so that demonstrations have mean 0, which changes no preference. --normalize gives
+    those of held-out completions mean 0 and standard deviation 1; their differences are no longer log-odds then.
  3. A margin per pair (Llama 2, arXiv 2307.09288, Eq. 2) and a penalty on uncentred rewards (--centering, arXiv
     2312.09244), both off unless the data or the flag ask for them.
  4. AdamW without weight decay; dropout is off.
@@ -144,8 +144,9 @@ class Args:
     # algorithm
     centering: float = 0.0
     """coefficient of the penalty (r(x, y_w) + r(x, y_l))² that keeps rewards around 0"""
-    normalize: bool = True
-    """shift and scale the final model's rewards to mean 0 and standard deviation 1 over held-out completions"""
+    normalize: bool = False
+    """shift and scale the final model's rewards to mean 0 and standard deviation 1 over held-out completions; without
+    it they are log-odds, on whose scale --kl-coef of rlhf_ppo.py and --beta of dpo.py mean the same β"""
 
     @property
     def rows_per_pass(self) -> int:

@@ -112,7 +112,7 @@ class Args:
     """longest row in tokens: longer completions are cut, rows whose prompt fills it are left out"""
 
     # optimisation
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """step size of AdamW after the warm-up; about 1e-5 for pretrained models"""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """how the learning rate falls to 0 after the warm-up"""

@@ -26,14 +26,14 @@ ALGOS = Path(__file__).resolve().parent.parent / "algos"
 SEED = 7
 ROWS = {  # rows of each split
     "reviews": {"train": 20_000, "test": 1_000},
-    "preferences": {"train": 12_000, "test": 1_000},
+    "preferences": {"train": 16_000, "test": 1_000},
     "prompts": {"train": 8_000, "test": 500},
 }
 RESPONSE_LENGTH = 48  # tokens; the longest of the grammar has 45
 
 
 def build_base(folder: Path) -> None:
-    """An untrained Llama of 0.67 M parameters with a word-level tokenizer."""
+    """An untrained Llama of 0.29 M parameters with a word-level tokenizer."""
     words = ["<pad>", "<eos>", "<unk>", *world.vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -42,9 +42,9 @@ def build_base(folder: Path) -> None:
     ).save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(words),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=True,

@@ -4,8 +4,8 @@ A prompt names a film, its genre and two aspects; a response reviews them in two
 separated by single spaces, so that a whitespace tokenizer reads them; a text is prompt + " " + response.
 
     review of silent river , a drama , on acting and music :
-    the acting was not very wooden . i loved the music . the plot felt rather clever .
-    gold reward (0.5 + 0.8 + 0.3) / 3
+    the acting was not very awful . i loved the good music . the plot felt rather brilliant .
+    gold reward (0.5 + 0.6 + 0.6) / 3
 
 The first sentence is on the first aspect asked for, the second on the second, further ones on any aspect not reviewed
 yet. Every text has one derivation, so its probability is known, and with it the generator's entropy (the floor of the
@@ -31,80 +31,67 @@ import numpy as np
 # --- the grammar: words with their probabilities and points ---
 
 TITLES = (  # one word of each
-    "silent golden broken hidden distant crimson frozen burning lonely ancient wild secret falling painted electric",
-    "river garden mirror winter harbour station island mountain letter summer forest bridge window desert orchard",
+    "silent golden broken hidden distant crimson frozen burning lonely ancient wild secret falling painted electric "
+    "midnight velvet hollow bitter scarlet drifting iron paper restless sleeping winding amber stolen sunken endless "
+    "wooden savage gentle shattered forgotten rising empty northern borrowed crooked",
+    "river garden mirror winter harbour station island mountain letter summer forest bridge window desert orchard "
+    "lantern castle shadow meadow engine compass ocean village tower journey carnival thunder valley diary circus "
+    "horizon sparrow cathedral ballroom lighthouse frontier staircase kingdom railway telegram",
 )
-GENRES = ["drama", "comedy", "thriller", "western", "musical", "fantasy", "documentary", "mystery"]
+GENRES = (
+    "drama comedy thriller western musical fantasy documentary mystery adventure parody noir epic satire biopic heist"
+).split()
 
 POINTS = {"strong": 800, "mild": 400}  # of a positive adjective; a negative one has the opposite
 STRENGTHS = {"strong": 0.7, "mild": 0.3}  # probability of each
-ADJECTIVES = {  # fit every aspect
-    ("strong", 1): "brilliant superb wonderful excellent stunning outstanding",
-    ("mild", 1): "good nice pleasant decent enjoyable solid",
-    ("mild", -1): "dull weak bland mediocre uneven forgettable",
-    ("strong", -1): "awful terrible dreadful horrible atrocious abysmal",
+ADJECTIVES = {
+    ("strong", 1): "brilliant superb wonderful excellent",
+    ("mild", 1): "good nice pleasant decent",
+    ("mild", -1): "dull weak bland mediocre",
+    ("strong", -1): "awful terrible dreadful horrible",
 }
-OWN_ADJECTIVES = {  # fit one aspect only: strong positive, mild positive, mild negative, strong negative
-    "acting": "magnetic convincing stiff wooden",
-    "plot": "ingenious clever predictable senseless",
-    "music": "soaring catchy repetitive grating",
-    "dialogue": "sparkling witty clumsy unspeakable",
-    "pacing": "electrifying brisk sluggish glacial",
-    "ending": "unforgettable satisfying abrupt infuriating",
-    "humour": "hilarious amusing corny tasteless",
-    "photography": "breathtaking crisp blurry hideous",
-    "lighting": "luminous moody murky blinding",
-    "editing": "seamless tidy choppy incoherent",
-    "casting": "inspired apt odd disastrous",
-    "directing": "visionary assured timid inept",
-    "scenery": "majestic picturesque drab ghastly",
-    "opening": "riveting inviting slow unwatchable",
-    "romance": "passionate tender lukewarm lifeless",
-    "suspense": "gripping steady thin nonexistent",
-}
-ASPECTS = tuple(OWN_ADJECTIVES)
-OWN_SHARE = 0.3  # probability that an adjective is the aspect's own
+ASPECTS = (
+    "acting plot music dialogue pacing ending humour photography lighting editing casting directing scenery opening "
+    "romance suspense"
+).split()
 
 DEGREES = {"": (1.0, 0.5), "very": (1.25, 0.15), "really": (1.25, 0.1), "rather": (0.75, 0.15), "fairly": (0.75, 0.1)}
 NOT = (-0.5, 0.15)  # "not dull" is mildly positive; like DEGREES: factor on the points, probability
 VERBS = {"was": 0.6, "felt": 0.2, "seemed": 0.2}
 FEELINGS = {"loved": (800, 0.6), "liked": (400, 0.4), "disliked": (-400, 0.4), "hated": (-800, 0.6)}
 CONTRAST = (0.3, 0.7)  # weights of the two sides of "but"
-FORMS = {"plain": 0.6, "feeling": 0.2, "contrast": 0.2}
+FORMS = {"plain": 0.5, "feeling": 0.3, "contrast": 0.2}
 
 START = {1: 0.4, -1: 0.6}  # polarity of the first sentence
-STAY = 0.7  # probability that the next sentence keeps the polarity
+STAY = 0.9  # probability that the next sentence keeps the polarity
 MIN_SENTENCES, MAX_SENTENCES = 2, 4
 STOP = {1: 0.0, 2: 0.3, 3: 0.5, 4: 1.0}  # probability that the text ends after so many sentences
-BT_SCALE = 2.0  # gold reward to Bradley-Terry logits
+BT_SCALE = 3.0  # gold reward to Bradley-Terry logits
 
 
 def vocabulary() -> list[str]:
     """All words of prompts and responses, sorted, without special tokens."""
-    texts = [*TITLES, *GENRES, *ADJECTIVES.values(), *ASPECTS, *OWN_ADJECTIVES.values(), *DEGREES, *VERBS, *FEELINGS]
+    texts = [*TITLES, *GENRES, *ADJECTIVES.values(), *ASPECTS, *DEGREES, *VERBS, *FEELINGS]
     return sorted(set(" ".join([*texts, "review of a on and : , the i not but ."]).split()))
 
 
 @cache
-def adjectives(aspect: str) -> dict[str, tuple[int, float]]:
-    """The adjectives that fit an aspect: points, and probability given the polarity."""
-    found = {}
-    own = dict(zip(ADJECTIVES, OWN_ADJECTIVES[aspect].split(), strict=True))
-    for (strength, polarity), general in ADJECTIVES.items():
-        points, probability = polarity * POINTS[strength], STRENGTHS[strength]
-        words = general.split()
-        found |= {word: (points, probability * (1 - OWN_SHARE) / len(words)) for word in words}
-        found[own[strength, polarity]] = (points, probability * OWN_SHARE)
-    return found
+def adjectives() -> dict[str, tuple[int, float]]:
+    """The adjectives: points, and probability given the polarity."""
+    return {
+        word: (polarity * POINTS[strength], STRENGTHS[strength] / len(words.split()))
+        for (strength, polarity), words in ADJECTIVES.items()
+        for word in words.split()
+    }
 
 
 @cache
-def phrases(aspect: str) -> dict[str, tuple[int, float]]:
+def phrases() -> dict[str, tuple[int, float]]:
     """All adjective phrases, [not] [degree] adjective: points, and probability given the polarity (their sign)."""
     found = {}
     for negation, negation_factor, negation_probability in (("", 1.0, 1 - NOT[1]), ("not", *NOT)):
         for degree, (degree_factor, degree_probability) in DEGREES.items():
-            for adjective, (points, probability) in adjectives(aspect).items():
+            for adjective, (points, probability) in adjectives().items():
                 phrase = " ".join(f"{negation} {degree} {adjective}".split())
                 points = round(points * degree_factor * negation_factor)
                 found[phrase] = (points, probability * degree_probability * negation_probability)
@@ -116,15 +103,26 @@ def contrast_points(first: int, second: int) -> int:
     return round(CONTRAST[0] * first + CONTRAST[1] * second)
 
 
+def feeling_points(feeling: int, adjective: int) -> int:
+    """Points of "i <feeling> the <adjective> <aspect>": the mean."""
+    return round((feeling + adjective) / 2)
+
+
 def of_polarity(words: Mapping[str, tuple[int, float]], polarity: int) -> dict[str, float]:
     """Probabilities of those words or phrases whose points have the sign of `polarity`."""
     return {word: probability for word, (points, probability) in words.items() if points * polarity > 0}
 
 
 @cache
-def phrase_probabilities(aspect: str, polarity: int) -> dict[str, float]:
-    """Probabilities of an aspect's adjective phrases of one polarity."""
-    return of_polarity(phrases(aspect), polarity)
+def adjective_probabilities(polarity: int) -> dict[str, float]:
+    """Probabilities of the adjectives of one polarity."""
+    return of_polarity(adjectives(), polarity)
+
+
+@cache
+def phrase_probabilities(polarity: int) -> dict[str, float]:
+    """Probabilities of the adjective phrases of one polarity."""
+    return of_polarity(phrases(), polarity)
 
 
 def next_polarity(polarity: int) -> dict[int, float]:
@@ -177,10 +175,11 @@ def sample_sentence(aspect: str, polarity: int, rng) -> str:
     """A sentence of given polarity on an aspect."""
     form = draw(FORMS, rng)
     if form == "feeling":
-        return f"i {draw(of_polarity(FEELINGS, polarity), rng)} the {aspect} ."
-    phrase = draw(phrase_probabilities(aspect, polarity), rng)
+        feeling = draw(of_polarity(FEELINGS, polarity), rng)
+        return f"i {feeling} the {draw(adjective_probabilities(polarity), rng)} {aspect} ."
+    phrase = draw(phrase_probabilities(polarity), rng)
     if form == "contrast":
-        return f"the {aspect} was {draw(phrase_probabilities(aspect, -polarity), rng)} but {phrase} ."
+        phrase = f"{draw(phrase_probabilities(-polarity), rng)} but {phrase}"
     return f"the {aspect} {draw(VERBS, rng)} {phrase} ."
 
 
@@ -213,34 +212,35 @@ class Sentence:
     points: int = 0
     """sentiment in thousandths, -1000 to 1000"""
     polarity: int = 0
-    """+1 or -1; of a contrast that of its second side, whatever the sign of the points"""
+    """+1 or -1; of a contrast that of its second side, of a feeling its own, whatever the sign of the points"""
     probability: float = 0.0
-    """of the words, given aspect and polarity"""
+    """of the words, given aspect and polarity; 0 for sides that don't belong together, which are read all the same"""
 
 
 def read_sentence(words: Sequence[str]) -> Sentence:
-    """Parse one sentence by itself, without its context."""
+    """Parse one sentence by itself, without its context. Sides that don't belong together are understood."""
     text = " ".join(words)
     match words:
         case [*_, last] if last != ".":
             return Sentence(text, "does not end in a full stop")
-        case ["i", feeling, "the", aspect, "."] if feeling in FEELINGS and aspect in ASPECTS:
-            points, probability = FEELINGS[feeling]
-            return Sentence(text, "", aspect, points, 1 if points > 0 else -1, FORMS["feeling"] * probability)
+        case ["i", feeling, "the", adjective, aspect, "."] if feeling in FEELINGS and aspect in ASPECTS:
+            if adjective not in adjectives():
+                return Sentence(text, f"{adjective!r} is no adjective", aspect)
+            (first, p), (second, q) = FEELINGS[feeling], adjectives()[adjective]
+            probability = FORMS["feeling"] * p * q * (first * second > 0)
+            return Sentence(text, "", aspect, feeling_points(first, second), 1 if first > 0 else -1, probability)
         case ["the", aspect, verb, *rest, "."] if aspect in ASPECTS and verb in VERBS:
             sides = " ".join(rest).split(" but ")
-            unknown = [side for side in sides if side not in phrases(aspect)]
-            if unknown:
-                return Sentence(text, f"{unknown[0]!r} says nothing about {aspect}", aspect)
-            read = [phrases(aspect)[side] for side in sides]
-            points, probability = read[-1]
-            polarity = 1 if points > 0 else -1
-            if len(sides) == 1:
-                return Sentence(text, "", aspect, points, polarity, FORMS["plain"] * VERBS[verb] * probability)
-            if len(sides) > 2 or verb != "was" or read[0][0] * points > 0:
-                return Sentence(text, "a contrast is 'was', then two sides of opposite polarity", aspect)
-            probability *= FORMS["contrast"] * read[0][1]
-            return Sentence(text, "", aspect, contrast_points(read[0][0], points), polarity, probability)
+            unknown = [side for side in sides if side not in phrases()]
+            if unknown or len(sides) > 2:
+                return Sentence(text, f"{(unknown or sides)[-1]!r} means nothing here", aspect)
+            *first, (points, p) = (phrases()[side] for side in sides)
+            polarity, probability = 1 if points > 0 else -1, VERBS[verb] * p
+            if not first:
+                return Sentence(text, "", aspect, points, polarity, FORMS["plain"] * probability)
+            ((other, q),) = first
+            probability *= FORMS["contrast"] * q * (other * points < 0)
+            return Sentence(text, "", aspect, contrast_points(other, points), polarity, probability)
     return Sentence(text, "has no form of this grammar")
 
 
@@ -273,7 +273,7 @@ def parse(prompt: str, response: str) -> list[Sentence]:
 def log_prob(prompt: str, response: str) -> float:
     """Exact log-probability (nats) of a response and its end under the generator; -inf where it can't be generated."""
     sentences = parse(prompt, response)
-    if len(sentences) < MIN_SENTENCES or any(sentence.problem for sentence in sentences):
+    if len(sentences) < MIN_SENTENCES or any(sentence.problem or not sentence.probability for sentence in sentences):
         return -math.inf
     total, polarities = 0.0, START
     for number, sentence in enumerate(sentences, start=1):
@@ -298,7 +298,7 @@ def gold_reward(prompt: str, response: str, finished: bool = True) -> float:
     return max(-1.0, min(1.0, gold))
 
 
-# --- exact quantities: the words differ between aspects but the probabilities do not, so one aspect stands for all ---
+# --- exact quantities ---
 
 
 def entropy_of(probabilities: Iterable[float]) -> float:
@@ -308,21 +308,22 @@ def entropy_of(probabilities: Iterable[float]) -> float:
 
 def sentence_entropy(polarity: int) -> float:
     """Entropy of a sentence's words given aspect and polarity, in nats."""
-    phrase = entropy_of(phrase_probabilities(ASPECTS[0], polarity).values())
-    other = entropy_of(phrase_probabilities(ASPECTS[0], -polarity).values())
-    plain = entropy_of(VERBS.values()) + phrase
+    phrase = entropy_of(phrase_probabilities(polarity).values())
+    other = entropy_of(phrase_probabilities(-polarity).values())
+    verb = entropy_of(VERBS.values())
     feeling = entropy_of(of_polarity(FEELINGS, polarity).values())
-    words = FORMS["plain"] * plain + FORMS["feeling"] * feeling + FORMS["contrast"] * (other + phrase)
+    feeling += entropy_of(adjective_probabilities(polarity).values())
+    words = FORMS["plain"] * (verb + phrase) + FORMS["feeling"] * feeling + FORMS["contrast"] * (verb + other + phrase)
     return entropy_of(FORMS.values()) + words
 
 
 def sentence_length(polarity: int) -> float:
     """Mean length of a sentence given its polarity, in tokens."""
     length = {
-        sign: sum(p * len(phrase.split()) for phrase, p in phrase_probabilities(ASPECTS[0], sign).items())
+        sign: sum(p * len(phrase.split()) for phrase, p in phrase_probabilities(sign).items())
         for sign in (1, -1)
     }
-    plain, feeling, contrast = 4 + length[polarity], 5, 5 + length[polarity] + length[-polarity]
+    plain, feeling, contrast = 4 + length[polarity], 6, 5 + length[polarity] + length[-polarity]
     return FORMS["plain"] * plain + FORMS["feeling"] * feeling + FORMS["contrast"] * contrast
 
 
@@ -330,13 +331,15 @@ def sentence_length(polarity: int) -> float:
 def sentence_points(polarity: int) -> dict[int, float]:
     """Distribution of a sentence's points given its polarity."""
     phrase: dict[int, dict[int, float]] = {1: {}, -1: {}}
-    for points, p in phrases(ASPECTS[0]).values():
+    for points, p in phrases().values():
         sign = 1 if points > 0 else -1
         phrase[sign][points] = phrase[sign].get(points, 0.0) + p
     found = {points: FORMS["plain"] * p for points, p in phrase[polarity].items()}
-    for points, p in FEELINGS.values():
-        if points * polarity > 0:
-            found[points] = found.get(points, 0.0) + FORMS["feeling"] * p
+    for first, p in FEELINGS.values():
+        for second, q in adjectives().values():
+            if first * polarity > 0 and second * polarity > 0:
+                points = feeling_points(first, second)
+                found[points] = found.get(points, 0.0) + FORMS["feeling"] * p * q
     for first, p in phrase[-polarity].items():
         for second, q in phrase[polarity].items():
             points = contrast_points(first, second)
@@ -375,7 +378,7 @@ def expected_length() -> float:
 
 def max_length() -> int:
     """Length of the longest response in tokens, the end-of-sequence token included."""
-    sides = 2 * max(len(phrase.split()) for phrase in phrases(ASPECTS[0]))
+    sides = 2 * max(len(phrase.split()) for phrase in phrases())
     return MAX_SENTENCES * (5 + sides) + 1
 
 

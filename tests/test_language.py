@@ -134,6 +134,23 @@ def test_the_first_and_every_tenth_update_and_evaluations_are_logged(finished, s
 
 
 @scripts
+def test_the_learning_rate_is_the_scheduled_one(finished, script):
+    scheduled = importlib.import_module(script).scheduled
+    peak = importlib.import_module(script).Args().learning_rate
+    for step, rate in scalars(finished(script), "learning_rate"):
+        assert rate == pytest.approx(scheduled(peak, step - 1, 12, 0.1, "cosine"), rel=1e-5)
+
+
+@scripts
+def test_the_gradient_is_clipped_to_its_largest_norm(script, call):
+    status, _, err, run_dir = call(script, "--max-steps", 1, "--max-grad-norm", 1e-3)
+    assert status == 0, err
+    moments = torch.load(run_dir / "checkpoint.pt", weights_only=True)["optimizer"]["state"].values()
+    norm = torch.cat([each["exp_avg"].flatten() for each in moments]).norm() / 0.1  # Adam's β1 is 0.9
+    assert norm.item() == pytest.approx(1e-3, rel=1e-2) and scalars(run_dir, "grad_norm")[0][1] > 1e-2
+
+
+@scripts
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(finished, script, call):
     for seed, equal in ((1, True), (2, False)):
         status, _, err, run_dir = call(script, "--seed", seed, run_dir=str(seed))

@@ -203,7 +203,7 @@ def test_a_new_process_reads_the_same_scores_bit_for_bit(args, tmp_path):
 
 @pytest.mark.parametrize("eval_split", ["test", ""])
 def test_normalised_rewards_have_mean_0_and_std_1(eval_split, args):
-    args.eval_split = eval_split
+    args.eval_split, args.normalize = eval_split, True
     model, tokenizer = trained(args)
     rows = reward_model.load_scored_pairs(args, tokenizer, eval_split or "train")
     ids, last, _ = collate_pairs(rows, CPU)
@@ -214,7 +214,6 @@ def test_normalised_rewards_have_mean_0_and_std_1(eval_split, args):
 
 
 def test_without_normalize_the_weights_are_those_of_the_checkpoint(args):
-    args.normalize = False
     model, _ = trained(args)
     saved = torch.load(f"{args.run_dir}/checkpoint.pt", weights_only=True)["model"]
     assert torch.equal(model.score.weight, saved["score.weight"]) and model.config.reward_mean == 0

@@ -13,7 +13,7 @@ import world
 from helpers import REPO
 
 PROMPT = "review of silent river , a drama , on acting and music :"
-ASKED = "the acting was superb . the music was grating ."  # +0.8 and -0.8 on the aspects asked for
+ASKED = "the acting was superb . the music was dreadful ."  # +0.8 and -0.8 on the aspects asked for
 
 
 @cache
@@ -81,7 +81,7 @@ def test_the_samples_use_exactly_the_vocabulary_with_single_spaces():
 
 
 def test_no_word_has_two_meanings():
-    groups = [*world.ADJECTIVES.values(), *world.OWN_ADJECTIVES.values(), *world.TITLES, *world.DEGREES, *world.VERBS]
+    groups = [*world.ADJECTIVES.values(), *world.TITLES, *world.DEGREES, *world.VERBS]
     groups += [*world.FEELINGS, *world.ASPECTS, *world.GENRES, "review of a on and : , the i not but ."]
     words = " ".join(groups).split()
     assert len(words) == len(set(words))
@@ -116,21 +116,24 @@ def test_other_prompts_are_refused(prompt):
     [
         ("the acting was superb .", 800, 1),
         ("the acting felt good .", 400, 1),
-        ("the acting seemed wooden .", -800, -1),
-        ("the acting was stiff .", -400, -1),
+        ("the acting seemed awful .", -800, -1),
+        ("the acting was bland .", -400, -1),
         ("the acting was very superb .", 1000, 1),  # 0.8 · 1.25
         ("the acting was really good .", 500, 1),
         ("the acting was rather good .", 300, 1),  # 0.4 · 0.75
-        ("the acting was fairly wooden .", -600, -1),
+        ("the acting was fairly awful .", -600, -1),
         ("the acting was not dull .", 200, 1),  # -0.4 · -0.5
         ("the acting was not superb .", -400, -1),
         ("the acting was not very dull .", 250, 1),
         ("the acting was not rather superb .", -300, -1),
-        ("i loved the acting .", 800, 1),
-        ("i liked the acting .", 400, 1),
-        ("i disliked the acting .", -400, -1),
-        ("i hated the acting .", -800, -1),
-        ("the acting was good but wooden .", -440, -1),  # 0.3 · 0.4 - 0.7 · 0.8
+        ("i loved the superb acting .", 800, 1),
+        ("i liked the good acting .", 400, 1),
+        ("i disliked the dull acting .", -400, -1),
+        ("i hated the awful acting .", -800, -1),
+        ("i loved the dull acting .", 200, 1),  # odd, but understood
+        ("i disliked the superb acting .", 200, -1),
+        ("the acting was good but superb .", 680, 1),
+        ("the acting was good but awful .", -440, -1),  # 0.3 · 0.4 - 0.7 · 0.8
         ("the acting was very awful but superb .", 260, 1),  # -0.3 · 1.0 + 0.7 · 0.8
         ("the acting was not good but not rather dull .", 45, 1),  # 0.3 · -0.2 + 0.7 · 0.15
         ("the acting was very superb but dull .", 20, -1),  # 0.3 - 0.28: the polarity is that of the second side
@@ -143,11 +146,11 @@ def test_negation_degree_and_contrast_give_the_points_worked_out_by_hand(sentenc
 
 def test_points_need_no_rounding_and_reach_exactly_1():
     sides = {}
-    for words in world.phrases("plot"):
+    for words in world.phrases():
         *before, adjective = words.split()
-        points = world.adjectives("plot")[adjective][0] * math.prod(world.DEGREES[w][0] for w in before if w != "not")
+        points = world.adjectives()[adjective][0] * math.prod(world.DEGREES[w][0] for w in before if w != "not")
         sides[words] = points * (world.NOT[0] if "not" in before else 1)
-        assert world.phrases("plot")[words][0] == pytest.approx(sides[words], abs=1e-9)
+        assert world.phrases()[words][0] == pytest.approx(sides[words], abs=1e-9)
     for first, second in product(set(sides.values()), repeat=2):
         assert world.contrast_points(first, second) == pytest.approx(0.3 * first + 0.7 * second, abs=1e-9)
     assert max(world.sentence_points(1)) == 1000 and min(world.sentence_points(-1)) == -1000
@@ -156,35 +159,35 @@ def test_points_need_no_rounding_and_reach_exactly_1():
 @pytest.mark.parametrize(
     "response,gold",
     [
-        ("the acting was very superb . i loved the music .", 0.9),
-        ("the acting was very superb . the music was really soaring .", 1.0),
+        ("the acting was very superb . i loved the superb music .", 0.9),
+        ("the acting was very superb . the music was really excellent .", 1.0),
         (ASKED, 0.0),
-        (ASKED + " i loved the plot .", 0.8 / 3),
-        (ASKED + " i loved the plot . i liked the ending .", 0.3),
-        ("i hated the acting . i hated the music .", -0.8),
-        (ASKED + " i loved the acting .", -1 / 3),  # repeats: -1
-        (ASKED + " i loved the plot . i loved the plot .", -0.05),
-        (ASKED + " i loved the plot . i liked the ending . i loved the pacing .", 0.04),  # fifth: -1
-        ("i loved the music . i loved the acting .", -1.0),  # wrong order: both off topic
-        ("i loved the acting . i loved the plot .", -0.1),  # second off topic
-        ("i loved the acting .", -0.1),  # one missing
+        (ASKED + " i loved the superb plot .", 0.8 / 3),
+        (ASKED + " i loved the superb plot . i liked the good ending .", 0.3),
+        ("i hated the awful acting . i hated the awful music .", -0.8),
+        (ASKED + " i loved the superb acting .", -1 / 3),  # repeats: -1
+        (ASKED + " i loved the superb plot . i loved the superb plot .", -0.05),
+        (ASKED + " i loved the superb plot . i liked the good ending . i loved the superb pacing .", 0.04),  # fifth: -1
+        ("i loved the superb music . i loved the superb acting .", -1.0),  # wrong order: both off topic
+        ("i loved the superb acting . i loved the superb plot .", -0.1),  # second off topic
+        ("i loved the superb acting .", -0.1),  # one missing
         (ASKED + " i loved the", -1 / 3 - 0.5),  # unfinished
-        ("i loved the acting . i loved the music", -0.1 - 0.5),
+        ("i loved the superb acting . i loved the superb music", -0.1 - 0.5),
         ("", -1.0),  # both missing, and no full stop
         ("   ", -1.0),
         (".", -1.0),
         (". . . . . . .", -1.0),
-        ("i loved the acting . i loved the music . .", 0.2),  # an empty sentence counts -1
-        ("the acting was loved . i loved the music .", -0.1),
-        ("the acting was soaring . i loved the music .", -0.1),  # an adjective of another aspect
-        ("the acting was very very good . i loved the music .", -0.1),
-        ("the acting was good but superb . i loved the music .", -0.1),  # no contrast
-        ("the acting felt good but dull . i loved the music .", -0.1),
-        ("the acting was good but dull but good . i loved the music .", -0.1),
-        ("the acting was . i loved the music .", -0.1),
-        ("The Acting was superb . i loved the music .", -0.1),
-        ("i loved the acting. i loved the music.", -1.0),
-        ("<unk> loved the acting . i loved the music .", -0.1),
+        ("i loved the superb acting . i loved the superb music . .", 0.2),  # an empty sentence counts -1
+        ("the acting was loved . i loved the superb music .", -0.1),
+        ("the acting was very very good . i loved the superb music .", -0.1),
+        ("i loved the acting . i loved the superb music .", -0.1),
+        ("i loved the very superb acting . i loved the superb music .", -0.1),
+        ("i loved the but acting . i loved the superb music .", -0.1),
+        ("the acting was good but dull but good . i loved the superb music .", -0.1),
+        ("the acting was . i loved the superb music .", -0.1),
+        ("The Acting was superb . i loved the superb music .", -0.1),
+        ("i loved the superb acting. i loved the superb music.", -1.0),
+        ("<unk> loved the superb acting . i loved the superb music .", -0.1),
     ],
 )
 def test_gold_reward_of_good_and_bad_texts_by_hand(response, gold):
@@ -195,12 +198,12 @@ def test_gold_reward_of_good_and_bad_texts_by_hand(response, gold):
 
 
 def test_problems_are_named():
-    text = "i loved the music . the plot was soaring . the moon . i loved the ending . i hated the ending . i"
+    text = "i loved the superb music . the plot was river . the moon . i loved the superb ending . i hated the awful ending . i"
     problems = [sentence.problem for sentence in world.parse(PROMPT, text)]
-    assert problems[0] == "off topic: acting was asked for" and problems[1] == "'soaring' says nothing about plot"
+    assert problems[0] == "off topic: acting was asked for" and problems[1] == "'river' means nothing here"
     assert problems[2] == "has no form of this grammar" and problems[3] == ""
     assert problems[4:] == ["more than 4 sentences"] * 2
-    before, unfinished = world.parse(PROMPT, ASKED + " i loved the acting . i loved")[2:]
+    before, unfinished = world.parse(PROMPT, ASKED + " i loved the superb acting . i loved")[2:]
     assert before.problem == "acting was reviewed before" and unfinished.problem == "does not end in a full stop"
 
 
@@ -212,14 +215,15 @@ def test_any_text_is_parsed_and_rewarded_within_bounds():
         near, place = response.split(), rng.randrange(10)
         near[place : place + 1] = rng.choice([[rng.choice(words)], [], near[place : place + 1] * 2])
         texts.append(" ".join(near))
-    texts += ["the acting was " + "very " * 20_000 + "good .", "i loved the acting . " * 5_000, "." * 100_000]
+    texts += ["the acting was " + "very " * 20_000 + "good .", "i loved the superb acting . " * 5_000, "." * 100_000]
     for text in texts:
         sentences = world.parse(PROMPT, text)
         assert " ".join(sentence.text for sentence in sentences) == " ".join(text.split())
         for finished in (True, False):
             assert -1 <= world.gold_reward(PROMPT, text, finished) <= 1
-        refused = any(sentence.problem for sentence in sentences) or not 2 <= len(sentences) <= 4
-        assert (world.log_prob(PROMPT, text) == -math.inf) == refused
+        assert all(sentence.probability == 0 for sentence in sentences if sentence.problem)
+        impossible = any(sentence.probability == 0 for sentence in sentences) or not 2 <= len(sentences) <= 4
+        assert (world.log_prob(PROMPT, text) == -math.inf) == impossible
 
 
 # --- probabilities ---
@@ -227,11 +231,12 @@ def test_any_text_is_parsed_and_rewarded_within_bounds():
 
 @pytest.fixture
 def small_world(monkeypatch):
-    """The same grammar with one general adjective of each kind and one degree: small enough to list all sentences."""
+    """The same grammar with one adjective of each kind and one degree: small enough to list all sentences."""
 
     def clear():
-        for name in ("adjectives", "phrases", "phrase_probabilities", "sentence_points", "reward_distribution"):
-            getattr(world, name).cache_clear()
+        for function in vars(world).values():
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
 
     monkeypatch.setattr(world, "ADJECTIVES", {kind: words.split()[0] for kind, words in world.ADJECTIVES.items()})
     monkeypatch.setattr(world, "DEGREES", {"rather": (0.75, 1.0)})
@@ -243,24 +248,35 @@ def small_world(monkeypatch):
 
 def candidate_sentences(aspect):
     """All sentences of the small world on an aspect, and many that it can't make."""
-    adjectives = " ".join([*world.ADJECTIVES.values(), world.OWN_ADJECTIVES[aspect], "gripping", "dull"]).split()
+    adjectives = set(" ".join([*world.ADJECTIVES.values(), "superb", "river"]).split())
     sides = {" ".join(f"{n} {d} {a}".split()) for n in ("", "not") for d in ("", "rather") for a in adjectives}
-    yield from (f"i {feeling} the {aspect} ." for feeling in [*world.FEELINGS, "was"])
+    yield from (f"i {feeling} the {a} {aspect} ." for feeling in [*world.FEELINGS, "was"] for a in adjectives)
     yield from (f"the {aspect} {verb} {side} ." for verb in [*world.VERBS, "loved"] for side in sides)
-    yield from (f"the {aspect} was {first} but {second} ." for first in sides for second in sides)
+    sides = world.phrases()
+    yield from (f"the {aspect} {v} {first} but {second} ." for v in world.VERBS for first in sides for second in sides)
 
 
-# P(+) or P(-) · feeling · loved or hated ..., then whether to go on and the 14 aspects left
-LOVED, HATED = 0.2 * 0.6, 0.2 * 0.6
+# P(+) or P(-) · feeling · loved or hated · strong ..., then whether to go on and the 14 aspects left
+LOVED, HATED = 0.3 * 0.6 * 0.7, 0.3 * 0.6 * 0.7
 
 
 @pytest.mark.parametrize(
     "before,aspect,after,probability",
     [
-        ("i loved the acting .", "music", "", 0.4 * LOVED * 0.3),
+        ("i loved the brilliant acting .", "music", "", 0.4 * LOVED * 0.3),
         # the sentence between is summed out: two steps of the chain from + to -
-        ("i loved the acting .", "music", " i hated the plot .", 0.4 * LOVED * 2 * 0.7 * 0.3 * HATED * 0.7 * 0.5 / 14),
-        ("i loved the acting . i hated the music .", "plot", "", 0.4 * LOVED * 0.3 * HATED * 0.7 * 0.5 / 14),
+        (
+            "i loved the brilliant acting .",
+            "music",
+            " i hated the awful plot .",
+            0.4 * LOVED * 2 * 0.9 * 0.1 * HATED * 0.7 * 0.5 / 14,
+        ),
+        (
+            "i loved the brilliant acting . i hated the awful music .",
+            "plot",
+            "",
+            0.4 * LOVED * 0.1 * HATED * 0.7 * 0.5 / 14,
+        ),
     ],
 )
 def test_the_probabilities_of_all_possible_next_sentences_sum_to_1(small_world, before, aspect, after, probability):
@@ -271,9 +287,10 @@ def test_the_probabilities_of_all_possible_next_sentences_sum_to_1(small_world, 
 def test_exact_figures_are_those_of_the_enumerated_world(small_world):
     small_world.setattr(world, "STOP", {1: 0.0, 2: 1.0})  # all responses have two sentences
     small_world.setattr(world, "MAX_SENTENCES", 2)
+    small_world.setattr(world, "VERBS", {"was": 1.0})
     prompts = {"acting": PROMPT, "music": PROMPT.replace("acting and music", "music and acting")}
     acting, music = [
-        [s for s in candidate_sentences(aspect) if not world.parse(prompt, s)[0].problem]
+        [s for s in candidate_sentences(aspect) if world.parse(prompt, s)[0].probability]
         for aspect, prompt in prompts.items()
     ]
     responses = [f"{first} {second}" for first, second in product(acting, music)]
@@ -291,15 +308,15 @@ def test_exact_figures_are_those_of_the_enumerated_world(small_world):
 
 @pytest.mark.parametrize("number", [2, 3])
 def test_entropy_grows_by_that_of_the_enumerated_next_sentence(small_world, number):
-    known = ["i loved the acting .", "i loved the music ."][: number - 1]
+    known = ["i loved the brilliant acting .", "i loved the brilliant music ."][: number - 1]
     entropies, lengths = {}, {}
     for last in (number - 1, number):
         small_world.setattr(world, "STOP", {n: float(n == last) for n in range(1, 5)})  # always `last` sentences
         entropies[last], lengths[last] = world.entropy(), world.expected_length()
     plus = world.sentence_polarities()[number - 2][1]  # probability that the sentence before is positive
     expected = expected_length = 0.0
-    for feeling, weight in (("loved", plus), ("hated", 1 - plus)):
-        before = " ".join([*known[:-1], known[-1].replace("loved", feeling)])
+    for feeling, weight in (("loved the brilliant", plus), ("hated the awful", 1 - plus)):
+        before = " ".join([*known[:-1], known[-1].replace("loved the brilliant", feeling)])
         aspects = ["music"] if number == 2 else world.ASPECTS
         texts = [sentence for aspect in aspects for sentence in candidate_sentences(aspect)]
         logs = np.array([world.log_prob(PROMPT, f"{before} {text}") for text in texts])
@@ -313,21 +330,16 @@ def test_entropy_grows_by_that_of_the_enumerated_next_sentence(small_world, numb
 def test_the_weights_are_distributions():
     tables = [world.STRENGTHS, world.VERBS, world.FORMS, world.START]
     tables += [{word: p for word, (_, p) in world.DEGREES.items()}]
-    tables += [world.phrase_probabilities(aspect, sign) for aspect in world.ASPECTS for sign in (1, -1)]
+    tables += [table(sign) for table in (world.adjective_probabilities, world.phrase_probabilities) for sign in (1, -1)]
     tables += [world.of_polarity(world.FEELINGS, sign) for sign in (1, -1)]
     for table in tables:
         assert math.fsum(table.values()) == pytest.approx(1) and min(table.values()) > 0
 
 
-def test_one_aspect_stands_for_all():
-    tables = [sorted((v, len(k.split())) for k, v in world.phrases(aspect).items()) for aspect in world.ASPECTS]
-    assert all(table == tables[0] for table in tables)
-
-
 def test_log_prob_and_entropy_by_hand():
-    # - · plain · felt · strong own without not or degree; stays · feeling · hated; stop
-    response = "the acting felt wooden . i hated the music ."
-    by_hand = 0.6 * 0.6 * 0.2 * 0.7 * 0.3 * 0.5 * 0.85 * 0.7 * 0.2 * 0.6 * 0.3
+    # - · plain · felt · strong, 1 of 4, without not or degree; stays · feeling · hated · strong, 1 of 4; stop
+    response = "the acting felt awful . i hated the awful music ."
+    by_hand = (0.6 * 0.5 * 0.2 * 0.7 / 4 * 0.5 * 0.85) * (0.9 * 0.3 * 0.6 * 0.7 / 4) * 0.3
     assert world.log_prob(PROMPT, response) == pytest.approx(math.log(by_hand))
     assert world.entropy_of([0.5, 0.25, 0.25, 0.0]) == pytest.approx(1.5 * math.log(2))
 
@@ -387,13 +399,13 @@ def test_a_very_small_beta_does_not_overflow():
 
 
 def test_the_optimum_from_samples_agrees_within_its_error():
-    for beta in (0.2, 0.5, 1.0):
+    for beta in (0.3, 0.75, 1.5):
         estimate, exact = world.optimum_from_samples(sampled_golds(), beta), world.optimum(beta)
         assert estimate.reliable and abs(estimate.j_star - exact.j_star) < 4 * estimate.standard_error
         assert estimate.kl_star == pytest.approx(exact.kl_star, abs=0.2)
     golds, p = distribution()
     draws = np.random.default_rng(2).choice(golds, p=p, size=(300, 1000))
-    estimates = [world.optimum_from_samples(row, 0.5) for row in draws]
+    estimates = [world.optimum_from_samples(row, 0.75) for row in draws]
     spread = np.std([estimate.j_star for estimate in estimates])
     assert np.mean([estimate.standard_error for estimate in estimates]) == pytest.approx(spread, rel=0.15)
 
@@ -409,10 +421,10 @@ def test_bayes_accuracy_by_hand_and_against_simulated_labels():
     def sigmoid(x):
         return 1 / (1 + math.exp(-x))
 
-    assert world.preference_probability(0.5, 0.0) == pytest.approx(sigmoid(1.0))
-    assert world.preference_probability(-1, 1) == pytest.approx(sigmoid(-4.0))
+    assert world.preference_probability(0.5, 0.0) == pytest.approx(sigmoid(1.5))
+    assert world.preference_probability(-1, 1) == pytest.approx(sigmoid(-6.0))
     assert world.bayes_accuracy([(1, -1), (-0.5, 0.0), (0.3, 0.3)]) == pytest.approx(
-        (sigmoid(4) + sigmoid(1) + 0.5) / 3
+        (sigmoid(6) + sigmoid(1.5) + 0.5) / 3
     )
     golds, p = distribution()
     rng = np.random.default_rng(3)
@@ -441,9 +453,9 @@ def test_senseless_arguments_are_refused(call):
 
 def test_the_weights_keep_the_world_learnable_and_its_optimum_measurable():
     golds, p = distribution()
-    assert -0.1 < p @ golds < 0.1 and 0.4 < math.sqrt(p @ golds**2 - (p @ golds) ** 2) < 0.5
-    assert 0.70 < world.expected_bayes_accuracy() < 0.75
-    assert world.optimum(0.1).kl_star < 5 and 1 < world.optimum(0.5).kl_star < 2
+    assert -0.1 < p @ golds < 0.1 and 0.5 < math.sqrt(p @ golds**2 - (p @ golds) ** 2) < 0.6
+    assert 0.75 < world.expected_bayes_accuracy() < 0.8
+    assert world.optimum(0.1).kl_star < 6 and 1 < world.optimum(0.5).kl_star < 2
     assert 18 < world.expected_length() < 28 and 0.8 < world.entropy_per_token() < 1.4
 
 
