@@ -13,6 +13,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import tyro
@@ -37,29 +38,34 @@ class Args:
     """title of the picture"""
 
 
-def error(message: str) -> None:
+def error(message: str) -> NoReturn:
     """Say in one line what is wrong and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def load_run(run_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps (K,), mean returns (K,) and numbers (K,) of the episodes logged by a run."""
+def load_run(run_dir: Path, tag: str = "charts/episodic_return") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps (K,), values (K,) and numbers (K,) logged by a run: mean returns of so many episodes, or single values.
+
+    LookupError when there are none.
+    """
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
-    if "charts/episodic_return" not in events.Tags()["scalars"]:
-        error(f"{run_dir} holds no run with finished episodes")
-    returns, numbers = events.Scalars("charts/episodic_return"), events.Scalars("charts/episodes")
+    if tag not in events.Tags()["scalars"]:
+        what = "run with finished episodes" if tag == "charts/episodic_return" else f"values of {tag}"
+        raise LookupError(f"{run_dir} holds no {what}")
+    values = events.Scalars(tag)
+    numbers = events.Scalars("charts/episodes") if tag.startswith("charts/episodic") else []
     return (
-        np.array([event.step for event in returns]),
-        np.array([event.value for event in returns]),
-        np.array([event.value for event in numbers]),
+        np.array([event.step for event in values]),
+        np.array([event.value for event in values]),
+        np.array([event.value for event in numbers] or [1.0] * len(values)),
     )
 
 
 def curve(steps: np.ndarray, returns: np.ndarray, numbers: np.ndarray, total_steps: int) -> np.ndarray:
     """Mean return (BINS,) of the episodes that ended in each bin of steps, weighted by their numbers (K,)."""
-    bins = np.minimum((steps - 1) * BINS // total_steps, BINS - 1)
+    bins = np.clip((steps - 1) * BINS // total_steps, 0, BINS - 1)  # what is logged before training is in the first
     sums = np.bincount(bins, weights=returns * numbers, minlength=BINS)
     counts = np.bincount(bins, weights=numbers, minlength=BINS)
     filled = np.maximum.accumulate(np.where(counts > 0, np.arange(BINS), 0))
@@ -101,21 +107,39 @@ def chance(ours: np.ndarray, peers: np.ndarray, below: float | None) -> str:
     return f"{text}; share below {below:g}: p = {fisher_exact(low).pvalue:.2g}"
 
 
+OURS = "this repository"
+STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."))  # told apart by colour-blind eyes and in print
+
+
+def draw_panel(axes: Any, groups: dict[str, dict[str, np.ndarray]], total_steps: int, title: str, unit: str,
+               levels: dict[str, float]) -> None:  # fmt: skip
+    """Mean over seeds with the range between the lowest and highest seed, and horizontal lines at known levels."""
+    steps = (np.arange(BINS) + 0.5) * total_steps / BINS
+    styles = STYLES if OURS in groups else STYLES[1:]  # a peer looks the same with and without ours
+    for (name, group), (colour, style) in zip(groups.items(), styles):
+        curves = group["curves"]
+        axes.plot(steps, curves.mean(0), style, color=colour, label=f"{name} ({len(curves)} seeds)")
+        axes.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
+    for (name, level), style in zip(levels.items(), (":", (0, (6, 3)))):
+        axes.axhline(level, color="#444444", linestyle=style, linewidth=1.2, label=name)
+    axes.set(xlabel=unit, title=title, xlim=(0, total_steps))
+    axes.xaxis.set_major_formatter(
+        lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x >= 1e4 else f"{x:g}"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize=8)
+
+
 def draw(groups: dict[str, dict[str, np.ndarray]], total_steps: int, title: str, path: Path) -> None:
-    """Mean over seeds with the range between the lowest and highest seed, in colours safe for colour-blind eyes."""
+    """One picture of the returns of training episodes."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 3.6), dpi=130)
-    steps = (np.arange(BINS) + 0.5) * total_steps / BINS
-    for (name, group), colour, style in zip(groups.items(), ("#0072B2", "#D55E00"), ("-", "--")):
-        axes.plot(steps, group["curves"].mean(0), style, color=colour, label=f"{name} ({len(group['area'])} seeds)")
-        axes.fill_between(steps, group["curves"].min(0), group["curves"].max(0), color=colour, alpha=0.15, linewidth=0)
-    axes.set(xlabel="environment steps", ylabel="return of training episodes", title=title, xlim=(0, total_steps))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    draw_panel(axes, groups, total_steps, title, "environment steps", {})
+    axes.set_ylabel("return of training episodes")
     figure.tight_layout()
     figure.savefig(path)
+    plt.close(figure)
 
 
 def main(args: Args) -> None:
@@ -129,7 +153,10 @@ def main(args: Args) -> None:
     if len(tasks) > 1:
         error(f"the runs are of several tasks: {sorted(tasks)}")
     ((env_id, total_steps),) = tasks
-    data = {"this repository": [load_run(run_dir) for run_dir in args.runs]}
+    try:
+        data = {OURS: [load_run(run_dir) for run_dir in args.runs]}
+    except LookupError as fault:
+        error(str(fault))
     if args.peer:
         if not args.peer.is_file():
             error(f"--peer {args.peer}: no such file")

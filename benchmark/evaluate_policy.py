@@ -1,32 +1,43 @@
 """How good policies of the small language world are: gold reward, KL from the reference, share of the optimum reached.
 
-    python benchmark/evaluate_policy.py runs/a/model runs/b/model --beta 0.1
-    python benchmark/evaluate_policy.py runs/a/model --beta 0.1 --golds /tmp/sft_golds.json   # keeps reference samples
+    python benchmark/evaluate_policy.py runs/a runs/b                     # runs of dpo.py or rlhf_ppo.py, with their own β
+    python benchmark/evaluate_policy.py /tmp/trl_dpo --beta 0.5           # a model folder, with a β
+    python benchmark/evaluate_policy.py runs/* --picture frontier.png     # the frontier of gold and proxy reward against KL
+    python benchmark/evaluate_policy.py runs/* --golds /tmp/golds.json --json /tmp/figures.json   # keeps reference samples
 
 Each policy answers the test prompts and fresh ones at temperature 1. Printed per policy, ± its standard error:
 
-    gold           mean gold reward, in [-1, 1]
-    KL             log π(y|x) - log π_ref(y|x) of its own samples, nats per sequence with its end-of-sequence token
-    J              E[r] - β·KL with r = world.BT_SCALE · gold, what RLHF and DPO maximise
-    share          (J - J_ref) / (J* - J_ref), with J_ref and J* from gold rewards of reference samples; its error is
-                   that of J. No share is printed where too few reference samples carry J* (world.Optimum.reliable)
-    ungrammatical  share of samples with a sentence that the grammar refuses, too few sentences, or no end
+    gold    mean gold reward, in [-1, 1]
+    KL      log π(y|x) - log π_ref(y|x) of its own samples, nats per sequence with its end-of-sequence token
+    J       E[r] - β·KL with r = world.BT_SCALE · gold, what RLHF and DPO maximise
+    share   (J - J_ref) / (J* - J_ref), with J_ref and J* from gold rewards of reference samples; its error is that of
+            J. No share is printed where too few reference samples carry J* (world.Optimum.reliable)
+    proxy   mean score of the reward model, less that of reference samples: what RLHF sees of r
+    faulty  share of samples with a sentence that the gold reward refuses, too few sentences, or no end
 
-Importable: `evaluate` and `reference_golds` return what `main` prints.
+Importable: `evaluate` and `reference_samples` return what `main` prints.
 """
 
 import argparse
 import itertools
 import json
+import os
 import random
-from dataclasses import dataclass
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import world
 from build_assets import fresh_prompts, sample
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 Response = tuple[str, bool]  # text, and whether it ended before the length limit
@@ -42,32 +53,53 @@ class Figures:
     kl_error: float
     j: float
     j_error: float
-    ungrammatical: float
+    proxy: float
+    faulty: float
     samples: int
+
+
+def encoded(tokenizer: PreTrainedTokenizerFast, prompts: list[str], responses: list[Response]) -> tuple:
+    """Rows of ids (n, L) filled up with padding, and the lengths of prompts (n,) and rows (n,).
+
+    A finished response has its end-of-sequence token.
+    """
+    asked, texts = tokenizer(prompts).input_ids, tokenizer([text for text, _ in responses]).input_ids
+    rows = [
+        prompt + ids + [tokenizer.eos_token_id] * finished for prompt, ids, (_, finished) in zip(asked, texts, responses)
+    ]
+    length = max(map(len, rows))
+    padded = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
+    return padded, torch.tensor(list(map(len, asked))), torch.tensor(list(map(len, rows)))
 
 
 @torch.no_grad()
 def sequence_logprobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str],
                       responses: list[Response]) -> np.ndarray:  # fmt: skip
     """log π(y|x) of each response (n,), in nats; of a finished one with its end-of-sequence token."""
-    found = np.empty(len(prompts))
+    found = []
     for start in range(0, len(prompts), 250):
-        asked = tokenizer(prompts[start : start + 250]).input_ids
-        texts = tokenizer([text for text, _ in responses[start : start + 250]]).input_ids
-        for i, (prompt, ids, (_, finished)) in enumerate(zip(asked, texts, responses[start : start + 250])):
-            texts[i] = prompt + ids + [tokenizer.eos_token_id] * finished
-        length = max(map(len, texts))
-        rows = torch.tensor([ids + [0] * (length - len(ids)) for ids in texts])  # causal: nothing reads the padding
+        part = slice(start, start + 250)
+        rows, begin, end = encoded(tokenizer, prompts[part], responses[part])
         logprobs = model(rows[:, :-1], use_cache=False).logits.double().log_softmax(-1)
         logprobs = logprobs.gather(-1, rows[:, 1:, None])[..., 0]
-        for i, (prompt, ids) in enumerate(zip(asked, texts)):
-            found[start + i] = logprobs[i, len(prompt) - 1 : len(ids) - 1].sum()
-    return found
+        position = torch.arange(1, rows.shape[1])  # causal: nothing reads the padding
+        found.append((logprobs * ((begin[:, None] <= position) & (position < end[:, None]))).sum(1))
+    return torch.cat(found).numpy()
 
 
-def is_grammatical(prompt: str, response: Response) -> bool:
-    """Whether the grammar could have written a response to the prompt."""
-    return response[1] and np.isfinite(world.log_prob(prompt, response[0]))
+@torch.no_grad()
+def proxy_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str],
+                 responses: list[Response]) -> np.ndarray:  # fmt: skip
+    """Scores (n,) of a reward model, up to a constant."""
+    parts = [slice(start, start + 250) for start in range(0, len(prompts), 250)]
+    logits = [model(encoded(tokenizer, prompts[part], responses[part])[0]).logits[:, 0] for part in parts]
+    return torch.cat(logits).double().numpy()
+
+
+def is_faulty(prompt: str, response: Response) -> bool:
+    """Whether the gold reward charges a response for anything but its sentiment."""
+    sentences = world.parse(prompt, response[0])
+    return not response[1] or len(sentences) < world.MIN_SENTENCES or any(sentence.problem for sentence in sentences)
 
 
 def golds_of(prompts: list[str], responses: list[Response]) -> np.ndarray:
@@ -75,8 +107,8 @@ def golds_of(prompts: list[str], responses: list[Response]) -> np.ndarray:
     return np.array([world.gold_reward(prompt, *response) for prompt, response in zip(prompts, responses)])
 
 
-def evaluate(policy: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
-             prompts: list[str], beta: float) -> Figures:  # fmt: skip
+def evaluate(policy: PreTrainedModel, reference: PreTrainedModel, scorer: PreTrainedModel,
+             tokenizer: PreTrainedTokenizerFast, prompts: list[str], beta: float) -> Figures:  # fmt: skip
     """Figures of a policy over one sample per prompt; draws from torch's generator."""
     responses = sample(policy, tokenizer, prompts)
     golds = golds_of(prompts, responses)
@@ -84,54 +116,117 @@ def evaluate(policy: PreTrainedModel, reference: PreTrainedModel, tokenizer: Pre
     kl -= sequence_logprobs(reference, tokenizer, prompts, responses)
     j = world.BT_SCALE * golds - beta * kl
     means = [f(x) for x in (golds, kl, j) for f in (np.mean, lambda x: np.std(x, ddof=1) / len(x) ** 0.5)]
-    wrong = np.mean([not is_grammatical(*pair) for pair in zip(prompts, responses)])
-    return Figures(*map(float, means), float(wrong), len(prompts))
+    proxy = proxy_scores(scorer, tokenizer, prompts, responses).mean()
+    faulty = np.mean([is_faulty(*pair) for pair in zip(prompts, responses)])
+    return Figures(*map(float, [*means, proxy, faulty]), len(prompts))
 
 
-def reference_golds(reference: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> np.ndarray:
-    """Gold rewards (n,) of one reference sample per prompt, for world.optimum_from_samples."""
-    return golds_of(prompts, sample(reference, tokenizer, prompts))
+def reference_samples(reference: PreTrainedModel, scorer: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
+                      prompts: list[str]) -> dict[str, list[float]]:  # fmt: skip
+    """Gold rewards and proxy scores (n,) of one reference sample per prompt, for world.optimum_from_samples."""
+    responses = sample(reference, tokenizer, prompts)
+    proxies = proxy_scores(scorer, tokenizer, prompts, responses)
+    return {"gold": golds_of(prompts, responses).round(4).tolist(), "proxy": proxies.round(4).tolist()}
+
+
+def describe(name: str, found: Figures, beta: float, best: world.Optimum) -> str:
+    """The line that is printed for a policy."""
+    gain = best.j_star - best.j_ref
+    share = f"{(found.j - best.j_ref) / gain:.3f} ± {found.j_error / gain:.3f}" if best.reliable else "unreliable"
+    return (
+        f"{name}: β {beta:g}, gold {found.gold:+.4f} ± {found.gold_error:.4f}, KL {found.kl:.3f} ± {found.kl_error:.3f}, "
+        f"J {found.j:+.4f} ± {found.j_error:.4f} of J* {best.j_star:.4f} ± {best.standard_error:.4f}, share {share}, "
+        f"proxy {found.proxy:+.3f}, faulty {found.faulty:.3f}"
+    )
+
+
+def draw(rows: list[dict], golds: np.ndarray, path: Path) -> None:
+    """Gold and proxy reward against KL, one point per policy, with the frontier that no policy can pass."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), dpi=130, sharex=True)
+    betas = np.geomspace(0.05, 20, 60)
+    frontier = [world.optimum_from_samples(golds, beta) for beta in betas]
+    frontier = [best for best in frontier if best.reliable]
+    panels[0].plot([best.kl_star for best in frontier], [best.gold_star for best in frontier], color="black",
+                   label="optimum π* ∝ π_ref·exp(r/β)")  # fmt: skip
+    for (script, colour, style) in (("rlhf_ppo", "#0072B2", "o-"), ("dpo", "#D55E00", "s--")):
+        points = sorted((row for row in rows if row["script"] == script), key=lambda row: row["kl"])
+        for panel, what in zip(panels, ("gold", "proxy")):
+            panel.plot([row["kl"] for row in points], [row[what] for row in points], style, color=colour, label=f"{script}.py")
+            for row in points:
+                panel.annotate(f"{row['beta']:g}", (row["kl"], row[what]), textcoords="offset points", xytext=(4, 5), fontsize=8)
+    panels[0].set(xlabel="KL(π || π_ref), nats", ylabel="gold reward", title="what is wanted (β beside each point)")
+    panels[1].set(xlabel="KL(π || π_ref), nats", ylabel="reward model's score", title="what RLHF sees")
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    panels[0].legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path)
 
 
 def main() -> None:
-    """Evaluate each model folder and print a line for it."""
+    """Evaluate each policy and print a line for it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", help="folders of policies")
+    parser.add_argument("models", nargs="+", type=Path, help="run directories of dpo.py or rlhf_ppo.py, or model folders")
     parser.add_argument("--reference", default=str(ASSETS / "sft"), help="folder of the reference policy")
-    parser.add_argument("--beta", type=float, default=0.1, help="β of the KL penalty (default 0.1)")
+    parser.add_argument("--reward-model", default=str(ASSETS / "reward"), help="folder of the reward model")
+    parser.add_argument("--beta", type=float, help="β of the KL penalty (default: that of each run)")
     parser.add_argument("--prompts", type=int, default=3_000, help="prompts to answer (default 3000)")
     parser.add_argument("--reference-samples", type=int, default=60_000, help="for J_ref and J* (default 60000)")
-    parser.add_argument("--golds", type=Path, help="json file that keeps the reference's gold rewards between calls")
+    parser.add_argument("--golds", type=Path, help="json file that keeps the reference's rewards between calls")
+    parser.add_argument("--json", type=Path, help="json file to write the figures to, a list with an entry per policy")
+    parser.add_argument("--picture", type=Path, help="png to draw")
     parser.add_argument("--seed", type=int, default=1, help="seed of fresh prompts and samples (default 1)")
     args = parser.parse_args()
+    settings = {}  # script and β of each model
+    for path in args.models:
+        flags = json.loads((path / "args.json").read_text()) if (path / "args.json").exists() else {}
+        beta = args.beta or flags.get("beta", flags.get("kl_coef"))
+        if not beta:
+            print(f"error: {path}: no run of dpo.py or rlhf_ppo.py, whose β is known; give --beta", file=sys.stderr)
+            raise SystemExit(2)
+        settings[path] = ("rlhf_ppo" if "kl_coef" in flags else "dpo" if "beta" in flags else ""), beta
     tokenizer = AutoTokenizer.from_pretrained(args.reference)
     reference = AutoModelForCausalLM.from_pretrained(args.reference).eval()
+    scorer = AutoModelForSequenceClassification.from_pretrained(args.reward_model).eval()
     fresh = fresh_prompts(random.Random(1_000_003 * args.seed))
     test = [json.loads(line)["prompt"] for line in (ASSETS / "prompts" / "test.jsonl").open()]
     prompts = list(itertools.islice(itertools.chain(test, fresh), args.prompts))
 
     torch.manual_seed(args.seed)
     if args.golds and args.golds.exists():
-        golds = np.array(json.loads(args.golds.read_text()))
+        known = json.loads(args.golds.read_text())
     else:
-        golds = reference_golds(reference, tokenizer, list(itertools.islice(fresh, args.reference_samples)))
+        known = reference_samples(reference, scorer, tokenizer, list(itertools.islice(fresh, args.reference_samples)))
         if args.golds:
-            args.golds.write_text(json.dumps(golds.round(4).tolist()))
-    best = world.optimum_from_samples(golds, args.beta)
-    print(
-        f"reference: gold {golds.mean():+.4f}, J_ref {best.j_ref:+.4f}, J* {best.j_star:.4f} ± "
-        f"{best.standard_error:.4f}, KL* {best.kl_star:.3f}, gold* {best.gold_star:+.4f} "
-        f"({len(golds)} samples, {best.effective_samples:.0f} effective)"
-    )
-    for name in args.models:
+            new = args.golds.with_suffix(f".{os.getpid()}")  # whole or not there, for calls side by side
+            new.write_text(json.dumps(known))
+            os.replace(new, args.golds)
+    golds = np.array(known["gold"])
+    for beta in sorted({beta for _, beta in settings.values()}):
+        best = world.optimum_from_samples(golds, beta)
+        print(
+            f"reference: β {beta:g}, gold {golds.mean():+.4f}, J_ref {best.j_ref:+.4f}, J* {best.j_star:.4f} ± "
+            f"{best.standard_error:.4f}, KL* {best.kl_star:.3f}, gold* {best.gold_star:+.4f} "
+            f"({len(golds)} samples, {best.effective_samples:.0f} effective)"
+        )
+    rows = []
+    for path, (script, beta) in settings.items():
         torch.manual_seed(args.seed)
-        policy = AutoModelForCausalLM.from_pretrained(name).eval()
-        found = evaluate(policy, reference, tokenizer, prompts, args.beta)
-        gain = best.j_star - best.j_ref
-        share = f"{(found.j - best.j_ref) / gain:.3f} ± {found.j_error / gain:.3f}" if best.reliable else "unreliable"
-        print(f"{name}: gold {found.gold:+.4f} ± {found.gold_error:.4f}, KL {found.kl:.3f} ± {found.kl_error:.3f}, "
-              f"J {found.j:+.4f} ± {found.j_error:.4f}, share {share}, ungrammatical {found.ungrammatical:.3f}",
-              flush=True)  # fmt: skip
+        policy = AutoModelForCausalLM.from_pretrained(path / "model" if script else path).eval()
+        found = evaluate(policy, reference, scorer, tokenizer, prompts, beta)
+        best = world.optimum_from_samples(golds, beta)
+        row = asdict(found) | {"name": str(path), "script": script, "beta": beta, "j_star": best.j_star, "j_ref": best.j_ref}
+        row["proxy"] -= float(np.mean(known["proxy"]))
+        row["share"] = (found.j - best.j_ref) / (best.j_star - best.j_ref) if best.reliable else None
+        rows.append(row)
+        print(describe(str(path), Figures(**{key: row[key] for key in asdict(found)}), beta, best), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if args.picture:
+        draw(rows, golds, args.picture)
+        print(f"wrote {args.picture}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""Time a control script beside Stable-Baselines3, interleaved, and print the ratio of their steps per second.
+"""Time a script beside its peer, one after the other, several times, and print the ratio of their speeds.
 
     python -m venv /tmp/sb3 && /tmp/sb3/bin/pip install torch==2.13.0 stable-baselines3==2.9.2
-    python benchmark/speed.py ppo --peer-python /tmp/sb3/bin/python
+    python benchmark/run.py speed ppo --peer-python /tmp/sb3/bin/python
+    python -m venv /tmp/trl && /tmp/trl/bin/pip install -r benchmark/trl_requirements.txt        # dpo, reward_model
+    python benchmark/run.py speed dpo --peer-python /tmp/trl/bin/python
+    python -m venv /tmp/trl_ppo && /tmp/trl_ppo/bin/pip install -r benchmark/trl_ppo_requirements.txt      # rlhf_ppo
+    python benchmark/run.py speed rlhf_ppo --peer-python /tmp/trl_ppo/bin/python
 
-Both train on the same environment for the same number of steps with the same rollout, batch and network, one thread each,
-one after the other, several times; start-up is not counted. Only ratios within a run mean something on a busy machine.
+Both do the same work with the same settings, one thread each; start-up is not counted. Only ratios within a run mean
+something on a busy machine.
 """
 
 import json
@@ -12,14 +16,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal
 
-import tyro
+HERE = Path(__file__).resolve().parent
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+STEPS = {"dqn": 60_000, "a2c": 60_000, "ppo": 60_000, "rlhf_ppo": 256, "dpo": 20, "reward_model": 30}
 
-PEER = """
+SB3 = """
 import json, sys, time
 import torch
 from stable_baselines3 import A2C, DQN, PPO
@@ -48,14 +52,14 @@ SETTINGS = {
     },
     "a2c": {"num_envs": 8, "model": {}},
     "dqn": {
-        "num_envs": 5,
+        "num_envs": 20,
         "model": {
             "learning_rate": 2.5e-4,
             "buffer_size": 10_000,
             "learning_starts": 10_000,
             "batch_size": 128,
-            "train_freq": 2,  # of each environment: one minibatch per 10 steps
-            "gradient_steps": 1,
+            "train_freq": 1,  # of each environment: one minibatch per 10 steps
+            "gradient_steps": 2,
             "target_update_interval": 500,
             "exploration_fraction": 0.5,
             "policy_kwargs": {"net_arch": [120, 84]},
@@ -64,71 +68,59 @@ SETTINGS = {
 }
 
 
-@dataclass
-class Args:
-    script: tyro.conf.Positional[Literal["ppo", "a2c", "dqn"]]
-    """script to time"""
-    peer_python: Path
-    """python of an environment with stable-baselines3"""
-    steps: int = 60_000
-    """environment steps of each run"""
-    repeats: int = 5
-    """pairs of runs"""
+def output(command: list) -> str:
+    """What a command prints; exit status 1 with the last line of its complaint when it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
+    if done.returncode:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        print(f"error: {command[0]} ended with status {done.returncode}: {last}", file=sys.stderr)
+        raise SystemExit(1)
+    return done.stdout
 
 
 def ours(script: str, steps: int) -> float:
-    """Steps per second that the script itself logs at its end."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    """Environment steps or episodes per second that the script itself logs at its end."""
+    import curves
 
+    control = ["--total-timesteps", str(steps), "--eval-episodes", "0"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            Path(__file__).parents[1] / "algos" / f"{script}.py",
-            "--total-timesteps",
-            str(steps),
-            "--eval-episodes",
-            "0",
-            "--device",
-            "cpu",
-            "--run-dir",
-            f"{folder}/run",
-        ]
-        subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        events = EventAccumulator(f"{folder}/run")
-        events.Reload()
-        return events.Scalars("charts/SPS")[-1].value
+        flags = ["--total-episodes", str(steps)] if script == "rlhf_ppo" else control
+        command = [sys.executable, HERE.parent / "algos" / f"{script}.py", *flags, "--device", "cpu",
+                   "--run-dir", f"{folder}/run"]  # fmt: skip
+        output(command)
+        tag = "episodes_per_second" if script == "rlhf_ppo" else "charts/SPS"
+        return float(curves.load_run(Path(folder) / "run", tag)[1][-1])
 
 
 def peers(peer_python: Path, script: str, steps: int) -> float:
-    """Steps per second of Stable-Baselines3 over the same number of steps."""
-    settings = json.dumps(SETTINGS[script] | {"script": script, "steps": steps})
-    done = subprocess.run(
-        [peer_python, "-c", PEER, settings],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    return float(done.stdout)
+    """The same of Stable-Baselines3 or TRL's PPO."""
+    if script != "rlhf_ppo":
+        command = [peer_python, "-c", SB3, json.dumps(SETTINGS[script] | {"script": script, "steps": steps})]
+        return float(output(command))
+    with tempfile.TemporaryDirectory() as folder:
+        command = [peer_python, HERE / "trl_ppo.py", "--out", f"{folder}/out", "--total-episodes", str(steps)]
+        output(command)
+        last = (Path(folder) / "out" / "log.jsonl").read_text().splitlines()[-1]
+        return steps / json.loads(last)["seconds"]
 
 
-def main(args: Args) -> None:
-    if not args.peer_python.exists():
-        print(f"error: --peer-python {args.peer_python}: no such file", file=sys.stderr)
+def measure(script: str, peer_python: Path, steps: int, repeats: int) -> None:
+    """Print the speeds of `repeats` pairs of runs, and the median ratio with the lowest and highest."""
+    if not peer_python.exists():
+        print(f"error: --peer-python {peer_python}: no such file", file=sys.stderr)
         raise SystemExit(2)
+    steps = steps or STEPS[script]
+    if script in ("dpo", "reward_model"):  # one process of the peer's environment runs both
+        length = "--steps" if script == "dpo" else "--updates"
+        command = [peer_python, HERE / f"trl_{script}.py", "speed", length, str(steps), "--repeats", str(repeats)]
+        raise SystemExit(subprocess.run(command, env=ONE_THREAD).returncode)
+    peer, unit = ("TRL", "episodes/s") if script == "rlhf_ppo" else ("Stable-Baselines3", "steps/s")
     pairs = []
-    for i in range(args.repeats):
-        pairs.append((ours(args.script, args.steps), peers(args.peer_python, args.script, args.steps)))
-        print(
-            f"{args.script} {i + 1}/{args.repeats}: ours {pairs[-1][0]:,.0f} steps/s, Stable-Baselines3 {pairs[-1][1]:,.0f}, "
-            f"ratio {pairs[-1][0] / pairs[-1][1]:.2f}"
-        )
+    for i in range(repeats):
+        pairs.append((ours(script, steps), peers(peer_python, script, steps)))
+        a, b = pairs[-1]
+        print(f"{script} {i + 1}/{repeats}: ours {a:,.0f} {unit}, {peer} {b:,.0f}, ratio {a / b:.2f}", flush=True)
     ratios = [a / b for a, b in pairs]
-    print(
-        f"median ratio {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); medians: ours "
-        f"{median(a for a, _ in pairs):,.0f}, Stable-Baselines3 {median(b for _, b in pairs):,.0f} steps/s"
-    )
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__.splitlines()[0]))
+    a, b = (median(column) for column in zip(*pairs))
+    print(f"median ratio {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); medians: ours {a:,.0f}, "
+          f"{peer} {b:,.0f} {unit}")  # fmt: skip

@@ -306,6 +306,16 @@ def test_before_the_first_step_ratio_and_kl_are_exactly_neutral(monkeypatch, wor
     assert scalars(tmp_path, "objective/kl") == [(1, 0.0)]
 
 
+def test_the_ratio_is_to_the_policy_that_sampled(monkeypatch, world, tmp_path):
+    seen = train(monkeypatch, world, tmp_path, num_minibatches=1, num_ppo_epochs=1)
+    for (_, logprobs, ref_logprobs, mask, *_), _ in seen.rewards[1:]:
+        assert not torch.equal(logprobs, ref_logprobs)
+    for ((_, logprobs, _, mask, *_), _), (_, _, old_logprobs, *_, part_mask, _, _, _) in zip(seen.rewards, seen.loss):
+        torch.testing.assert_close(
+            (old_logprobs * part_mask).sum(1).sort().values, (logprobs * mask).sum(1).sort().values
+        )
+
+
 def test_scores_sit_on_the_last_tokens_and_missing_stops_cost_once(monkeypatch, world, tmp_path):
     changed = {"missing_eos_penalty": 2.5, "gae_lambda": 1.0, "total_episodes": 24, "batch_size": 8}
     seen = train(monkeypatch, world, tmp_path, **changed)

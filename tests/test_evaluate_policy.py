@@ -1,0 +1,75 @@
+"""benchmark/evaluate_policy.py: KL by hand, the reference judged by itself, the command line."""
+
+import json
+import subprocess
+import sys
+
+import evaluate_policy
+import pytest
+import torch
+from helpers import REPO
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+SFT, REWARD = (REPO / "benchmark" / "assets" / name for name in ("sft", "reward"))
+PROMPT = "review of silent river , a drama , on acting and music :"
+RESPONSES = [("the acting was good . i loved the superb music .", True), ("the acting was", False)]
+
+
+def command(*args):
+    path = REPO / "benchmark" / "evaluate_policy.py"
+    return subprocess.run([sys.executable, path, *map(str, args)], capture_output=True, text=True)
+
+
+def test_log_probabilities_are_those_of_each_response_alone_with_its_end_if_it_has_one():
+    tokenizer, model = AutoTokenizer.from_pretrained(SFT), AutoModelForCausalLM.from_pretrained(SFT).eval()
+    by_hand = []
+    for text, finished in RESPONSES:
+        prompt = tokenizer(PROMPT).input_ids
+        ids = prompt + tokenizer(text).input_ids + [tokenizer.eos_token_id] * finished
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        by_hand.append(sum(logprobs[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))))
+    found = evaluate_policy.sequence_logprobs(model, tokenizer, [PROMPT] * 2, RESPONSES)
+    assert found == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_proxy_scores_are_those_of_each_text_alone():
+    tokenizer = AutoTokenizer.from_pretrained(REWARD)
+    scorer = AutoModelForSequenceClassification.from_pretrained(REWARD).eval()
+    both = evaluate_policy.proxy_scores(scorer, tokenizer, [PROMPT] * 2, RESPONSES)
+    alone = [evaluate_policy.proxy_scores(scorer, tokenizer, [PROMPT], [response])[0] for response in RESPONSES]
+    assert both == pytest.approx(alone, abs=1e-5) and both[0] > both[1]
+
+
+@pytest.mark.parametrize(
+    "response,faulty",
+    [
+        (RESPONSES[0], False),
+        (("the acting was good . i loved the dull music .", True), False),  # odd, but understood
+        ((RESPONSES[0][0], False), True),  # no end
+        (("the acting was good .", True), True),  # too short
+        (("the music was good . the acting was good .", True), True),  # off topic
+    ],
+)
+def test_faulty_is_what_the_gold_reward_charges_beside_sentiment(response, faulty):
+    assert evaluate_policy.is_faulty(PROMPT, response) == faulty
+
+
+def test_the_reference_reaches_no_share_at_no_kl(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "args.json").write_text(json.dumps({"kl_coef": 0.5}))
+    (run / "model").symlink_to(SFT)
+    flags = ["--prompts", 300, "--reference-samples", 1000, "--golds", tmp_path / "golds.json"]
+    done = command(run, *flags, "--json", tmp_path / "figures.json", "--picture", tmp_path / "picture.png")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "figures.json").read_text())
+    assert (row["script"], row["beta"]) == ("rlhf_ppo", 0.5) and row["kl"] == 0
+    assert row["share"] == pytest.approx(0, abs=0.25) and row["proxy"] == pytest.approx(0, abs=0.3)
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert command(SFT, *flags, "--beta", 0.5).stdout.count("share") == 1  # a model folder, with stored reference samples
+
+
+def test_a_model_without_beta_is_refused_in_one_line():
+    done = command(SFT)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "give --beta" in done.stderr
