@@ -1,0 +1,187 @@
+"""What the benchmark runs and what it holds the results against: the table SPECS.
+
+A spec is a script with flags, run with several seeds. It has measures: a logged metric, read as a curve (curves.py)
+whose area and final level are compared with references. The margin of a comparison is a share of the way from the
+start, a random or untrained policy's level, to the reference. References are recorded from this repository
+(reference/ours), or are a peer's (reference/peers); published numbers and known optima are only shown.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+ALGOS, ASSETS, REFERENCE = HERE.parent / "algos", HERE / "assets", HERE / "reference"
+TIERS = ("quick", "full", "gpu")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number per run, or one curve, that says how good the run was."""
+
+    tag: str
+    """TensorBoard tag, or evaluation/<figure> for a figure that `Spec.evaluation` writes"""
+    name: str
+    """in tables and pictures"""
+    higher: bool = True
+    """whether more is better"""
+    margin: float = 0.1
+    """share of |reference - start| by which a run may fall short"""
+    start: float | None = None
+    """level of a random or untrained policy; None: the beginning of the reference's curve"""
+    last: int = 1
+    """entries (episodes, evaluations, updates) at the end of a run that make up its final level"""
+    optimum: Callable[[], float] | None = None
+    """best possible level, where it is known"""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A script on a task."""
+
+    script: str
+    task: str
+    seeds: dict[str, int]
+    """number of seeds in each tier that has the spec"""
+    minutes: float
+    """of one run on one core (of the machine in DESIGN.md), for estimates until they are measured"""
+    measures: tuple[Measure, ...]
+    flags: tuple[str, ...] = ()
+    """{benchmark} is this folder"""
+    peer: str = ""
+    """file in reference/peers"""
+    published: tuple[str, str] | None = None
+    """collection and script in reference/published.json, for the environment `task` (Pong: PongNoFrameskip-v4)"""
+    evaluation: tuple[str, ...] = ()
+    """a second command, after the run, that writes figures to evaluation.json, a list of one; {run} is the run directory, {cache} a
+    file that runs on the same assets share, other names are the script's flags"""
+
+    @property
+    def name(self) -> str:
+        """As given on the command line."""
+        return f"{self.script}-{self.task}"
+
+    @property
+    def language(self) -> bool:
+        """Whether it is a script on text, which reads the assets."""
+        return self.script in ("sft", "reward_model", "dpo", "rlhf_ppo")
+
+    @property
+    def recorded_seeds(self) -> int:
+        """Seeds of a reference."""
+        return max(self.seeds.values())
+
+    def seed(self, index: int) -> int:
+        """Environments take seeds s to s + N - 1, so those of control are 1,000 apart."""
+        return (index + 1) * (1 if self.language else 1000)
+
+
+# --- measures ---
+
+
+def returns(start: float, margin: float = 0.1, optimum: float | None = None) -> tuple[Measure]:
+    """Return of training episodes; `start` is that of uniformly random actions, measured."""
+    best = (lambda: optimum) if optimum is not None else None
+    return (Measure("charts/episodic_return", "return", start=start, margin=margin, last=100, optimum=best),)
+
+
+def rows(path: Path) -> list[dict]:
+    """Rows of a jsonl file."""
+    return [json.loads(line) for line in path.open()]
+
+
+@functools.cache
+def sft_floor() -> float:
+    """Loss of the grammar itself on the held-out reviews, in nats per token."""
+    from build_assets import generator_loss
+
+    return generator_loss(ASSETS / "reviews" / "test.jsonl")
+
+
+@functools.cache
+def bayes_accuracy() -> float:
+    """Accuracy on the held-out pairs of someone who knows the gold rewards."""
+    import world
+
+    pairs = rows(ASSETS / "preferences" / "test.jsonl")
+    return world.bayes_accuracy([(row["gold_chosen"], row["gold_rejected"]) for row in pairs])
+
+
+@functools.cache
+def bayes_loss() -> float:
+    """Expected loss -log P(label) on the held-out pairs of someone who knows the gold rewards."""
+    import world
+
+    pairs = rows(ASSETS / "preferences" / "test.jsonl")
+    golds = np.array([(row["gold_chosen"], row["gold_rejected"]) for row in pairs])
+    p = world.preference_probability(golds[:, 0], golds[:, 1])
+    return float(-(p * np.log(p) + (1 - p) * np.log(1 - p)).mean())
+
+
+LN2 = 0.6931
+SFT = (Measure("eval/loss", "held-out loss", higher=False, margin=0.01, optimum=sft_floor),)
+ACCURACY = {"name": "held-out accuracy", "margin": 0.25, "start": 0.5, "optimum": bayes_accuracy}
+PAIR_LOSS = Measure("eval/loss", "held-out loss", higher=False, margin=0.5, start=LN2, optimum=bayes_loss)
+REWARD = (Measure("eval/accuracy", **ACCURACY), PAIR_LOSS)
+DPO = (
+    Measure("eval/rewards/accuracies", **ACCURACY),
+    PAIR_LOSS,
+    Measure("evaluation/share", "share of J* - J_ref", margin=0.25, start=0.0, optimum=lambda: 1.0),
+    Measure("evaluation/gold", "gold reward", margin=0.25, start=-0.2),  # about that of SFT
+    Measure("evaluation/kl", "KL from the reference", higher=False, margin=0.25, start=0.0),
+)
+RLHF = (
+    Measure("objective/rlhf_reward", "score - β·KL", margin=0.25, last=4),
+    Measure("objective/scores", "score", margin=0.25, last=4),
+    Measure("objective/gold", "gold reward", margin=0.25, last=4),
+    Measure("objective/kl", "KL from the reference", higher=False, margin=0.4, last=4, start=0.0),
+)
+CPU = ("--device", "cpu")
+CONTROL = (*CPU, "--eval-episodes", "0")
+CHEETAH = (*CONTROL, "--env-id", "HalfCheetah-v5", "--normalize", "--total-timesteps", "1000000")
+PONG = ("--device", "cuda", "--compile", "--eval-episodes", "0", "--env-id", "ALE/Pong-v5",
+        "--total-timesteps", "10000000", "--save-every", "2000000")  # fmt: skip
+CARTPOLE = {"task": "CartPole-v1", "flags": CONTROL, "measures": returns(22, optimum=500.0)}
+ACROBOT = {"task": "Acrobot-v1", "flags": (*CONTROL, "--env-id", "Acrobot-v1"), "measures": returns(-495)}
+
+SPECS = (
+    Spec("dqn", seeds={"quick": 2, "full": 5}, minutes=2.5, peer="cleanrl_dqn_CartPole-v1.json",
+         published=("cleanrl", "dqn"), **CARTPOLE),
+    Spec("reinforce", seeds={"quick": 2, "full": 5}, minutes=0.4, **CARTPOLE),
+    Spec("a2c", seeds={"quick": 2, "full": 5}, minutes=0.7, peer="sb3_a2c_CartPole-v1.json",
+         published=("rl_zoo", "a2c"), **CARTPOLE),
+    Spec("ppo", seeds={"quick": 2, "full": 5}, minutes=0.7, peer="cleanrl_ppo_CartPole-v1.json",
+         published=("cleanrl", "ppo"), **CARTPOLE),
+    Spec("dqn", seeds={"full": 5}, minutes=4, peer="cleanrl_dqn_Acrobot-v1.json",
+         published=("cleanrl", "dqn"), **ACROBOT),
+    Spec("reinforce", seeds={"full": 5}, minutes=2, **ACROBOT),
+    Spec("a2c", seeds={"full": 5}, minutes=3, peer="sb3_a2c_Acrobot-v1.json",
+         published=("rl_zoo", "a2c"), **ACROBOT),
+    Spec("ppo", seeds={"full": 5}, minutes=3, peer="cleanrl_ppo_Acrobot-v1.json",
+         published=("cleanrl", "ppo"), **ACROBOT),
+    Spec("reinforce", "HalfCheetah-v5", {"full": 3}, 5, returns(-270, margin=0.3),
+         (*CHEETAH, "--num-envs", "2", "--learning-rate", "3e-3")),
+    Spec("a2c", "HalfCheetah-v5", {"full": 3}, 5, returns(-270, margin=0.3), CHEETAH),
+    Spec("ppo", "HalfCheetah-v5", {"full": 3}, 8, returns(-270, margin=0.3),
+         (*CHEETAH, "--num-envs", "1", "--num-steps", "2048", "--num-minibatches", "32", "--num-epochs", "10",
+          "--learning-rate", "3e-4", "--ent-coef", "0")),
+    Spec("sft", "reviews", {"quick": 1, "full": 5}, 3, SFT, (*CPU, "--eval-every", "125")),
+    Spec("reward_model", "preferences", {"quick": 1, "full": 5}, 3, REWARD, (*CPU, "--eval-every", "75")),
+    Spec("dpo", "preferences", {"quick": 1, "full": 5}, 3, DPO, (*CPU, "--eval-every", "75"),
+         evaluation=("evaluate_policy.py", "{run}", "--prompts", "1000",
+                     "--reference-samples", "30000", "--golds", "{cache}", "--json", "{run}/evaluation.json")),
+    Spec("rlhf_ppo", "prompts", {"quick": 1, "full": 5}, 4, RLHF, (*CPU, "--gold", "{benchmark}/world.py")),
+    Spec("dqn", "Pong", {"gpu": 1}, 240, returns(-20.7, optimum=21.0),
+         (*PONG, "--learning-rate", "1e-4", "--batch-size", "32", "--num-envs", "8", "--train-every", "4",
+          "--buffer-size", "1000000", "--learning-starts", "80000", "--target-every", "1000", "--epsilon-end", "0.01",
+          "--exploration-fraction", "0.1"), published=("cleanrl", "dqn_atari")),
+    Spec("a2c", "Pong", {"gpu": 3}, 60, returns(-20.7, optimum=21.0),
+         (*PONG, "--num-envs", "16", "--ent-coef", "0.01"), published=("rl_zoo", "a2c")),
+    Spec("ppo", "Pong", {"gpu": 3}, 60, returns(-20.7, optimum=21.0),
+         (*PONG, "--num-envs", "8", "--num-steps", "128", "--clip-coef", "0.1", "--learning-rate", "2.5e-4"),
+         published=("cleanrl", "ppo_atari")),
+)  # fmt: skip

@@ -1,0 +1,455 @@
+"""The regression benchmark: its answers on known data, its runs with scripts that fail or are killed, its faults."""
+
+import ast
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import verdict
+from helpers import REPO
+
+sys.path.insert(0, str(REPO / "benchmark"))
+import faults  # noqa: E402
+import report  # noqa: E402
+import run as benchmark  # noqa: E402
+import specs  # noqa: E402
+
+STUB = '''
+"""A script that logs a curve of returns up to the number in $LEVEL; how it ends is in its flags."""
+import argparse, json, os, pathlib, signal, sys, time
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+parser = argparse.ArgumentParser()
+for flag in ("--seed", "--run-dir", "--end", "--resume"):
+    parser.add_argument(flag, default="")
+args = parser.parse_args()
+run_dir = pathlib.Path(args.run_dir or pathlib.Path(args.resume).parent)
+run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+(run_dir / "args.json").write_text(json.dumps({"total_timesteps": 1000}))
+end = "well" if args.resume else args.end
+if end == "killed" and args.seed == "2000":
+    os.kill(os.getpid(), signal.SIGKILL)
+if end == "badly" and args.seed == "2000":
+    print("progress\\rerror: no luck", file=sys.stderr)
+    sys.exit(3)
+if end == "never":
+    (run_dir / "checkpoint.pt").write_text("half")
+    time.sleep(60)
+writer = EventFileWriter(str(run_dir))
+for step in range(10, 1001, 10):
+    value = float(os.environ["LEVEL"]) * step / 1000 + int(args.seed or 0) / 1000
+    for tag, x in (("charts/episodic_return", value), ("charts/episodes", 5.0)):
+        if end != "silently":
+            writer.add_event(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=x)])))
+writer.close()
+'''
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """Call run.py with stub scripts and specs of them; returns exit status, rows of answers and the lines printed."""
+    (tmp_path / "algos").mkdir()
+    for script in ("stub", "other"):
+        (tmp_path / "algos" / f"{script}.py").write_text(STUB)
+    spec = specs.Spec("stub", "Task-v0", {"quick": 2, "full": 5}, 0.1, specs.returns(start=0, optimum=100.0))
+    monkeypatch.setattr(specs, "SPECS", (spec, replace(spec, script="other")))
+    monkeypatch.setattr(specs, "ALGOS", tmp_path / "algos")
+    monkeypatch.setattr(specs, "REFERENCE", tmp_path / "reference")
+    monkeypatch.setenv("LEVEL", "100")
+    monkeypatch.setattr(benchmark, "POLL", 0.02)
+
+    def call(command, *flags, end="well", capsys=None, monkeypatch=monkeypatch):
+        monkeypatch.setattr(specs, "SPECS", tuple(replace(s, flags=("--end", end)) for s in specs.SPECS))
+        extra = ["--json", str(tmp_path / "rows.json")] if command in ("run", "check") else []
+        status = benchmark.main([command, *map(str, flags), "--runs", str(tmp_path / "runs"), *extra])
+        return status, json.loads((tmp_path / "rows.json").read_text()) if extra else None
+
+    call.root = tmp_path
+    return call
+
+
+# --- the statistics ---
+
+
+@pytest.mark.parametrize("ours,reference", [(1, 5), (2, 5), (3, 5), (5, 5), (5, 10), (20, 5)])
+def test_an_unchanged_script_is_called_worse_in_few_percent_of_all_cases_even_without_a_margin(ours, reference):
+    rng, calls = np.random.default_rng(0), 250
+    low = high = 0
+    for _ in range(calls):
+        _, lower, upper = verdict.difference(rng.normal(size=ours), rng.normal(size=reference))
+        low, high = low + (upper < 0), high + (lower > 0)
+    assert (low + high) / calls < 0.05 + 3 * (0.05 * 0.95 / calls) ** 0.5  # nominal, within three standard errors
+    assert (low + high) / calls > 0.01  # and not for want of power
+
+
+def test_answers_of_known_intervals():
+    assert [verdict.answer(low, high, 0.1) for low, high in ((-0.09, 0.2), (-0.3, -0.11), (-0.11, 0.3))] == [
+        "pass",
+        "regression",
+        "inconclusive",
+    ]
+    assert verdict.worst(["pass", "regression", "inconclusive"]) == "regression"
+
+
+def test_seeds_that_all_agree_give_a_point_and_single_seeds_nothing():
+    assert verdict.difference([500.0] * 5, [490.0] * 5) == (10, 10, 10)
+    assert verdict.difference([500.0] * 2, [500.0] * 5) == (0, 0, 0)
+    assert verdict.difference([1.0], [2.0]) == (-1, -np.inf, np.inf)
+
+
+def test_one_seed_is_judged_by_the_spread_of_the_reference():
+    # five reference seeds with variance 2.5: t(4 degrees, 97.5 %) = 2.776, prediction interval over 1 + 1/5
+    gap, low, high = verdict.difference([10.0], [1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.7764451 * (2.5 * 1.2) ** 0.5
+    assert (gap, low, high) == pytest.approx((7, 7 - half, 7 + half))
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 5])
+def test_a_drop_of_the_detectable_size_is_called_a_regression_in_about_four_of_five_cases(seeds):
+    rng, calls, found = np.random.default_rng(0), 250, 0
+    drop = verdict.detectable(np.arange(5) / 2.5**0.5, seeds, 0.5)  # these have a standard deviation of 1
+    for _ in range(calls):
+        _, low, high = verdict.difference(rng.normal(-drop, 1, seeds), rng.normal(size=5))
+        found += verdict.answer(low, high, 0.5) == "regression"
+    assert 0.7 < found / calls < 0.9
+
+
+def test_one_bad_seed_of_a_peer_does_not_make_ours_look_worse():
+    gap, low, high = verdict.difference([500.0] * 5, [500.0, 499.0, 500.0, 240.0, 500.0])
+    assert gap > 50 and low == 0  # resampled means of the peer never exceed 500; pooled variance would say -60
+
+
+# --- pass, regression, inconclusive ---
+
+
+@pytest.mark.parametrize(
+    "change,expected",
+    [
+        (lambda curve: curve, "pass"),
+        (lambda curve: curve + 0.5 * (100 - curve), "pass"),
+        (lambda curve: 0.7 * curve, "regression"),
+        (lambda curve: np.r_[np.zeros(20), curve[:-20]], "regression"),  # learns later, ends as high
+        (lambda curve: np.where(np.arange(50) < 45, curve, 50.0), "regression"),  # falls in the end
+        (lambda curve: 0.9 * curve, "inconclusive"),  # as far off as the margin
+    ],
+    ids=["same", "better", "lower", "later", "forgets", "at the margin"],
+)
+def test_synthetic_curves_get_the_answer_they_deserve(change, expected, bench):
+    rng = np.random.default_rng(1)
+    spec = specs.SPECS[0]
+    tag = spec.measures[0].tag
+
+    def seeds(change):
+        found = {}
+        for seed in range(5):
+            curve = change(100 * (1 - np.exp(-np.arange(50) / 10)) * rng.normal(1, 0.03))
+            found[seed] = {tag: {"curve": curve.tolist(), "final": float(curve[-5:].mean())}}
+        return found
+
+    reference = benchmark.Reference("ours", 1000, seeds(lambda curve: curve))
+    (row,) = benchmark.compare(spec, seeds(change), reference)
+    assert row["answer"] == expected, row
+
+
+def test_for_a_loss_less_is_better_and_the_start_is_that_of_the_reference():
+    spec = replace(specs.SPECS[0], measures=(specs.Measure("eval/loss", "loss", higher=False, margin=0.1),))
+
+    def seeds(level):
+        return {s: {"eval/loss": {"curve": [3.0] + [level + 0.001 * s] * 49, "final": level}} for s in range(5)}
+
+    reference = benchmark.Reference("ours", 1000, seeds(1.0))
+    for level, answer, gap in ((1.0, "pass", 0.0), (0.5, "pass", 0.25), (1.5, "regression", -0.25)):
+        (row,) = benchmark.compare(spec, seeds(level), reference)
+        assert row["answer"] == answer and row["final"][0] == pytest.approx(gap)
+
+
+# --- runs ---
+
+
+def test_runs_are_made_once_recorded_and_judged(bench, capsys, monkeypatch):
+    status, rows = bench("run")
+    assert status == 0 and rows == [] and "without a reference, not judged" in capsys.readouterr().out
+    assert len(list(bench.root.glob("runs/*/*/*.json"))) == 4
+    status, _ = bench("run", "--tier", "full", "--jobs", 4)
+    assert status == 0 and "10 runs, 6 still to do" in capsys.readouterr().out
+    assert bench("record", "*")[0] == 0
+    kept = json.loads((bench.root / "reference" / "ours" / "stub-Task-v0.json").read_text())
+    assert kept["command"] == "python algos/stub.py --end well --seed S" and list(kept["seeds"]) == [
+        str(1000 * i) for i in range(1, 6)
+    ]
+    figures = kept["seeds"]["2000"]["measures"]["charts/episodic_return"]
+    assert len(figures["curve"]) == 50 and figures["final"] == pytest.approx(92.5)  # 2 + mean of 81, 82 … 100
+    capsys.readouterr()
+    status, rows = bench("run", "--tier", "full")
+    assert status == 0 and "10 runs, 0 still to do" in capsys.readouterr().out
+    assert [row["answer"] for row in rows] == ["pass", "pass"]
+
+    script = bench.root / "algos" / "stub.py"
+    script.write_text(script.read_text() + "# a comment changes nothing\n")
+    assert bench("check", "--tier", "full")[0] == 0
+    script.write_text(script.read_text() + "pass\n")  # but code does: its runs are no longer those of the script
+    capsys.readouterr()
+    assert bench("check", "--tier", "full")[0] == 1
+    assert "FAILED: stub-Task-v0: no finished run" in capsys.readouterr().out
+    monkeypatch.setenv("LEVEL", "70")
+    status, rows = bench("run", "stub-*", "--seeds", 2)
+    assert status == 1 and rows[0]["answer"] == "regression" and "REGRESSION: stub-Task-v0" in capsys.readouterr().out
+
+    kept_file = bench.root / "reference" / "ours" / "stub-Task-v0.json"
+    kept_file.write_text(json.dumps(kept | {"steps": 2000}))  # as when the script's defaults changed since
+    assert bench("check", "stub-*")[0] == 1
+    assert "FAILED: stub-Task-v0: runs of 1000 steps, but of 2000 in ours" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "end,said",
+    [
+        ("killed", "killed by SIGKILL"),
+        ("badly", "exit status 3 (error: no luck"),
+    ],
+)
+def test_a_run_that_fails_or_is_killed_is_named_and_the_others_go_on(end, said, bench, capsys):
+    status, _ = bench("run", "--jobs", 3, end=end)
+    lines = capsys.readouterr().out
+    assert status == 1
+    for script in ("stub", "other"):
+        assert f"FAILED: {script}-Task-v0 seed 2000: {said}" in lines
+        assert f"finished {script}-Task-v0 seed 1000" in lines
+    assert len(list(bench.root.glob("runs/*/*/1000.json"))) == 2
+    assert not list(bench.root.glob("runs/*/*/2000.json"))
+    assert "min left" in lines
+
+
+def test_two_benchmarks_do_not_make_the_same_runs(bench, capsys):
+    (bench.root / "runs").mkdir()
+    with (bench.root / "runs" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit) as stop:
+            bench("run")
+    assert stop.value.code == 2 and "another run.py is making runs" in capsys.readouterr().err
+
+
+def test_a_run_that_logs_nothing_is_a_failure(bench, capsys):
+    assert bench("run", "stub-*", "--seeds", 1, end="silently")[0] == 1
+    assert "FAILED: stub-Task-v0 seed 1000" in capsys.readouterr().out
+
+
+def test_an_interrupted_benchmark_goes_on_from_checkpoints_and_starts_others_anew(bench, capsys):
+    stub = benchmark.Run(replace(specs.SPECS[0], flags=("--end", "never")), 1000, bench.root / "runs")
+    stub.begin()
+    deadline = time.time() + 60
+    while not (stub.dir / "checkpoint.pt").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    stub.process.kill()
+    other = stub.dir.with_name("2000")
+    other.mkdir()  # begun, without a checkpoint
+    (other / "args.json").write_text("{}")
+    status, _ = bench("run", "stub-*", "--seeds", 1, end="never")
+    assert status == 0 and "from its checkpoint" in capsys.readouterr().out
+    note = json.loads(stub.dir.with_suffix(".json").read_text())
+    assert note["seconds"] is None  # it took longer than this
+    again = benchmark.Run(replace(stub.spec, flags=("--end", "well")), 2000, bench.root / "runs")
+    again.begin()
+    assert again.process.wait() == 0 and not again.continued
+
+
+def test_a_second_command_evaluates_the_run_with_its_flags(bench, monkeypatch):
+    evaluate = bench.root / "evaluate.py"
+    evaluate.write_text(
+        "import json, pathlib, sys\nrun, steps = sys.argv[1:]\n"
+        "figures = {'gold': float(steps) / 10, 'share': None}\n"
+        "pathlib.Path(run, 'evaluation.json').write_text(json.dumps([figures]))\n"
+    )
+    measures = (specs.Measure("evaluation/gold", "gold", start=0.0), specs.Measure("evaluation/share", "share"))
+    spec = replace(
+        specs.SPECS[0], evaluation=(str(evaluate), "{run}", "{total_timesteps}"), measures=measures, seeds={"full": 1}
+    )
+    monkeypatch.setattr(specs, "SPECS", (spec,))
+    assert bench("run", "--tier", "full")[0] == bench("record", "*")[0] == 0
+    _, (row,) = bench("check", "--tier", "full")
+    assert row["measure"] == "gold" and row["answer"] == "inconclusive"  # one seed against one
+    kept = json.loads((bench.root / "reference" / "ours" / "stub-Task-v0.json").read_text())
+    assert kept["seeds"]["1000"]["measures"] == {"evaluation/gold": {"final": 100.0}}
+
+
+def test_a_run_of_a_script_that_changed_meanwhile_does_not_count(bench):
+    run = benchmark.Run(replace(specs.SPECS[0], flags=("--end", "well")), 1000, bench.root / "runs")
+    run.begin()
+    run.process.wait()
+    script = bench.root / "algos" / "stub.py"
+    script.write_text(script.read_text() + "pass\n")
+    assert "changed while it ran" in run.poll()
+
+
+def test_a_terminated_benchmark_ends_the_runs_that_it_started(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import run, specs, pathlib, dataclasses\n"
+        "root = pathlib.Path(sys.argv[2])\n"
+        "specs.ALGOS = root\n"
+        "spec = specs.Spec('stub', 'Task-v0', {'quick': 1}, 1, specs.returns(0), ('--end', 'never'))\n"
+        "specs.SPECS = (spec,)\n"
+        "sys.exit(run.main(['run', '--runs', str(root / 'runs')]))\n"
+    )
+    (tmp_path / "stub.py").write_text(STUB + "\n")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, REPO / "benchmark", tmp_path], stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("runs/*/*/*/checkpoint.pt")) and time.time() < deadline:
+        time.sleep(0.05)
+    children = [int(x) for x in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130 and children
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+
+
+# --- the report ---
+
+
+def test_the_report_is_a_readme_with_tables_and_pictures_of_what_is_recorded(bench, capsys, monkeypatch):
+    monkeypatch.setattr(report, "ALARMS", bench.root / "alarms.json")
+    monkeypatch.setattr(faults, "RESULTS", bench.root / "faults.json")
+    with pytest.raises(SystemExit):  # nothing to judge against
+        bench("alarms", "stub-*")
+    assert "no reference of the present code" in capsys.readouterr().err
+    assert bench("run", "stub-*", "--seeds", 7)[0] == bench("record", "stub-*")[0] == 0
+    capsys.readouterr()
+    assert bench("alarms", "stub-*", "--seeds", 7)[0] == 0
+    assert "2 repeats of 1 seeds: 2 pass, 0 inconclusive, 0 regression" in capsys.readouterr().out
+    fault = faults.FAULTS[0]
+    result = {"answer": "red", "test": fault.tests, "effect": "assert 1 == 2", "seconds": 1.0}
+    faults.RESULTS.write_text(json.dumps({fault.name: result}))
+    benchmark.main(["report", "--out", str(bench.root / "out")])
+    text = (bench.root / "out" / "README.md").read_text()
+    assert "| stub-Task-v0 | 1,000 | 5 | return | 93.50 [9" in text and "| other-Task-v0 |" in text
+    assert "not recorded yet" in text and "| stub-Task-v0 | 1 | 2 | 2 | 0 | 0 |" in text
+    assert f"| {fault.name} | dqn |" in text and "`assert 1 == 2`" in text and "tests noticed 1" in text
+    (picture,) = re.findall(r"\((pictures/\S+\.png)\)", text)
+    assert picture == "pictures/stub_Task-v0.png"
+    assert (bench.root / "out" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+# --- the command line ---
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    [
+        (["check", "nothing"], "no spec is called nothing"),
+        (["run", "--seeds", "0"], "--seeds must be at least 1"),
+        (["run", "--tier", "slow"], "--tier"),
+        (["check", "ppo-Pong", "--tier", "quick"], "none of these specs is in the tier quick"),
+        (["record"], "name the specs to record"),
+        (["record", "ppo-Pong", "--runs", "/nowhere"], "no finished run of seed 1000, 2000, 3000"),
+        (["destroy"], "destroy"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_bad_input_is_one_line_and_exit_status_2(flags, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(flags)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1 and said in message
+
+
+def test_the_entry_point_lists_specs_and_without_a_command_shows_help(capsys):
+    done = subprocess.run([sys.executable, REPO / "benchmark" / "run.py", "list"], capture_output=True, text=True)
+    assert done.returncode == 0 and "ppo-CartPole-v1" in done.stdout, done.stderr
+    assert benchmark.main([]) == 0 and "Answers: pass, regression, or inconclusive" in capsys.readouterr().out
+
+
+# --- planted faults ---
+
+
+def test_there_are_faults_of_every_script():
+    planted = {script for fault in faults.FAULTS for script in fault.scripts.split()}
+    assert planted == {path.stem for path in specs.ALGOS.glob("*.py")} and len(faults.FAULTS) >= 30
+    assert len({fault.name for fault in faults.FAULTS}) == len(faults.FAULTS)
+
+
+@pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_still_applies_and_its_tests_and_spec_exist(fault):
+    for script in fault.scripts.split():
+        ast.parse(faults.faulty(fault, script))  # has the text once, and parses with the fault
+    for test in fault.tests.split():
+        file, name = test.split("::")
+        assert f"def {name.partition('[')[0]}(" in (REPO / "tests" / file).read_text(), test
+    assert not fault.spec or fault.spec in {spec.name for spec in specs.SPECS if "quick" in spec.seeds}
+
+
+def test_a_planted_fault_turns_its_test_red_in_a_copy_and_leaves_the_repository_alone(monkeypatch, capsys, tmp_path):
+    before = {path.name: path.read_text() for path in specs.ALGOS.glob("*.py")}
+    fault = faults.Fault("one", "ppo", "gamma: float = 0.99", "gamma: float = 0.5", "test_tiny.py::test_gamma")
+    answers = []
+    for text in (fault.old, fault.new):
+        with faults.planted(fault) as repo:
+            test = f"def test_gamma():\n    assert {text!r} in open('algos/ppo.py').read()\n"
+            (repo / "tests" / "test_tiny.py").write_text(test)
+            answers.append(faults.run_tests(fault, repo))
+    assert [answer["answer"] for answer in answers] == ["red", "green"]
+    assert answers[0]["test"] == "test_tiny.py::test_gamma" and "gamma: float = 0.99" in answers[0]["effect"]
+    assert {path.name: path.read_text() for path in specs.ALGOS.glob("*.py")} == before
+
+    monkeypatch.setattr(faults, "FAULTS", (fault,))
+    monkeypatch.setattr(faults, "RESULTS", tmp_path / "faults.json")
+    monkeypatch.setattr(faults, "run_tests", lambda *_: answers[1])
+    assert faults.main(["o*"], False, 1) == 1 and "NOT NOTICED: one" in capsys.readouterr().out
+    assert json.loads(faults.RESULTS.read_text())["one"]["answer"] == "green"
+    with pytest.raises(SystemExit):
+        faults.main(["nothing"], False, 1)
+    assert capsys.readouterr().err == "error: no fault is called nothing\n"
+
+
+# --- the table of specs ---
+
+
+def test_every_script_is_in_the_quick_tier_and_every_spec_in_one():
+    scripts = {path.stem for path in specs.ALGOS.glob("*.py")}
+    assert {spec.script for spec in specs.SPECS if "quick" in spec.seeds} == scripts
+    assert len({spec.name for spec in specs.SPECS}) == len(specs.SPECS)
+    for spec in specs.SPECS:
+        assert spec.seeds and set(spec.seeds) <= set(specs.TIERS)
+        assert "quick" not in spec.seeds or spec.seeds["full"] >= 5
+
+
+def test_quick_fits_in_12_and_full_in_120_minutes_on_two_cores():
+    minutes = {tier: sum(s.minutes * s.seeds.get(tier, 0) for s in specs.SPECS) / 2 for tier in specs.TIERS}
+    assert minutes["quick"] <= 12 and minutes["full"] <= 120
+
+
+@pytest.mark.parametrize("spec", specs.SPECS, ids=lambda spec: spec.name)
+def test_the_flags_of_a_spec_are_those_of_its_script(spec):
+    source = (specs.ALGOS / f"{spec.script}.py").read_text().partition("class Args")[2].partition("\ndef ")[0]
+    names = re.findall(r"(?m)^    (\w+): .* = ", source)
+    flags = [flag.removeprefix("--").replace("-", "_") for flag in spec.flags if flag.startswith("--")]
+    assert [flag for flag in flags if flag not in names] == []
+
+
+def test_references_fit_their_specs():
+    for spec in specs.SPECS:
+        assert spec.published is None or "mean" in report.published_row(spec)
+        for reference in benchmark.load_references(spec):
+            assert len(reference.seeds) >= 3, (spec.name, reference.name)
+            if "--env-id" in spec.flags and "HalfCheetah-v5" in spec.flags:
+                assert reference.steps == 1_000_000
+            for figures in reference.seeds.values():
+                assert set(figures) <= {measure.tag for measure in spec.measures}
+
+
+def test_a_peer_compared_with_itself_passes():
+    for spec in specs.SPECS:
+        for reference in benchmark.load_references(spec):
+            (row, *_) = benchmark.compare(spec, reference.seeds, reference)
+            assert row["area"][0] == row["final"][0] == 0 and row["answer"] != "regression"
