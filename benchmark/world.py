@@ -4,11 +4,11 @@ A prompt names a film, its genre and two aspects; a response reviews them in two
 separated by single spaces, so that a whitespace tokenizer reads them; a text is prompt + " " + response.
 
     review of silent river , a drama , on acting and music :
-    the acting was not very awful . i loved the good music . the plot felt rather brilliant .
+    the acting was not very awful . i loved the good music . the script felt rather brilliant .
     gold reward (0.5 + 0.6 + 0.6) / 3
 
-The first sentence is on the first aspect asked for, the second on the second, further ones on any aspect not reviewed
-yet. Every text has one derivation, so its probability is known, and with it the generator's entropy (the floor of the
+The first sentence is on the first aspect asked for, the second on the second, a third on how the film was made (script,
+camera, ...), a fourth on what it leaves behind (mood, message, ...). Every text has one derivation, so its probability is known, and with it the generator's entropy (the floor of the
 SFT loss). The gold reward reads the sentiment from the parse. Preferences are Bradley-Terry draws on it, so the best
 possible accuracy of a reward model is known, and so is the optimum of RL with a KL penalty.
 
@@ -53,7 +53,11 @@ ADJECTIVES = {
 ASPECTS = (
     "acting plot music dialogue pacing ending humour photography lighting editing casting directing scenery opening "
     "romance suspense"
-).split()
+).split()  # that prompts ask for
+FURTHER = (  # that a third sentence is on, and a fourth
+    "script camera sound budget cast trailer poster finale".split(),
+    "mood tone style message story theme atmosphere spirit".split(),
+)
 
 DEGREES = {"": (1.0, 0.5), "very": (1.25, 0.15), "really": (1.25, 0.1), "rather": (0.75, 0.15), "fairly": (0.75, 0.1)}
 NOT = (-0.5, 0.15)  # "not dull" is mildly positive; like DEGREES: factor on the points, probability
@@ -71,8 +75,14 @@ BT_SCALE = 3.0  # gold reward to Bradley-Terry logits
 
 def vocabulary() -> list[str]:
     """All words of prompts and responses, sorted, without special tokens."""
-    texts = [*TITLES, *GENRES, *ADJECTIVES.values(), *ASPECTS, *DEGREES, *VERBS, *FEELINGS]
+    texts = [*TITLES, *GENRES, *ADJECTIVES.values(), *ASPECTS, *FURTHER[0], *FURTHER[1], *DEGREES, *VERBS, *FEELINGS]
     return sorted(set(" ".join([*texts, "review of a on and : , the i not but ."]).split()))
+
+
+@cache
+def aspects() -> frozenset[str]:
+    """All that a sentence can be on."""
+    return frozenset([*ASPECTS, *FURTHER[0], *FURTHER[1]])
 
 
 @cache
@@ -171,6 +181,11 @@ def asked_aspects(prompt: str) -> list[str]:
     raise ValueError(f"not a prompt of this world: {prompt[:200]!r}")
 
 
+def possible_aspects(asked: list[str]) -> list[list[str]]:
+    """What each sentence may be on, given the two aspects asked for."""
+    return [*([aspect] for aspect in asked), *FURTHER]
+
+
 def sample_sentence(aspect: str, polarity: int, rng) -> str:
     """A sentence of given polarity on an aspect."""
     form = draw(FORMS, rng)
@@ -185,14 +200,12 @@ def sample_sentence(aspect: str, polarity: int, rng) -> str:
 
 def sample_response(prompt: str, rng) -> str:
     """A review that answers the prompt."""
-    aspects = asked_aspects(prompt)
+    possible = possible_aspects(asked_aspects(prompt))
     polarity = draw(START, rng)
-    sentences = [sample_sentence(aspects[0], polarity, rng)]
+    sentences = [sample_sentence(pick(possible[0], rng), polarity, rng)]
     while not draw({True: STOP[len(sentences)], False: 1 - STOP[len(sentences)]}, rng):
-        if len(sentences) == len(aspects):
-            aspects.append(pick([aspect for aspect in ASPECTS if aspect not in aspects], rng))
         polarity = draw(next_polarity(polarity), rng)
-        sentences.append(sample_sentence(aspects[len(sentences)], polarity, rng))
+        sentences.append(sample_sentence(pick(possible[len(sentences)], rng), polarity, rng))
     return " ".join(sentences)
 
 
@@ -223,13 +236,13 @@ def read_sentence(words: Sequence[str]) -> Sentence:
     match words:
         case [*_, last] if last != ".":
             return Sentence(text, "does not end in a full stop")
-        case ["i", feeling, "the", adjective, aspect, "."] if feeling in FEELINGS and aspect in ASPECTS:
+        case ["i", feeling, "the", adjective, aspect, "."] if feeling in FEELINGS and aspect in aspects():
             if adjective not in adjectives():
                 return Sentence(text, f"{adjective!r} is no adjective", aspect)
             (first, p), (second, q) = FEELINGS[feeling], adjectives()[adjective]
             probability = FORMS["feeling"] * p * q * (first * second > 0)
             return Sentence(text, "", aspect, feeling_points(first, second), 1 if first > 0 else -1, probability)
-        case ["the", aspect, verb, *rest, "."] if aspect in ASPECTS and verb in VERBS:
+        case ["the", aspect, verb, *rest, "."] if aspect in aspects() and verb in VERBS:
             sides = " ".join(rest).split(" but ")
             unknown = [side for side in sides if side not in phrases()]
             if unknown or len(sides) > 2:
@@ -247,10 +260,10 @@ def read_sentence(words: Sequence[str]) -> Sentence:
 def parse(prompt: str, response: str) -> list[Sentence]:
     """The sentences of any text, in order, each with its aspect and sentiment or the problem with it.
 
-    A problem is also an aspect that was not asked for (first two sentences), one reviewed before, or a fifth sentence.
+    A problem is also an aspect that was not asked for or does not belong there, one reviewed before, or a fifth sentence.
     Whitespace of any kind separates words. Never fails on a response; ValueError when the prompt is not of this world.
     """
-    asked, reviewed, sentences, start = asked_aspects(prompt), set(), [], 0
+    possible, reviewed, sentences, start = possible_aspects(asked_aspects(prompt)), set(), [], 0
     words = response.split()
     ends = [i + 1 for i, word in enumerate(words) if word == "."]
     if words and words[-1] != ".":
@@ -259,10 +272,10 @@ def parse(prompt: str, response: str) -> list[Sentence]:
         sentence = read_sentence(words[start:end])
         if number >= MAX_SENTENCES:
             sentence = Sentence(sentence.text, f"more than {MAX_SENTENCES} sentences", sentence.aspect)
-        elif not sentence.problem and number < len(asked) and sentence.aspect != asked[number]:
-            sentence = Sentence(sentence.text, f"off topic: {asked[number]} was asked for", sentence.aspect)
         elif not sentence.problem and sentence.aspect in reviewed:
             sentence = Sentence(sentence.text, f"{sentence.aspect} was reviewed before", sentence.aspect)
+        elif not sentence.problem and sentence.aspect not in possible[number]:
+            sentence = Sentence(sentence.text, f"off topic: {' or '.join(possible[number])}", sentence.aspect)
         if not sentence.problem:
             reviewed.add(sentence.aspect)
         sentences.append(sentence)
@@ -275,11 +288,10 @@ def log_prob(prompt: str, response: str) -> float:
     sentences = parse(prompt, response)
     if len(sentences) < MIN_SENTENCES or any(sentence.problem or not sentence.probability for sentence in sentences):
         return -math.inf
-    total, polarities = 0.0, START
+    total, polarities, possible = 0.0, START, possible_aspects(asked_aspects(prompt))
     for number, sentence in enumerate(sentences, start=1):
-        aspects_left = len(ASPECTS) - number + 1 if number > 2 else 1  # the first two are given
         stop = STOP[number] if number == len(sentences) else 1 - STOP[number]
-        total += math.log(polarities[sentence.polarity] * sentence.probability / aspects_left * stop)
+        total += math.log(polarities[sentence.polarity] * sentence.probability / len(possible[number - 1]) * stop)
         polarities = next_polarity(sentence.polarity)
     return total
 
@@ -364,7 +376,7 @@ def entropy() -> float:
     total = entropy_of(START.values())
     for number, polarities in enumerate(sentence_polarities(), start=1):
         go = 1 - STOP[number]
-        next_aspect = math.log(len(ASPECTS) - number) if number >= 2 else 0.0  # the first two are given
+        next_aspect = math.log(len(FURTHER[number - 2])) if 2 <= number < MAX_SENTENCES else 0.0  # two are given
         for polarity, p in polarities.items():
             going_on = entropy_of(next_polarity(polarity).values()) + next_aspect
             total += p * (sentence_entropy(polarity) + entropy_of([STOP[number], go]) + go * going_on)

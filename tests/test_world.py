@@ -82,14 +82,14 @@ def test_the_samples_use_exactly_the_vocabulary_with_single_spaces():
 
 def test_no_word_has_two_meanings():
     groups = [*world.ADJECTIVES.values(), *world.TITLES, *world.DEGREES, *world.VERBS]
-    groups += [*world.FEELINGS, *world.ASPECTS, *world.GENRES, "review of a on and : , the i not but ."]
+    groups += [*world.FEELINGS, *world.aspects(), *world.GENRES, "review of a on and : , the i not but ."]
     words = " ".join(groups).split()
     assert len(words) == len(set(words))
 
 
 def test_the_longest_response_has_max_length_tokens_with_eos():
     side = "not very good but not very dull"
-    longest = " ".join(f"the {aspect} was {side} ." for aspect in ("acting", "music", "plot", "ending"))
+    longest = " ".join(f"the {aspect} was {side} ." for aspect in ("acting", "music", "script", "mood"))
     assert world.log_prob(PROMPT, longest) > -math.inf and len(longest.split()) + 1 == world.max_length() == 45
     assert max(len(response.split()) for _, response in samples()) < 45
 
@@ -162,12 +162,14 @@ def test_points_need_no_rounding_and_reach_exactly_1():
         ("the acting was very superb . i loved the superb music .", 0.9),
         ("the acting was very superb . the music was really excellent .", 1.0),
         (ASKED, 0.0),
-        (ASKED + " i loved the superb plot .", 0.8 / 3),
-        (ASKED + " i loved the superb plot . i liked the good ending .", 0.3),
+        (ASKED + " i loved the superb script .", 0.8 / 3),
+        (ASKED + " i loved the superb plot .", -1 / 3),  # off topic: nobody asked
+        (ASKED + " i loved the superb script . i liked the good mood .", 0.3),
+        (ASKED + " i loved the superb mood . i liked the good script .", -0.5),  # wrong order: both off topic
         ("i hated the awful acting . i hated the awful music .", -0.8),
         (ASKED + " i loved the superb acting .", -1 / 3),  # repeats: -1
-        (ASKED + " i loved the superb plot . i loved the superb plot .", -0.05),
-        (ASKED + " i loved the superb plot . i liked the good ending . i loved the superb pacing .", 0.04),  # fifth: -1
+        (ASKED + " i loved the superb script . i loved the superb script .", -0.05),
+        (ASKED + " i loved the superb script . i liked the good mood . i loved the superb tone .", 0.04),  # fifth: -1
         ("i loved the superb music . i loved the superb acting .", -1.0),  # wrong order: both off topic
         ("i loved the superb acting . i loved the superb plot .", -0.1),  # second off topic
         ("i loved the superb acting .", -0.1),  # one missing
@@ -198,9 +200,9 @@ def test_gold_reward_of_good_and_bad_texts_by_hand(response, gold):
 
 
 def test_problems_are_named():
-    text = "i loved the superb music . the plot was river . the moon . i loved the superb ending . i hated the awful ending . i"
+    text = "i loved the superb music . the plot was river . the moon . i loved the superb mood . i hated the awful mood . i"
     problems = [sentence.problem for sentence in world.parse(PROMPT, text)]
-    assert problems[0] == "off topic: acting was asked for" and problems[1] == "'river' means nothing here"
+    assert problems[0] == "off topic: acting" and problems[1] == "'river' means nothing here"
     assert problems[2] == "has no form of this grammar" and problems[3] == ""
     assert problems[4:] == ["more than 4 sentences"] * 2
     before, unfinished = world.parse(PROMPT, ASKED + " i loved the superb acting . i loved")[2:]
@@ -256,7 +258,7 @@ def candidate_sentences(aspect):
     yield from (f"the {aspect} {v} {first} but {second} ." for v in world.VERBS for first in sides for second in sides)
 
 
-# P(+) or P(-) · feeling · loved or hated · strong ..., then whether to go on and the 14 aspects left
+# P(+) or P(-) · feeling · loved or hated · strong ..., then whether to go on and one of 8 aspects
 LOVED, HATED = 0.3 * 0.6 * 0.7, 0.3 * 0.6 * 0.7
 
 
@@ -268,14 +270,14 @@ LOVED, HATED = 0.3 * 0.6 * 0.7, 0.3 * 0.6 * 0.7
         (
             "i loved the brilliant acting .",
             "music",
-            " i hated the awful plot .",
-            0.4 * LOVED * 2 * 0.9 * 0.1 * HATED * 0.7 * 0.5 / 14,
+            " i hated the awful script .",
+            0.4 * LOVED * 2 * 0.9 * 0.1 * HATED * 0.7 * 0.5 / 8,
         ),
         (
             "i loved the brilliant acting . i hated the awful music .",
-            "plot",
+            "script",
             "",
-            0.4 * LOVED * 0.1 * HATED * 0.7 * 0.5 / 14,
+            0.4 * LOVED * 0.1 * HATED * 0.7 * 0.5 / 8,
         ),
     ],
 )
@@ -317,7 +319,7 @@ def test_entropy_grows_by_that_of_the_enumerated_next_sentence(small_world, numb
     expected = expected_length = 0.0
     for feeling, weight in (("loved the brilliant", plus), ("hated the awful", 1 - plus)):
         before = " ".join([*known[:-1], known[-1].replace("loved the brilliant", feeling)])
-        aspects = ["music"] if number == 2 else world.ASPECTS
+        aspects = ["music"] if number == 2 else world.FURTHER[0]
         texts = [sentence for aspect in aspects for sentence in candidate_sentences(aspect)]
         logs = np.array([world.log_prob(PROMPT, f"{before} {text}") for text in texts])
         p = np.exp(logs) / np.exp(logs).sum()
