@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--num-minibatches", type=int, default=4)
     parser.add_argument("--num-ppo-epochs", type=int, default=4)
     parser.add_argument("--response-length", type=int, default=48)
-    parser.add_argument("--kl-coef", type=float, default=0.25)
+    parser.add_argument("--kl-coef", type=float, default=0.5)
     args = parser.parse_args()
     args.total_episodes = args.total_episodes or (384 if args.command == "speed" else 4096)
     if args.command == "speed":

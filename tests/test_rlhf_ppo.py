@@ -394,7 +394,7 @@ def test_the_controller_changes_beta_and_gold_is_logged(monkeypatch, world, tmp_
         "    return 1.0 if finished else -1.0\n"
     )
     train(monkeypatch, world, tmp_path / "run", target_kl=5.0, gold=str(tmp_path / "gold.py"))
-    assert [value for _, value in scalars(tmp_path / "run", "kl_coef")] == pytest.approx([0.25, 0.245])
+    assert [value for _, value in scalars(tmp_path / "run", "kl_coef")] == pytest.approx([0.5, 0.49])
     for (_, gold), (_, stopped) in zip(
         scalars(tmp_path / "run", "objective/gold"), scalars(tmp_path / "run", "val/num_eos_tokens")
     ):
