@@ -36,9 +36,10 @@ def test_log_probabilities_are_those_of_each_response_alone_with_its_end_if_it_h
 def test_proxy_scores_are_those_of_each_text_alone():
     tokenizer = AutoTokenizer.from_pretrained(REWARD)
     scorer = AutoModelForSequenceClassification.from_pretrained(REWARD).eval()
-    both = evaluate_policy.proxy_scores(scorer, tokenizer, [PROMPT] * 2, RESPONSES)
-    alone = [evaluate_policy.proxy_scores(scorer, tokenizer, [PROMPT], [response])[0] for response in RESPONSES]
-    assert both == pytest.approx(alone, abs=1e-5) and both[0] > both[1]
+    responses = [*RESPONSES, ("the acting was awful . i hated the dreadful music .", True)]
+    all_three = evaluate_policy.proxy_scores(scorer, tokenizer, [PROMPT] * 3, responses)
+    alone = [evaluate_policy.proxy_scores(scorer, tokenizer, [PROMPT], [response])[0] for response in responses]
+    assert all_three == pytest.approx(alone, abs=1e-5) and all_three[0] > all_three[2] + 1
 
 
 @pytest.mark.parametrize(
