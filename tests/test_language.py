@@ -253,7 +253,8 @@ def test_a_sharded_run_resumes_to_the_weights_of_the_uninterrupted_one(script, w
     assert whole.returncode == half.returncode == 0, whole.stderr + half.stderr
     rest = run(script, "--resume", tmp_path / "half" / "checkpoint.pt", "--max-steps", 4, processes=2)
     assert rest.returncode == 0, rest.stderr
-    assert furthest(weights(tmp_path / "half"), weights(tmp_path / "whole")) < 1e-5  # lost moments: 1e-4
+    far = furthest(weights(tmp_path / "half"), weights(tmp_path / "whole"))
+    assert far < 1e-5  # rounding; lost moments would move weights by the learning rate
 
 
 # --- models and data of all kinds ---
