@@ -7,17 +7,21 @@ from typing import Any
 
 import curves
 import faults
+import growth
 import numpy as np
 import specs
+import speed
 import verdict
 from run import Reference, as_text, compare, error, finished, key, load_references, unit_of, values_of
 from specs import HERE, Measure, Spec
 
 ALARMS = HERE / "alarms.json"
+POLICIES = HERE / "policies.json"  # written by evaluate_policy.py --json
+FRONTIER = "pictures/frontier.png"  # and --picture
 PICTURES = "pictures"
 INTRO = """# The benchmark
 
-Written by `python benchmark/run.py report` from `reference/`, `alarms.json` and `faults.json`: do not edit.
+Written by `python benchmark/run.py report` from `reference/` and the measurements in `*.json`: do not edit.
 
 ```bash
 python benchmark/run.py list                 # what there is to run, how long it takes, what has been run
@@ -125,6 +129,33 @@ def results() -> str:
     )
 
 
+def policies() -> str:
+    """Policies of the small language world beside the exact optimum."""
+    found = json.loads(POLICIES.read_text()) if POLICIES.exists() else []
+    groups = {}
+    for row in found:
+        peer = "TRL 1.16 DPOTrainer" if "trl_dpo" in row["name"] else "TRL 1.10 PPOTrainer"
+        groups.setdefault((f"{row['script']}.py" if row["script"] else peer, row["beta"]), []).append(row)
+    rows = []
+    for (label, beta), runs in sorted(groups.items()):
+        cells = []
+        for name in ("gold", "kl", "share", "proxy", "faulty"):
+            values = [run[name] for run in runs if run[name] is not None]
+            spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{spread}".replace("-", "−") if values else "–")
+        rows.append([label, f"{beta:g}", str(len(runs)), *cells])
+    if not rows:
+        return ""
+    picture = f"![frontier of reward and KL]({FRONTIER})\n\n" if (HERE / FRONTIER).exists() else ""
+    header = ["trainer", "β", "seeds", "gold reward", "KL, nats", "share of J* − J_ref", "proxy", "faulty texts"]
+    return (
+        "## Preference optimisation beside the exact optimum\n\nOf samples of the final policies, mean ± standard "
+        "deviation over seeds (`evaluate_policy.py`, which says what the columns are; – where J* is not known well "
+        "enough). All start from `assets/sft`, with default flags but β and seed. The line of the picture is what no "
+        "policy can pass.\n\n" + picture + table(header, rows)
+    )
+
+
 def against_peers() -> str:
     """Answers of the recorded runs against their peers."""
     rows = []
@@ -216,6 +247,42 @@ def planted() -> str:
     return f"## Planted faults\n\n{total}. {faults.GAPS}\n\n" + table(header, rows)
 
 
+def speeds() -> str:
+    """Ratios of our speeds and the peers'."""
+    found = json.loads(speed.RESULTS.read_text()) if speed.RESULTS.exists() else {}
+    rows = []
+    for script, row in found.items():
+        ours, peer = map(np.median, zip(*row["pairs"]))
+        ratios = sorted(a / b for a, b in row["pairs"])
+        rows.append([f"{script}.py", f"{row['peer']}", f"{ours:,.0f} {row['unit']}", f"{peer:,.0f} {row['unit']}",
+                     f"**{np.median(ratios):.2f}**", f"{ratios[0]:.2f} to {ratios[-1]:.2f}", str(len(ratios))])  # fmt: skip
+    if not rows:
+        return ""
+    header = ["script", "peer", "ours", "peer's", "median ratio", "lowest and highest", "pairs"]
+    return (
+        "## Speed beside the peers\n\nSame work, same settings, one thread, in turns on the same machine "
+        "(`run.py speed SCRIPT --peer-python ...`); start-up is not counted. Medians; only ratios mean something "
+        "elsewhere.\n\n" + table(header, rows)
+    )
+
+
+def growing() -> str:
+    """Time and memory as sizes double."""
+    found = json.loads(growth.RESULTS.read_text()) if growth.RESULTS.exists() else {}
+    rows = []
+    for row in growth.ROWS:
+        sizes = found.get(row.name, {})
+        cells = [f"{size}: {x['speed']:,.0f} {growth.unit(row)}, {x['gigabytes']:.2f} GB" for size, x in sizes.items()]
+        rows += [[f"{row.script}.py", f"{row.what} (`{row.flag}`)" if row.flag else row.what, *cells]] if cells else []
+    if not rows:
+        return ""
+    header = ["script", "what doubles", "", "", "", ""]
+    return (
+        "## How cost grows\n\nSpeed at the end of short runs on one thread and peak resident memory, libraries "
+        "included (`run.py growth`; what each row runs is in `growth.py`).\n\n" + table(header, rows)
+    )
+
+
 def pictures(out: Path) -> str:
     """Draw the curves of each spec; returns Markdown that shows them two in a row."""
     cells = []
@@ -278,7 +345,8 @@ def draw_measure(axes: Any, spec: Spec, measure: Measure, references: list[Refer
 def write(out: Path) -> None:
     """README.md and pictures in the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    parts = [INTRO, results(), pictures(out), against_peers(), METHOD, power(), alarms(), planted()]
+    parts = [INTRO, results(), pictures(out), against_peers(), policies(), METHOD, power(), alarms(), planted(), speeds(),
+             growing()]
     (out / "README.md").write_text("\n".join(part for part in parts if part))
     print(f"wrote {out / 'README.md'}")
 

@@ -8,6 +8,7 @@
     python benchmark/run.py record ppo-CartPole-v1     # make the runs the new reference
     python benchmark/run.py report                     # benchmark/README.md and its pictures
     python benchmark/run.py speed ppo --peer-python /tmp/sb3/bin/python
+    python benchmark/run.py growth                     # time and memory as environments, batch, length, vocabulary double
     python benchmark/run.py faults                     # plant faults in copies of the repository: do tests turn red?
 
 Answers: pass, regression, or inconclusive, which asks for more seeds (verdict.py says how). Exit status 1 when a spec
@@ -534,6 +535,13 @@ def speed_command(args: argparse.Namespace) -> None:
     speed.measure(args.script, args.peer_python, args.steps, args.repeats)
 
 
+def growth_command(args: argparse.Namespace) -> None:
+    """Time and memory of each script as environments, batch, sequence length and vocabulary double."""
+    import growth
+
+    growth.measure(args.rows)
+
+
 def faults_command(args: argparse.Namespace) -> int:
     """Plant each fault and run the tests named for it."""
     import faults
@@ -573,6 +581,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     timed.add_argument("--peer-python", type=Path, required=True, help="python of an environment with the peer")
     timed.add_argument("--steps", type=int, default=0, help="of each run: environment steps, updates or episodes")
     timed.add_argument("--repeats", type=int, default=5, help="pairs of runs (default 5)")
+    add("growth", growth_command).add_argument("rows", nargs="*", help="'dqn *', say; default: all")
     planted = add("faults", faults_command)
     planted.add_argument("names", nargs="*", help="faults, * and ? match any; default: all")
     planted.add_argument("--specs", action="store_true", help="also run the specs named for them on the faulty copy")

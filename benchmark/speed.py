@@ -13,13 +13,16 @@ something on a busy machine.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
 HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "speed.json"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 STEPS = {"dqn": 60_000, "a2c": 60_000, "ppo": 60_000, "rlhf_ppo": 256, "dpo": 20, "reward_model": 30}
 
@@ -104,23 +107,33 @@ def peers(peer_python: Path, script: str, steps: int) -> float:
         return steps / json.loads(last)["seconds"]
 
 
-def measure(script: str, peer_python: Path, steps: int, repeats: int) -> None:
-    """Print the speeds of `repeats` pairs of runs, and the median ratio with the lowest and highest."""
-    if not peer_python.exists():
-        print(f"error: --peer-python {peer_python}: no such file", file=sys.stderr)
-        raise SystemExit(2)
-    steps = steps or STEPS[script]
+def pairs_of_runs(script: str, peer_python: Path, steps: int, repeats: int) -> Iterator[tuple[float, float]]:
+    """Speeds of ours and of the peer, run in turns."""
     if script in ("dpo", "reward_model"):  # one process of the peer's environment runs both
         length = "--steps" if script == "dpo" else "--updates"
         command = [peer_python, HERE / f"trl_{script}.py", "speed", length, str(steps), "--repeats", str(repeats)]
-        raise SystemExit(subprocess.run(command, env=ONE_THREAD).returncode)
-    peer, unit = ("TRL", "episodes/s") if script == "rlhf_ppo" else ("Stable-Baselines3", "steps/s")
+        for found in re.finditer(r"\.py ([\d.]+) pairs/s, TRL ([\d.]+) pairs/s", output(command)):
+            yield float(found[1]), float(found[2])
+    else:
+        for _ in range(repeats):
+            yield ours(script, steps), peers(peer_python, script, steps)
+
+
+def measure(script: str, peer_python: Path, steps: int, repeats: int) -> None:
+    """Print the speeds of `repeats` pairs of runs and the median ratio with the lowest and highest; keep them for the report."""
+    if not peer_python.exists():
+        print(f"error: --peer-python {peer_python}: no such file", file=sys.stderr)
+        raise SystemExit(2)
+    peer = "Stable-Baselines3" if script in SETTINGS else "TRL"
+    unit = {"rlhf_ppo": "episodes/s", "dpo": "pairs/s", "reward_model": "pairs/s"}.get(script, "steps/s")
     pairs = []
-    for i in range(repeats):
-        pairs.append((ours(script, steps), peers(peer_python, script, steps)))
-        a, b = pairs[-1]
-        print(f"{script} {i + 1}/{repeats}: ours {a:,.0f} {unit}, {peer} {b:,.0f}, ratio {a / b:.2f}", flush=True)
+    for a, b in pairs_of_runs(script, peer_python, steps or STEPS[script], repeats):
+        pairs.append((a, b))
+        print(f"{script} {len(pairs)}/{repeats}: ours {a:,.0f} {unit}, {peer} {b:,.0f}, ratio {a / b:.2f}", flush=True)
     ratios = [a / b for a, b in pairs]
     a, b = (median(column) for column in zip(*pairs))
     print(f"median ratio {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); medians: ours {a:,.0f}, "
           f"{peer} {b:,.0f} {unit}")  # fmt: skip
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    kept[script] = {"peer": peer, "unit": unit, "pairs": [[round(a, 1), round(b, 1)] for a, b in pairs]}
+    RESULTS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")

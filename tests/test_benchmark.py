@@ -15,12 +15,15 @@ import numpy as np
 import pytest
 import verdict
 from helpers import REPO
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(REPO / "benchmark"))
 import faults  # noqa: E402
+import growth  # noqa: E402
 import report  # noqa: E402
 import run as benchmark  # noqa: E402
 import specs  # noqa: E402
+import speed  # noqa: E402
 
 STUB = '''
 """A script that logs a curve of returns up to the number in $LEVEL; how it ends is in its flags."""
@@ -320,7 +323,9 @@ def test_a_terminated_benchmark_ends_the_runs_that_it_started(tmp_path):
 
 def test_the_report_is_a_readme_with_tables_and_pictures_of_what_is_recorded(bench, capsys, monkeypatch):
     monkeypatch.setattr(report, "ALARMS", bench.root / "alarms.json")
-    monkeypatch.setattr(faults, "RESULTS", bench.root / "faults.json")
+    for module in (faults, growth, speed):
+        monkeypatch.setattr(module, "RESULTS", bench.root / f"{module.__name__}.json")
+    monkeypatch.setattr(report, "POLICIES", bench.root / "policies.json")
     with pytest.raises(SystemExit):  # nothing to judge against
         bench("alarms", "stub-*")
     assert "no reference of the present code" in capsys.readouterr().err
@@ -331,12 +336,21 @@ def test_the_report_is_a_readme_with_tables_and_pictures_of_what_is_recorded(ben
     fault = faults.FAULTS[0]
     result = {"answer": "red", "test": fault.tests, "effect": "assert 1 == 2", "seconds": 1.0}
     faults.RESULTS.write_text(json.dumps({fault.name: result}))
+    growth.RESULTS.write_text(json.dumps({"dqn batch": {"128": {"speed": 7000.4, "gigabytes": 0.5}}}))
+    speed.RESULTS.write_text(json.dumps({"ppo": {"peer": "P", "unit": "steps/s", "pairs": [[30, 10], [10, 5], [8, 8]]}}))
+    policy = {"name": "runs/a", "script": "dpo", "beta": 0.5, "gold": 0.5, "kl": 1.5, "share": None, "proxy": 2.0, "faulty": 0.0}
+    rows = [policy, policy | {"gold": 0.7}, policy | {"name": "runs/trl_ppo_1", "script": "", "share": 0.8}]
+    report.POLICIES.write_text(json.dumps(rows))
     benchmark.main(["report", "--out", str(bench.root / "out")])
     text = (bench.root / "out" / "README.md").read_text()
     assert "| stub-Task-v0 | 1,000 | 5 | return | 93.50 [9" in text and "| other-Task-v0 |" in text
     assert "not recorded yet" in text and "| stub-Task-v0 | 1 | 2 | 2 | 0 | 0 |" in text
     assert f"| {fault.name} | dqn |" in text and "`assert 1 == 2`" in text and "tests noticed 1" in text
-    (picture,) = re.findall(r"\((pictures/\S+\.png)\)", text)
+    assert "| dqn.py | batch (`--batch-size`) | 128: 7,000 steps/s, 0.50 GB |" in text
+    assert "| ppo.py | P | 10 steps/s | 8 steps/s | **2.00** | 1.00 to 3.00 | 3 |" in text
+    assert "| dpo.py | 0.5 | 2 | 0.600 ± 0.141 | 1.500 ± 0.000 | – |" in text
+    assert "| TRL 1.10 PPOTrainer | 0.5 | 1 | 0.500 | 1.500 | 0.800 |" in text
+    (picture,) = re.findall(r"\((pictures/stub\S+\.png)\)", text)
     assert picture == "pictures/stub_Task-v0.png"
     assert (bench.root / "out" / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -368,6 +382,56 @@ def test_the_entry_point_lists_specs_and_without_a_command_shows_help(capsys):
     done = subprocess.run([sys.executable, REPO / "benchmark" / "run.py", "list"], capture_output=True, text=True)
     assert done.returncode == 0 and "ppo-CartPole-v1" in done.stdout, done.stderr
     assert benchmark.main([]) == 0 and "Answers: pass, regression, or inconclusive" in capsys.readouterr().out
+
+
+# --- speed and growth ---
+
+
+def test_speeds_are_taken_in_turns_and_kept(monkeypatch, capsys, tmp_path):
+    calls, numbers = [], iter([300.0, 100.0, 100.0, 100.0, 200.0, 100.0])
+    monkeypatch.setattr(speed, "RESULTS", tmp_path / "speed.json")
+    for name in ("ours", "peers"):
+        monkeypatch.setattr(speed, name, lambda *_, name=name: calls.append(name) or next(numbers))
+    benchmark.main(["speed", "ppo", "--peer-python", sys.executable, "--repeats", "3"])
+    assert calls == ["ours", "peers"] * 3
+    assert "median ratio 2.00 (1.00 to 3.00)" in capsys.readouterr().out
+    assert json.loads(speed.RESULTS.read_text())["ppo"]["pairs"] == [[300, 100], [100, 100], [200, 100]]
+    lines = "dpo.py 300.0 pairs/s, TRL 100.0 pairs/s, ratio 3.00\nreward_model.py 50 pairs/s, TRL 100 pairs/s, ratio 0.50"
+    monkeypatch.setattr(speed, "output", lambda command: lines)
+    assert list(speed.pairs_of_runs("dpo", "python", 5, 2)) == [(300, 100), (50, 100)]
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["speed", "ppo", "--peer-python", "/nowhere/python"])
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: --peer-python /nowhere/python: no such file\n"
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo"])
+@pytest.mark.parametrize("what", ["sequence length", "vocabulary"])
+def test_growth_makes_inputs_of_the_size_it_says(script, what, tmp_path):
+    (row,) = (row for row in growth.ROWS if row.name == f"{script} {what}")
+    flags = growth.flags_of(row, 512, tmp_path)
+    flags = dict(zip(flags[::2], flags[1::2]))
+    tokenizer = AutoTokenizer.from_pretrained(flags.get("--model", str(specs.ASSETS / "sft")))
+    if what == "vocabulary":
+        assert len(tokenizer) == AutoModelForCausalLM.from_pretrained(flags["--model"]).get_input_embeddings().weight.shape[0] == 512
+    else:
+        rows = [json.loads(line) for line in open(flags["--dataset"])]
+        assert len(rows) >= growth.UPDATES * 32
+        for row in rows[:5]:
+            texts = [row["text"]] if script == "sft" else [row["prompt"] + row[x] for x in ("chosen", "rejected")]
+            assert all(len(tokenizer(text).input_ids) == 512 for text in texts)
+
+
+def test_growth_runs_a_row_and_keeps_its_figures(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(growth, "RESULTS", tmp_path / "growth.json")
+    monkeypatch.setattr(growth, "ROWS", (growth.Row("dpo", "batch", "--batch-size", (2, 4)),))
+    monkeypatch.setattr(growth, "UPDATES", 2)
+    benchmark.main(["growth", "dpo *"])
+    kept = json.loads(growth.RESULTS.read_text())["dpo batch"]
+    assert list(kept) == ["2", "4"] and all(0.2 < found["gigabytes"] < 5 and found["speed"] > 0 for found in kept.values())
+    assert "dpo batch 4: " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["growth", "nothing"])
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: no row is called nothing: dpo batch\n"
 
 
 # --- planted faults ---

@@ -1,0 +1,164 @@
+"""How time and memory of each script grow when environments, batch, sequence length or vocabulary double.
+
+    python benchmark/run.py growth             # everything, about 12 minutes on one core
+    python benchmark/run.py growth 'dqn *'     # some rows
+
+Each row is a short run of its own on one thread of the CPU: the speed that the script logs at its end, start-up not
+counted, and the largest resident memory of the process, of which about 0.4 GB (control) or 0.6 GB (language) are the
+libraries. Lengths: reviews strung together to L tokens; vocabularies: the shipped models with rows for more tokens.
+"""
+
+import fnmatch
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import curves
+from specs import ALGOS, ASSETS, HERE
+
+RESULTS = HERE / "growth.json"
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+UPDATES = 12  # of a language script's run
+
+
+@dataclass(frozen=True)
+class Row:
+    """A script, what is doubled in it, and the sizes."""
+
+    script: str
+    what: str
+    flag: str
+    """of the size; empty: the size is that of the data or the models"""
+    sizes: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """As given on the command line."""
+        return f"{self.script} {self.what}"
+
+
+ROWS = (
+    *(Row(script, "environments", "--num-envs", (8, 16, 32, 64)) for script in ("dqn", "reinforce", "a2c", "ppo")),
+    Row("dqn", "batch", "--batch-size", (128, 256, 512, 1024)),
+    Row("a2c", "batch", "--num-steps", (5, 10, 20, 40)),
+    Row("ppo", "batch", "--num-steps", (32, 64, 128, 256)),
+    *(
+        Row(script, what, flag, sizes)
+        for script in ("sft", "reward_model", "dpo", "rlhf_ppo")
+        for what, flag, sizes in (
+            ("batch", "--batch-size", (64, 128, 256, 512) if script == "rlhf_ppo" else (32, 64, 128, 256)),
+            ("sequence length", "", (32, 64, 128, 256)),
+            ("vocabulary", "", (1024, 2048, 4096, 8192)),
+        )
+    ),
+)
+
+
+# --- inputs of other sizes ---
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    """A jsonl file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def strung(words: Iterator[str], tokens: int) -> str:
+    """The next `tokens` words: a token of the small world is a word or a full stop."""
+    return " ".join(itertools.islice(words, tokens))
+
+
+def long_data(script: str, tokens: int, folder: Path) -> Path:
+    """Data of the script's kind whose rows have about `tokens` tokens."""
+    reviews = [json.loads(line)["completion"] for line in (ASSETS / "reviews" / "test.jsonl").open()]
+    words, number = itertools.cycle(" ".join(reviews).split()), 64 * UPDATES
+    if script == "sft":
+        return write_rows(folder / "data.jsonl", [{"text": strung(words, tokens)} for _ in range(number)])
+    prompt = "the plot was dull ."
+    pairs = [(strung(words, tokens - 5), strung(words, tokens - 5)) for _ in range(number)]
+    rows = [{"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"} for chosen, rejected in pairs]
+    return write_rows(folder / "data.jsonl", rows)
+
+
+def wide_model(source: Path, tokens: int, folder: Path) -> Path:
+    """A shipped model and tokenizer with rows for `tokens` tokens."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, logging
+
+    logging.disable_progress_bar()
+    kind = AutoModelForSequenceClassification if source.name == "reward" else AutoModelForCausalLM
+    model, tokenizer = kind.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens([f"word{i}" for i in range(tokens - len(tokenizer))])
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    model.save_pretrained(folder / source.name)
+    tokenizer.save_pretrained(folder / source.name)
+    return folder / source.name
+
+
+def flags_of(row: Row, size: int, folder: Path) -> list[str]:
+    """Command line of one run."""
+    sized = [row.flag, str(size)] if row.flag else []
+    if row.script == "dqn":
+        return [*sized, "--total-timesteps", "40000", "--eval-episodes", "0"]
+    if row.script in ("reinforce", "a2c", "ppo"):
+        return [*sized, "--total-timesteps", str(max(60_000, 300 * size)), "--eval-episodes", "0"]
+    if row.script == "rlhf_ppo":
+        if row.what == "sequence length":  # random weights seldom stop
+            sized = ["--response-length", str(size), "--model", str(ASSETS / "base")]
+        if row.what == "vocabulary":
+            sized = ["--model", str(wide_model(ASSETS / "sft", size, folder)),
+                     "--reward-model", str(wide_model(ASSETS / "reward", size, folder))]  # fmt: skip
+        return [*sized, "--total-episodes", str(2 * size if row.what == "batch" else 256)]
+    steps = ["--max-steps", str(UPDATES), "--eval-split", ""]
+    if row.what == "sequence length":
+        sized = ["--dataset", str(long_data(row.script, size, folder)), "--max-length", str(size)]
+    if row.what == "vocabulary":
+        sized = ["--model", str(wide_model(ASSETS / "sft", size, folder))]
+    return [*sized, *steps]
+
+
+# --- runs ---
+
+
+def run(row: Row, size: int) -> dict[str, float]:
+    """Speed and peak memory in GB of one run."""
+    tag = {"sft": "tokens_per_second", "rlhf_ppo": "episodes_per_second", "dpo": "pairs_per_second",
+           "reward_model": "pairs_per_second"}.get(row.script, "charts/SPS")  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command = [sys.executable, ALGOS / f"{row.script}.py", *flags_of(row, size, folder), "--device", "cpu",
+                   "--run-dir", folder / "run"]  # fmt: skip
+        with (folder / "log").open("w") as log:
+            process = subprocess.Popen(command, env=ONE_THREAD, stdout=log, stderr=log)
+            _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            last = (folder / "log").read_text().strip().splitlines()[-1]
+            print(f"error: {row.name} {size}: {last}", file=sys.stderr)
+            raise SystemExit(1)
+        speed = float(curves.load_run(folder / "run", tag)[1][-1])
+    return {"speed": round(speed, 1), "gigabytes": round(usage.ru_maxrss / 2**20, 2)}
+
+
+def measure(patterns: list[str]) -> None:
+    """Run the rows that match, print and keep what they need."""
+    chosen = [row for row in ROWS if not patterns or any(fnmatch.fnmatchcase(row.name, x) for x in patterns)]
+    if not chosen:
+        print(f"error: no row is called {patterns[0]}: {', '.join(row.name for row in ROWS)}", file=sys.stderr)
+        raise SystemExit(2)
+    for row in chosen:
+        found = {}
+        for size in row.sizes:
+            found[str(size)] = run(row, size)
+            print(f"{row.name} {size}: {found[str(size)]['speed']:,.0f} {unit(row)}, {found[str(size)]['gigabytes']} GB", flush=True)
+        kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps(kept | {row.name: found}, indent=1) + "\n")
+
+
+def unit(row: Row) -> str:
+    """Of its speeds."""
+    return {"sft": "tokens/s", "rlhf_ppo": "episodes/s", "dpo": "pairs/s", "reward_model": "pairs/s"}.get(row.script, "steps/s")
