@@ -103,6 +103,28 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 # --- sections ---
 
 
+def tiers() -> str:
+    """Runs and time of each tier."""
+    rows = []
+    for tier in specs.TIERS:
+        chosen = [spec for spec in specs.SPECS if tier in spec.seeds]
+        number, seconds, known = sum(spec.seeds[tier] for spec in chosen), 0.0, True
+        for spec in chosen:
+            path = specs.REFERENCE / "ours" / f"{spec.name}.json"
+            known &= path.exists()
+            if path.exists():
+                runs = json.loads(path.read_text())["seeds"].values()
+                seconds += spec.seeds[tier] * float(np.mean([run["seconds"] for run in runs]))
+        time = f"{seconds / 120:.0f} min" if known else "not measured: no GPU" if tier == "gpu" else "not measured yet"
+        rows.append([tier, ", ".join(f"{spec.name} ({spec.seeds[tier]})" for spec in chosen), str(number), time])
+    return (
+        "## Tiers\n\nThe time is that of the recorded runs, which ran two at a time on two cores, evaluation "
+        "included.\n\n" + table(["tier", "specs (seeds)", "runs", "time"], rows) + "\nThe quick tier is not part of "
+        "`.ci/run`, whose tests take up to 20 of the 25 minutes that CI should take; they plant no curve but notice "
+        "every fault below. It is for whoever changes a script.\n"
+    )
+
+
 def results() -> str:
     """Final levels and areas of ours and of peers, beside published numbers and optima."""
     rows = []
@@ -345,7 +367,7 @@ def draw_measure(axes: Any, spec: Spec, measure: Measure, references: list[Refer
 def write(out: Path) -> None:
     """README.md and pictures in the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    parts = [INTRO, results(), pictures(out), against_peers(), policies(), METHOD, power(), alarms(), planted(), speeds(),
+    parts = [INTRO, tiers(), results(), pictures(out), against_peers(), policies(), METHOD, power(), alarms(), planted(), speeds(),
              growing()]
     (out / "README.md").write_text("\n".join(part for part in parts if part))
     print(f"wrote {out / 'README.md'}")

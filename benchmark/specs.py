@@ -158,7 +158,7 @@ SPECS = (
          published=("cleanrl", "ppo"), **CARTPOLE),
     Spec("dqn", seeds={"full": 5}, minutes=4, peer="cleanrl_dqn_Acrobot-v1.json",
          published=("cleanrl", "dqn"), **ACROBOT),
-    Spec("reinforce", seeds={"full": 5}, minutes=2, **ACROBOT),
+    Spec("reinforce", seeds={"full": 5}, minutes=2, **ACROBOT | {"flags": (*ACROBOT["flags"], "--learning-rate", "5e-3")}),
     Spec("a2c", seeds={"full": 5}, minutes=3, peer="sb3_a2c_Acrobot-v1.json",
          published=("rl_zoo", "a2c"), **ACROBOT),
     Spec("ppo", seeds={"full": 5}, minutes=3, peer="cleanrl_ppo_Acrobot-v1.json",

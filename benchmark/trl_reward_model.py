@@ -2,7 +2,7 @@
 
     python -m venv /tmp/trl && /tmp/trl/bin/pip install -r benchmark/trl_requirements.txt
     /tmp/trl/bin/python benchmark/trl_reward_model.py equality   # rewards, loss and gradients of one and the same batch
-    /tmp/trl/bin/python benchmark/trl_reward_model.py train      # TRL on the data, start and hyperparameters of the script
+    /tmp/trl/bin/python benchmark/trl_reward_model.py train      # TRL on the script's data, start and hyperparameters; one JSON line
     /tmp/trl/bin/python benchmark/trl_reward_model.py speed      # both trained in turns; only the ratio means something
 
 Both start from the same weights, head included. OMP_NUM_THREADS sets the threads of both.
@@ -110,9 +110,10 @@ def train(args: Args, folder: Path) -> None:
     held_out = reward_model.load_scored_pairs(args, tokenizer, args.eval_split)
     rows = datasets.load_dataset(args.dataset, split=args.train_split)
     trainer = trl_trainer(args, folder, tokenizer, rows)
-    print("before", reward_model.held_out_rewards(args, trainer.model.eval(), held_out)[0])
+    before = reward_model.held_out_rewards(args, trainer.model.eval(), held_out)[0]
     speed = trainer.train().metrics["train_samples_per_second"]
-    print("after", reward_model.held_out_rewards(args, trainer.model.eval(), held_out)[0], f"{speed:.0f} pairs/s")
+    after = reward_model.held_out_rewards(args, trainer.model.eval(), held_out)[0]
+    print(json.dumps({"before": before, "after": after, "pairs_per_second": round(speed)}))
 
 
 def speed(args: Args, folder: Path, repeats: int) -> None:
