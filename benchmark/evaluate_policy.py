@@ -141,21 +141,29 @@ def describe(name: str, found: Figures, beta: float, best: world.Optimum) -> str
 
 
 def draw(rows: list[dict], golds: np.ndarray, path: Path) -> None:
-    """Gold and proxy reward against KL, one point per policy, with the frontier that no policy can pass."""
+    """Gold and proxy reward against KL, one point per script and β (mean of its policies), with what no policy can pass."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), dpi=130, sharex=True)
-    betas = np.geomspace(0.05, 20, 60)
-    frontier = [world.optimum_from_samples(golds, beta) for beta in betas]
+    frontier = [world.optimum_from_samples(golds, beta) for beta in np.geomspace(0.05, 20, 60)]
     frontier = [best for best in frontier if best.reliable]
     panels[0].plot([best.kl_star for best in frontier], [best.gold_star for best in frontier], color="black",
                    label="optimum π* ∝ π_ref·exp(r/β)")  # fmt: skip
-    for (script, colour, style) in (("rlhf_ppo", "#0072B2", "o-"), ("dpo", "#D55E00", "s--")):
-        points = sorted((row for row in rows if row["script"] == script), key=lambda row: row["kl"])
-        for panel, what in zip(panels, ("gold", "proxy")):
-            panel.plot([row["kl"] for row in points], [row[what] for row in points], style, color=colour, label=f"{script}.py")
-            for row in points:
-                panel.annotate(f"{row['beta']:g}", (row["kl"], row[what]), textcoords="offset points", xytext=(4, 5), fontsize=8)
+    for beta in sorted({row["beta"] for row in rows}):
+        best = world.optimum_from_samples(golds, beta)
+        if best.reliable:
+            panels[0].plot(best.kl_star, best.gold_star, "k.")
+            panels[0].annotate(f"{beta:g}", (best.kl_star, best.gold_star), textcoords="offset points", xytext=(-4, 6), fontsize=8)
+    for script, colour, style in (("rlhf_ppo", "#0072B2", "o-"), ("dpo", "#D55E00", "s--")):
+        seeds = {}
+        for row in rows:
+            if row["script"] == script:
+                seeds.setdefault(row["beta"], []).append([row["kl"], row["gold"], row["proxy"]])
+        points = sorted((*np.mean(numbers, axis=0), beta) for beta, numbers in seeds.items())
+        for panel, which in zip(panels, (1, 2)):
+            panel.plot([point[0] for point in points], [point[which] for point in points], style, color=colour, label=f"{script}.py")
+            for point in points:
+                panel.annotate(f"{point[3]:g}", (point[0], point[which]), textcoords="offset points", xytext=(4, -11), fontsize=8)
     panels[0].set(xlabel="KL(π || π_ref), nats", ylabel="gold reward", title="what is wanted (β beside each point)")
     panels[1].set(xlabel="KL(π || π_ref), nats", ylabel="reward model's score", title="what RLHF sees")
     for panel in panels:
