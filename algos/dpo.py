@@ -42,6 +42,8 @@ Differs from the paper:
  4. A batch never mixes two epochs: the pairs that do not fill one are left out of that epoch.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import functools
@@ -60,9 +62,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-import datasets
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -70,12 +71,12 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+if TYPE_CHECKING:  # imported where they are used: --help need not wait for them
+    import datasets
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ASSETS = Path(__file__).resolve().parent.parent / "benchmark" / "assets"  # the small language world
 
@@ -391,6 +392,8 @@ def check_assets(*names_and_values: str) -> None:
 
 def quiet() -> None:
     """Leave the terminal to the script: no progress bars, retries and advice of the libraries."""
+    import datasets
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
@@ -416,7 +419,7 @@ def load_pretrained(loader: Any, flag: str, name: str, **options: Any) -> Any:
 
 def load_tokenizer(flag: str, name: str) -> PreTrainedTokenizerBase:
     """Tokenizer of a model; it must have an end-of-sequence token."""
-    tokenizer = load_pretrained(AutoTokenizer, flag, name)
+    tokenizer = load_pretrained(transformers.AutoTokenizer, flag, name)
     if tokenizer.eos_token_id is None:
         error(f"--{flag} {name}: its tokenizer has no EOS token, so completions could not end; set eos_token in it")
     return tokenizer
@@ -435,7 +438,8 @@ def check_model(flag: str, name: str, model: PreTrainedModel, tokenizer: PreTrai
 def prepare_model(args: Args, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Put the model on the device in evaluation mode, which is without dropout; checkpoint, compile, shard it."""
     model.to(device).eval()
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    block = transformers.modeling_layers.GradientCheckpointingLayer
+    layers = [layer for layer in model.modules() if isinstance(layer, block)]
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         for layer in layers:
@@ -443,6 +447,8 @@ def prepare_model(args: Args, model: PreTrainedModel, device: torch.device) -> P
     if args.compile:
         model.compile(dynamic=True)
     if args.fsdp:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         mesh = dist.device_mesh.init_device_mesh(device.type, (WORLD_SIZE,))
         policy = MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if args.dtype == "bfloat16" else ())
         for module in (*layers, model):
@@ -454,6 +460,8 @@ def prepare_model(args: Args, model: PreTrainedModel, device: torch.device) -> P
 
 def load_split(name: str, split: str) -> datasets.Dataset:
     """A split of a data set, not empty; name is a hub id, a folder or a file."""
+    import datasets
+
     where = f"--dataset {name}"
     path, kinds = Path(name), {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if not path.exists() and (name.startswith(("/", ".", "~")) or path.suffix in kinds):
@@ -648,6 +656,8 @@ def full_tensor(x: Tensor) -> Tensor:
 
 def get_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Weights and optimiser state, gathered from all processes, on the CPU of the first."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
     return {"model": weights, "optimizer": moments}
@@ -655,6 +665,8 @@ def get_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[
 
 def set_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Put back what `get_state` returned."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
     set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
                    options=StateDictOptions(full_state_dict=True))
 
@@ -821,7 +833,7 @@ def merged(args: Args, model: PreTrainedModel, weights: dict[str, Tensor]) -> tu
     """Model and weights to save: LoRA's adapters are added to the weights that they adapt."""
     if not args.lora_rank or RANK > 0:
         return model, weights
-    whole = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    whole = transformers.AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
     whole.generation_config = model.generation_config
     whole = add_lora(whole, args.lora_rank)
     whole.load_state_dict(weights)
@@ -835,7 +847,7 @@ def main(args: Args) -> None:
     device = start_processes(args.device)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer("model", args.model)
-    model = load_pretrained(AutoModelForCausalLM, "model", args.model, dtype=torch.float32)
+    model = load_pretrained(transformers.AutoModelForCausalLM, "model", args.model, dtype=torch.float32)
     check_model("model", args.model, model, tokenizer, args.max_length)
     train = truncate(load_pairs(args, tokenizer, args.train_split), args.max_length, args.train_split)
     held_out = []

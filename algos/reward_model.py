@@ -46,6 +46,8 @@ Differs from the paper:
  4. AdamW without weight decay; dropout is off.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import importlib.util
@@ -63,9 +65,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-import datasets
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -73,12 +74,12 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+if TYPE_CHECKING:  # imported where they are used: --help need not wait for them
+    import datasets
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ASSETS = Path(__file__).resolve().parent.parent / "benchmark" / "assets"  # the small language world
 
@@ -174,7 +175,7 @@ def load_reward_model(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     A new head's weights are drawn from N(0, 1 / (d + 1)) (Stiennon et al. 2020, arXiv 2009.01325): the loss starts
     near ln 2.
     """
-    model, loading = load_pretrained(AutoModelForSequenceClassification, "model", name, num_labels=1,
+    model, loading = load_pretrained(transformers.AutoModelForSequenceClassification, "model", name, num_labels=1,
                                      dtype=torch.float32, output_loading_info=True)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         error(f"--model {name}: {type(model).__name__} has no linear head over its last token; start from a "
@@ -336,6 +337,8 @@ def check_assets(*names_and_values: str) -> None:
 
 def quiet() -> None:
     """Leave the terminal to the script: no progress bars, retries and advice of the libraries."""
+    import datasets
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
@@ -361,7 +364,7 @@ def load_pretrained(loader: Any, flag: str, name: str, **options: Any) -> Any:
 
 def load_tokenizer(flag: str, name: str) -> PreTrainedTokenizerBase:
     """Tokenizer of a model; it must have an end-of-sequence token."""
-    tokenizer = load_pretrained(AutoTokenizer, flag, name)
+    tokenizer = load_pretrained(transformers.AutoTokenizer, flag, name)
     if tokenizer.eos_token_id is None:
         error(f"--{flag} {name}: its tokenizer has no EOS token, so completions could not end; set eos_token in it")
     return tokenizer
@@ -393,7 +396,8 @@ def check_model(flag: str, name: str, model: PreTrainedModel, tokenizer: PreTrai
 def prepare_model(args: Args, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Put the model on the device in evaluation mode, which is without dropout; checkpoint, compile, shard it."""
     model.to(device).eval()
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    block = transformers.modeling_layers.GradientCheckpointingLayer
+    layers = [layer for layer in model.modules() if isinstance(layer, block)]
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         for layer in layers:
@@ -401,6 +405,8 @@ def prepare_model(args: Args, model: PreTrainedModel, device: torch.device) -> P
     if args.compile:
         model.compile(dynamic=True)
     if args.fsdp:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         mesh = dist.device_mesh.init_device_mesh(device.type, (WORLD_SIZE,))
         policy = MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if args.dtype == "bfloat16" else ())
         for module in (*layers, model):
@@ -412,6 +418,8 @@ def prepare_model(args: Args, model: PreTrainedModel, device: torch.device) -> P
 
 def load_split(name: str, split: str) -> datasets.Dataset:
     """A split of a data set, not empty; name is a hub id, a folder or a file."""
+    import datasets
+
     where = f"--dataset {name}"
     path, kinds = Path(name), {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if not path.exists() and (name.startswith(("/", ".", "~")) or path.suffix in kinds):
@@ -589,6 +597,8 @@ def full_tensor(x: Tensor) -> Tensor:
 
 def get_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Weights and optimiser state, gathered from all processes, on the CPU of the first."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
     return {"model": weights, "optimizer": moments}
@@ -596,6 +606,8 @@ def get_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[
 
 def set_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Put back what `get_state` returned."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
     set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
                    options=StateDictOptions(full_state_dict=True))
 

@@ -52,6 +52,8 @@ Differs from the papers:
  6. With --lora-rank, policy and critic train adapters, and the reference is the policy with its adapters off.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import functools
@@ -69,9 +71,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-import datasets
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -79,12 +80,12 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache,
-                          PreTrainedModel, PreTrainedTokenizerBase)
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+if TYPE_CHECKING:  # imported where they are used: --help need not wait for them
+    import datasets
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ASSETS = Path(__file__).resolve().parent.parent / "benchmark" / "assets"  # the small language world
 
@@ -260,7 +261,7 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], uniform: Tensor, te
     lengths = torch.tensor([[len(ids)] for ids in prompts], device=uniform.device)
     visible = (torch.arange(width + length, device=uniform.device) >= width - lengths).long()  # (b, P + R)
     positions = (visible.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
+    cache = transformers.DynamicCache(config=model.config)
     responses = torch.full((rows, length), -1, device=uniform.device)
     running = torch.ones(rows, dtype=torch.bool, device=uniform.device)
     ends, seen = torch.tensor(stops, device=uniform.device), 0
@@ -465,6 +466,8 @@ def check_assets(*names_and_values: str) -> None:
 
 def quiet() -> None:
     """Leave the terminal to the script: no progress bars, retries and advice of the libraries."""
+    import datasets
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
@@ -490,7 +493,7 @@ def load_pretrained(loader: Any, flag: str, name: str, **options: Any) -> Any:
 
 def load_tokenizer(flag: str, name: str) -> PreTrainedTokenizerBase:
     """Tokenizer of a model; it must have an end-of-sequence token."""
-    tokenizer = load_pretrained(AutoTokenizer, flag, name)
+    tokenizer = load_pretrained(transformers.AutoTokenizer, flag, name)
     if tokenizer.eos_token_id is None:
         error(f"--{flag} {name}: its tokenizer has no EOS token, so completions could not end; set eos_token in it")
     return tokenizer
@@ -508,6 +511,8 @@ def check_model(flag: str, name: str, model: PreTrainedModel, tokenizer: PreTrai
 
 def load_split(name: str, split: str) -> datasets.Dataset:
     """A split of a data set, not empty; name is a hub id, a folder or a file."""
+    import datasets
+
     where = f"--dataset {name}"
     path, kinds = Path(name), {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if not path.exists() and (name.startswith(("/", ".", "~")) or path.suffix in kinds):
@@ -637,6 +642,8 @@ def sum_over_processes(x: Tensor) -> Tensor:
 
 def get_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Weights and optimiser state, gathered from all processes, on the CPU of the first."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
     return {"model": weights, "optimizer": moments}
@@ -644,6 +651,8 @@ def get_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[
 
 def set_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Put back what `get_state` returned."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
     set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
                    options=StateDictOptions(full_state_dict=True))
 
@@ -734,7 +743,7 @@ def merged(args: Args, model: PreTrainedModel, weights: dict[str, Tensor]) -> tu
     """Model and weights to save: LoRA's adapters are added to the weights that they adapt."""
     if not args.lora_rank or RANK > 0:
         return model, weights
-    whole = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    whole = transformers.AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
     whole.generation_config = model.generation_config
     whole = add_lora(whole, args.lora_rank)
     whole.load_state_dict(weights)
@@ -744,7 +753,7 @@ def merged(args: Args, model: PreTrainedModel, weights: dict[str, Tensor]) -> tu
 
 def load_scorer(name: str, policy_tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreTrainedModel:
     """The reward model, which must score single tokens' states and read the policy's tokens."""
-    model = load_pretrained(AutoModelForSequenceClassification, "reward-model", name, dtype=torch.float32)
+    model = load_pretrained(transformers.AutoModelForSequenceClassification, "reward-model", name, dtype=torch.float32)
     tokenizer = load_tokenizer("reward-model", name)
     if tokenizer.get_vocab() != policy_tokenizer.get_vocab():
         error(f"--reward-model {name}: its vocabulary ({len(tokenizer)} tokens) is not that of --model "
@@ -804,7 +813,7 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 def recompute(model: nn.Module, on: bool) -> None:
     """Turn enabled gradient checkpointing on for the update, off for sampling, which needs the cache."""
     for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
+        if isinstance(layer, transformers.modeling_layers.GradientCheckpointingLayer):
             layer.training = on  # not its parts: dropout stays off
 
 
@@ -814,7 +823,7 @@ def main(args: Args) -> None:
     device = start_processes(args.device)
     torch.manual_seed(args.seed)  # the same in every process: all draw the same numbers and use their share
     tokenizer = load_tokenizer("model", args.model)
-    policy = load_pretrained(AutoModelForCausalLM, "model", args.model, dtype=torch.float32)
+    policy = load_pretrained(transformers.AutoModelForCausalLM, "model", args.model, dtype=torch.float32)
     check_model("model", args.model, policy, tokenizer, args.max_length)
     reward_model = load_scorer(args.reward_model, tokenizer, args.max_length).requires_grad_(False)
     gold_reward = load_gold(args.gold) if args.gold else None
