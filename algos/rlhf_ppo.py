@@ -20,7 +20,7 @@ reference π_ref, a copy of the policy at the start, which are frozen.
 Papers: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", arXiv 1909.08593; Ouyang et al. 2022
 (InstructGPT), arXiv 2203.02155. PPO is Schulman et al. 2017, arXiv 1707.06347; GAE 2015, arXiv 1506.02438.
 
-    python algos/rlhf_ppo.py                      # the small language world: 0.88 of the possible gain in 2 minutes
+    python algos/rlhf_ppo.py                      # the small language world: 0.88 of the possible gain in a minute
     python algos/rlhf_ppo.py --model my-sft-model --reward-model my-reward-model --dataset trl-lib/tldr \\
         --learning-rate 3e-6 --kl-coef 0.05 --total-episodes 100000 --batch-size 512 --micro-batch-size 16 \\
         --dtype bfloat16 --gradient-checkpointing
