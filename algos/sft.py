@@ -19,7 +19,7 @@ Paper: Ouyang et al. 2022, "Training language models to follow instructions with
 step 1 (section 3.5).
 
     python algos/sft.py                           # the small language world from random weights: to a held-out
-                                                  # loss of 1.268 nats per token, where the grammar has 1.221
+                                                  # loss of 1.126 nats per token, the grammar's is 1.117; a minute
     python algos/sft.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --learning-rate 1e-5 --dtype bfloat16 \\
         --batch-size 16 --micro-batch-size 4 --gradient-checkpointing
 
