@@ -301,7 +301,8 @@ def growing() -> str:
     header = ["script", "what doubles", "", "", "", ""]
     return (
         "## How cost grows\n\nSpeed at the end of short runs on one thread and peak resident memory, libraries "
-        "included (`run.py growth`; what each row runs is in `growth.py`).\n\n" + table(header, rows)
+        "included (`run.py growth`; what each row runs is in `growth.py`). The machine had other work: compare within a "
+        "row.\n\n" + table(header, rows)
     )
 
 
