@@ -120,8 +120,8 @@ def tiers() -> str:
     return (
         "## Tiers\n\nThe time is that of the recorded runs, which ran two at a time on two cores, evaluation "
         "included.\n\n" + table(["tier", "specs (seeds)", "runs", "time"], rows) + "\nThe quick tier is not part of "
-        "`.ci/run`, whose tests take up to 20 of the 25 minutes that CI should take; they plant no curve but notice "
-        "every fault below. It is for whoever changes a script.\n"
+        "`.ci/run`, whose tests take up to 20 of the 25 minutes that CI should take, and notice every fault below without "
+        "a learning curve. It is for whoever changes a script.\n"
     )
 
 

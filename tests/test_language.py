@@ -257,6 +257,19 @@ def test_a_sharded_run_resumes_to_the_weights_of_the_uninterrupted_one(script, w
     assert far < 1e-5  # rounding; lost moments would move weights by the learning rate
 
 
+@pytest.mark.parametrize("script", ["sft", "reward_model", "dpo", "rlhf_ppo"])
+def test_help_waits_for_none_of_the_heavy_libraries(script):
+    code = (
+        "import runpy, sys\n"
+        "try: runpy.run_path(sys.argv[1], run_name='__main__')\n"
+        "except SystemExit: print(*sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, ALGOS / f"{script}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+    heavy = {"datasets", "transformers.modeling_utils", "torch.distributed.checkpoint", "torch.distributed.fsdp"}
+    assert not heavy & set(done.stdout.splitlines()[-1].split())
+
+
 # --- models and data of all kinds ---
 
 
