@@ -4,7 +4,7 @@
         1000 2000 3000 4000 5000
 
 The arguments are the environment, the steps, the file (seeds that it already holds are kept) and the seeds. They are
-1,000 apart, because a seed s serves environments s to s + 7. speed.py says how to install the peer.
+1,000 apart, because a seed s serves environments s to s + 7. Install the peer from sb3_requirements.txt.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Time a script beside its peer, one after the other, several times, and print the ratio of their speeds.
 
-    python -m venv /tmp/sb3 && /tmp/sb3/bin/pip install torch==2.13.0 stable-baselines3==2.9.2
+    python -m venv /tmp/sb3 && /tmp/sb3/bin/pip install -r benchmark/sb3_requirements.txt
     python benchmark/run.py speed ppo --peer-python /tmp/sb3/bin/python
     python -m venv /tmp/trl && /tmp/trl/bin/pip install -r benchmark/trl_requirements.txt        # dpo, reward_model
     python benchmark/run.py speed dpo --peer-python /tmp/trl/bin/python
