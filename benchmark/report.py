@@ -114,12 +114,12 @@ def tiers() -> str:
             known &= path.exists()
             if path.exists():
                 runs = json.loads(path.read_text())["seeds"].values()
-                seconds += spec.seeds[tier] * float(np.mean([run["seconds"] for run in runs]))
+                seconds += spec.seeds[tier] * float(np.mean([run["seconds"] for run in runs if run["seconds"]]))
         time = f"{seconds / 120:.0f} min" if known else "not measured: no GPU" if tier == "gpu" else "not measured yet"
         rows.append([tier, ", ".join(f"{spec.name} ({spec.seeds[tier]})" for spec in chosen), str(number), time])
     return (
         "## Tiers\n\nThe time is that of the recorded runs, which ran two at a time on two cores, evaluation "
-        "included.\n\n" + table(["tier", "specs (seeds)", "runs", "time"], rows) + "\nThe quick tier is not part of "
+        "included (resumed runs: the mean of their spec's others).\n\n" + table(["tier", "specs (seeds)", "runs", "time"], rows) + "\nThe quick tier is not part of "
         "`.ci/run`, whose tests take up to 20 of the 25 minutes that CI should take, and notice every fault below without "
         "a learning curve. It is for whoever changes a script.\n"
     )
