@@ -22,7 +22,7 @@ network gives that largest Q, so that the target does not move with each update.
 Paper: Mnih et al. 2013, "Playing Atari with Deep Reinforcement Learning", arXiv 1312.5602; the target network is of
 Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518, Algorithm 1.
 
-    python algos/dqn.py                                   # CartPole-v1: trains to 493 of 500 (10 seeds) in a minute
+    python algos/dqn.py                                   # CartPole-v1: trains to 487 of 500 (5 seeds) in a minute
     python algos/dqn.py --env-id Acrobot-v1
     python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --learning-rate 1e-4 --batch-size 32 \\
         --num-envs 8 --train-every 4 --buffer-size 1000000 --learning-starts 80000 --target-every 1000 \\

@@ -22,7 +22,7 @@ Paper: Williams 1992, "Simple statistical gradient-following algorithms for conn
 Machine Learning 8; with the reward-to-go of the policy gradient theorem, Sutton et al. 1999 (NeurIPS 12), which
 arXiv 1506.02438 lists under its Eq. 1 among the weights that an action can be given.
 
-    python algos/reinforce.py                     # CartPole-v1: 475 within 472 to 632 episodes (5 seeds); 14 s
+    python algos/reinforce.py                     # CartPole-v1: 475 within 472 to 632 episodes (5 seeds); 19 s
     python algos/reinforce.py --env-id Acrobot-v1 --learning-rate 5e-3
     python algos/reinforce.py --env-id HalfCheetah-v5 --normalize --num-envs 2 --total-timesteps 1000000 \\
         --learning-rate 3e-3

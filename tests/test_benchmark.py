@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -432,6 +433,28 @@ def test_growth_runs_a_row_and_keeps_its_figures(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         benchmark.main(["growth", "nothing"])
     assert stop.value.code == 2 and capsys.readouterr().err == "error: no row is called nothing: dpo batch\n"
+
+
+def test_what_trl_wrote_becomes_a_peer_by_the_tags_of_the_spec(monkeypatch, capsys, tmp_path):
+    import record_trl
+
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "peers").mkdir()
+    shutil.copy(specs.REFERENCE / "ours" / "rlhf_ppo-prompts.json", tmp_path / "ours")
+    monkeypatch.setattr(specs, "REFERENCE", tmp_path)
+    lines = [{f"objective/{x}": float(i) for x in ("scores", "kl", "rlhf_reward")} for i in range(8)]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"train_runtime": 1}]))
+    monkeypatch.setattr(sys, "argv", ["record_trl.py", "rlhf_ppo", str(log), str(log)])
+    record_trl.main()
+    (spec,) = (spec for spec in specs.SPECS if spec.script == "rlhf_ppo")
+    ours, peer = benchmark.load_references(spec)
+    assert peer.name == "TRL 1.10.0" and list(peer.seeds) == ["1", "2"] and peer.steps == ours.steps
+    assert peer.seeds["2"]["objective/kl"]["final"] == 5.5  # mean of the last four
+    monkeypatch.setattr(sys, "argv", ["record_trl.py", "dpo", "/nowhere.json"])
+    with pytest.raises(SystemExit) as stop:
+        record_trl.main()
+    assert stop.value.code == 2 and "error: /nowhere.json: no such file\n" in capsys.readouterr().err
 
 
 # --- planted faults ---
