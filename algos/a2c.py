@@ -23,8 +23,8 @@ actors in step. n-step returns are GAE with λ = 1, Schulman et al. 2015, arXiv 
 
     python algos/a2c.py                           # CartPole-v1: trains to 500.0 ± 0.0 (5 seeds) in 34 s
     python algos/a2c.py --env-id Acrobot-v1
-    python algos/a2c.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000
-    python algos/a2c.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 16 --ent-coef 0.01
+    python algos/a2c.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 8 --learning-rate 7e-4
+    python algos/a2c.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --learning-rate 7e-4 --ent-coef 0.01
 
 Letters: T steps of a rollout, N environments, B = T·N rows, A size of the action (number of choices or of dimensions).
 
@@ -74,7 +74,7 @@ from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, Record
 from gymnasium.wrappers import vector as wrap
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -106,13 +106,13 @@ class Args:
     """gymnasium environment with Box or Discrete observations and Box or Discrete actions"""
     total_timesteps: int = 500_000
     """environment steps to train for (reset rows are not counted)"""
-    num_envs: int = 8
+    num_envs: int = 16
     """N: environments stepped side by side, over all processes"""
     normalize: bool = False
     """standardise observations and scale rewards by running statistics (for MuJoCo)"""
 
     # optimisation
-    learning_rate: float = 7e-4
+    learning_rate: float = 1e-3
     """step size of RMSprop at the start"""
     anneal_lr: bool = False
     """let the learning rate fall linearly to 0"""
@@ -200,13 +200,16 @@ class Agent(nn.Module):
         """(B, *obs) to (B, features); uint8 pixels are scaled to [0, 1]."""
         return self.trunk(obs / 255 if obs.dtype == torch.uint8 else obs)
 
-    def forward(self, obs: Tensor) -> tuple[Distribution, Tensor]:
-        """Observations (B, *obs) to the policy π(·|s) over B actions and the values V(s) (B,)."""
+    def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log π(a|s), entropy of π(·|s) and V(s), (B,) each, of observations (B, *obs) and actions (B,) or (B, A)."""
         features = self.features(obs)
-        policy, value = self.actor(features), self.critic(features).squeeze(-1)  # (B, A), (B,)
+        policy, values = self.actor(features), self.critic(features).squeeze(-1)  # (B, A), (B,)
         if self.discrete:
-            return Categorical(logits=policy, validate_args=False), value
-        return Independent(Normal(policy, self.log_std.exp().expand_as(policy), validate_args=False), 1), value
+            logprobs = policy.log_softmax(-1)  # of all actions
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+            return logprobs.gather(-1, actions.long()[:, None]).squeeze(-1), entropy, values
+        normal = Normal(policy, self.log_std.exp(), validate_args=False)
+        return normal.log_prob(actions).sum(-1), normal.entropy().sum(-1), values
 
     def noise(self, *shape: int) -> Tensor:
         """Random numbers for `act`, (*shape, A) on the CPU: Gumbel for Discrete, standard normal for Box actions."""
@@ -241,28 +244,22 @@ def compute_gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated
     return advantages
 
 
-def masked_mean(x: Tensor, mask: Tensor, count: Tensor) -> Tensor:
-    """Sum of x where mask is 1, over count. With count from the whole minibatch, shares of it add up to its mean."""
-    return (x * mask).sum() / count
-
-
 def policy_gradient_loss(logprobs: Tensor, weights: Tensor) -> Tensor:
     """Loss per sample, -log π(a|s)·weight. With returns or advantages as weights its gradient is that of -J."""
     return -logprobs * weights
 
 
-def a2c_loss(agent: Agent, obs: Tensor, actions: Tensor, advantages: Tensor, returns: Tensor, mask: Tensor,
+def a2c_loss(logprobs: Tensor, entropy: Tensor, values: Tensor, advantages: Tensor, returns: Tensor, mask: Tensor,
              count: Tensor, *, vf_coef: float, ent_coef: float) -> tuple[Tensor, Tensor]:
     """Loss of a rollout (A3C §4) and its METRICS (3,).
 
-    Tensors are (B, …). Rows with mask 0 don't count; count () is the number of rows that do, over all processes.
+    Tensors are (T, N). Rows with mask 0 don't count; count () is the number of rows that do, over all processes.
     """
-    policy, values = agent(obs)
-    policy_term = masked_mean(policy_gradient_loss(policy.log_prob(actions), advantages), mask, count)
-    value_term = masked_mean(0.5 * (values - returns) ** 2, mask, count)
-    entropy = masked_mean(policy.entropy(), mask, count)
-    loss = policy_term + vf_coef * value_term - ent_coef * entropy
-    return loss, torch.stack([policy_term, value_term, entropy]).detach()
+    samples = torch.stack([policy_gradient_loss(logprobs, advantages), 0.5 * (values - returns) ** 2, entropy])
+    metrics = (samples * mask).sum((1, 2)) / count  # means over the rows that count
+    policy_term, value_term, entropy_term = metrics
+    loss = policy_term + vf_coef * value_term - ent_coef * entropy_term
+    return loss, metrics.detach()
 
 
 METRICS = ("policy_loss", "value_loss", "entropy")
@@ -604,11 +601,11 @@ def main(args: Args) -> None:
 
     agent = Agent(obs_space, action_space).to(device)
     parameters = list(agent.parameters())
-    optimizer = torch.optim.RMSprop(parameters, args.learning_rate, alpha=0.99, eps=1e-5)
-    act, loss_fn = agent.act, a2c_loss
+    optimizer = torch.optim.RMSprop(parameters, args.learning_rate, alpha=0.99, eps=1e-5, foreach=True)
+    act, policy_and_value = agent.act, agent
     if args.compile:
         mode = "reduce-overhead" if device.type == "cuda" else "default"  # reduce-overhead: CUDA graphs
-        act, loss_fn = torch.compile(act, mode=mode), torch.compile(loss_fn, mode=mode)
+        act, policy_and_value = torch.compile(act, mode=mode), torch.compile(agent, mode=mode)
 
     step = 0
     if args.resume:
@@ -621,9 +618,9 @@ def main(args: Args) -> None:
     statistics = get_statistics(envs)
     run_dir, writer = open_run(args, args.env_id, step, finished=step >= args.total_timesteps)
 
-    obs_dtype = torch.uint8 if is_pixels(obs_space) else torch.float32
-    obs = torch.zeros(T + 1, N, *obs_space.shape, dtype=obs_dtype, device=device)
-    actions = torch.zeros(T, N, *action_space.shape, device=device)
+    obs_dtype = np.uint8 if is_pixels(obs_space) else np.float32
+    obs = np.zeros((T + 1, N, *obs_space.shape), dtype=obs_dtype)
+    actions = np.zeros((T + 1, N, *action_space.shape), dtype=np.float32)  # the last row stays 0
     flags = np.zeros((4, T, N), dtype=np.float32)  # reward, terminated, done, mask
     history, episodes = [], np.zeros(3)  # METRICS and gradient norm per update; number, returns, lengths of episodes
     start_step, start_time, restart = step, time.perf_counter(), True
@@ -632,17 +629,15 @@ def main(args: Args) -> None:
     while step < args.total_timesteps:
         # ===== collect =====
         if restart:  # at the start and after each checkpoint, since environments cannot be saved
-            first_obs, _ = envs.reset(seed=int(torch.randint(2**30, ())) + RANK * N)
-            obs[T] = to_tensor(first_obs, device)
+            obs[T], _ = envs.reset(seed=int(torch.randint(2**30, ())) + RANK * N)
             prev_done, restart = np.zeros(N, dtype=bool), False
         obs[0] = obs[T]
         noise = own(agent.noise(T, args.num_envs), dim=1).to(device)  # (T, N, A)
         for t in range(T):
             with torch.no_grad():
-                action = act(obs[t], noise[t])  # (N,) or (N, A)
-            next_obs, reward, terminated, truncated, info = envs.step(action.cpu().numpy())
-            done = terminated | truncated
-            obs[t + 1], actions[t] = to_tensor(next_obs, device), action
+                action = act(torch.as_tensor(obs[t], device=device), noise[t]).cpu().numpy()  # (N,) or (N, A)
+            obs[t + 1], reward, terminated, truncated, info = envs.step(action)
+            actions[t], done = action, terminated | truncated
             flags[:, t] = reward, terminated, done, ~prev_done  # the row after `done` is the reset, not a step
             if done.any():
                 episodes += done.sum(), info["episode"]["r"][done].sum(), info["episode"]["l"][done].sum()
@@ -650,10 +645,11 @@ def main(args: Args) -> None:
 
         # ===== compute targets =====
         rewards, terminated, done, mask = torch.tensor(flags, device=device)  # (T, N) each
-        with torch.no_grad():
-            values = agent(obs.flatten(0, 1))[1].view(T + 1, N)
-        advantages = compute_gae(rewards, values[:-1], values[1:], terminated, done, args.gamma, args.gae_lambda)
-        returns = advantages + values[:-1]
+        b_obs, b_actions = (torch.as_tensor(x, device=device).flatten(0, 1) for x in (obs, actions))
+        logprobs, entropy, values = (x.view(T + 1, N) for x in policy_and_value(b_obs, b_actions))
+        v = values.detach()  # no gradient goes through the targets
+        advantages = compute_gae(rewards, v[:-1], v[1:], terminated, done, args.gamma, args.gae_lambda)
+        returns = advantages + v[:-1]
         count = sum_over_processes(mask.sum())
         step_before, step = step, step + int(count)
 
@@ -662,14 +658,10 @@ def main(args: Args) -> None:
         if args.anneal_lr:
             learning_rate = annealed(learning_rate, step_before, args.total_timesteps)
         optimizer.param_groups[0]["lr"] = learning_rate
-        loss, metrics = loss_fn(
-            agent, *(x.flatten(0, 1) for x in (obs[:-1], actions, advantages, returns, mask)), count.clamp(min=1),
-            vf_coef=args.vf_coef, ent_coef=args.ent_coef,
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        for parameter in parameters:
-            sum_over_processes(parameter.grad)
+        loss, metrics = a2c_loss(logprobs[:-1], entropy[:-1], values[:-1], advantages, returns, mask,
+                                 count.clamp(min=1), vf_coef=args.vf_coef, ent_coef=args.ent_coef)
+        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters)):
+            parameter.grad = sum_over_processes(grad)
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         history.append(torch.cat([sum_over_processes(metrics), grad_norm.view(1)]))

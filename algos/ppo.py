@@ -25,8 +25,8 @@ et al. 2015, arXiv 1506.02438.
     python algos/ppo.py --env-id Acrobot-v1
     python algos/ppo.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 1 --num-steps 2048 \\
         --num-minibatches 32 --num-epochs 10 --learning-rate 3e-4 --ent-coef 0          # the usual MuJoCo recipe
-    python algos/ppo.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 8 --num-steps 128 --clip-coef 0.1 \\
-        --learning-rate 2.5e-4
+    python algos/ppo.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 8 --num-steps 128 --num-minibatches 4 \\
+        --clip-coef 0.1 --learning-rate 2.5e-4
 
 Letters: T steps of a rollout, N environments, B = T·N rows, M rows of a minibatch, A size of the action (number of
 choices or of dimensions).
@@ -78,7 +78,7 @@ from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, Record
 from gymnasium.wrappers import vector as wrap
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -116,13 +116,13 @@ class Args:
     """standardise observations and scale rewards by running statistics (for MuJoCo)"""
 
     # optimisation
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """step size of Adam at the start"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0"""
     num_steps: int = 32
     """T: steps per environment between two updates (PPO Algorithm 1)"""
-    num_minibatches: int = 4
+    num_minibatches: int = 2
     """minibatches per epoch, of M = T·N / num_minibatches rows"""
     num_epochs: int = 4
     """K: passes over the rollout per update (PPO Algorithm 1)"""
@@ -233,13 +233,16 @@ class Agent(nn.Module):
         """(B, *obs) to (B, features); uint8 pixels are scaled to [0, 1]."""
         return self.trunk(obs / 255 if obs.dtype == torch.uint8 else obs)
 
-    def forward(self, obs: Tensor) -> tuple[Distribution, Tensor]:
-        """Observations (B, *obs) to the policy π(·|s) over B actions and the values V(s) (B,)."""
+    def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log π(a|s), entropy of π(·|s) and V(s), (B,) each, of observations (B, *obs) and actions (B,) or (B, A)."""
         features = self.features(obs)
-        policy, value = self.actor(features), self.critic(features).squeeze(-1)  # (B, A), (B,)
+        policy, values = self.actor(features), self.critic(features).squeeze(-1)  # (B, A), (B,)
         if self.discrete:
-            return Categorical(logits=policy, validate_args=False), value
-        return Independent(Normal(policy, self.log_std.exp().expand_as(policy), validate_args=False), 1), value
+            logprobs = policy.log_softmax(-1)  # of all actions
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+            return logprobs.gather(-1, actions.long()[:, None]).squeeze(-1), entropy, values
+        normal = Normal(policy, self.log_std.exp(), validate_args=False)
+        return normal.log_prob(actions).sum(-1), normal.entropy().sum(-1), values
 
     def noise(self, *shape: int) -> Tensor:
         """Random numbers for `act`, (*shape, A) on the CPU: Gumbel for Discrete, standard normal for Box actions."""
@@ -305,16 +308,19 @@ def ppo_loss(agent: Agent, obs: Tensor, actions: Tensor, old_logprobs: Tensor, o
 
     Tensors are (M, …). Rows with mask 0 don't count; count () is the number of rows that do, over all processes.
     """
-    policy, values = agent(obs)
-    logprobs = policy.log_prob(actions)
-    policy_term = masked_mean(policy_loss(logprobs, old_logprobs, advantages, clip_coef), mask, count)
-    value_term = masked_mean(value_loss(values, old_values, returns, value_clip), mask, count)
-    entropy = masked_mean(policy.entropy(), mask, count)
-    loss = policy_term + vf_coef * value_term - ent_coef * entropy  # PPO Eq. 9
+    logprobs, entropy, values = agent(obs, actions)
     log_ratio = (logprobs - old_logprobs).detach()
-    approx_kl = masked_mean(log_ratio.exp() - 1 - log_ratio, mask, count)  # E_old[(r - 1) - log r] = KL(π_old || π)
-    clip_fraction = masked_mean(((log_ratio.exp() - 1).abs() > clip_coef).float(), mask, count)
-    return loss, torch.stack([policy_term, value_term, entropy, approx_kl, clip_fraction]).detach()
+    samples = torch.stack([
+        policy_loss(logprobs, old_logprobs, advantages, clip_coef),
+        value_loss(values, old_values, returns, value_clip),
+        entropy,
+        log_ratio.exp() - 1 - log_ratio,  # E_old[(r - 1) - log r] = KL(π_old || π)
+        ((log_ratio.exp() - 1).abs() > clip_coef).float(),
+    ])  # (5, M)
+    metrics = samples @ mask / count  # means over the rows that count
+    policy_term, value_term, entropy_term, *_ = metrics
+    loss = policy_term + vf_coef * value_term - ent_coef * entropy_term  # PPO Eq. 9
+    return loss, metrics.detach()
 
 
 METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
@@ -682,9 +688,9 @@ def main(args: Args) -> None:
     statistics = get_statistics(envs)
     run_dir, writer = open_run(args, args.env_id, step, finished=step >= args.total_timesteps)
 
-    obs_dtype = torch.uint8 if is_pixels(obs_space) else torch.float32
-    obs = torch.zeros(T + 1, N, *obs_space.shape, dtype=obs_dtype, device=device)
-    actions = torch.zeros(T + 1, N, *action_space.shape, device=device)  # the last row stays 0
+    obs_dtype = np.uint8 if is_pixels(obs_space) else np.float32
+    obs = np.zeros((T + 1, N, *obs_space.shape), dtype=obs_dtype)
+    actions = np.zeros((T + 1, N, *action_space.shape), dtype=np.float32)  # the last row stays 0
     flags = np.zeros((4, T, N), dtype=np.float32)  # reward, terminated, done, mask
     history, episodes = [], np.zeros(3)  # METRICS and gradient norm per minibatch; number, returns, lengths of episodes
     start_step, start_time, restart = step, time.perf_counter(), True
@@ -693,17 +699,15 @@ def main(args: Args) -> None:
     while step < args.total_timesteps:
         # ===== collect =====
         if restart:  # at the start and after each checkpoint, since environments cannot be saved
-            first_obs, _ = envs.reset(seed=int(torch.randint(2**30, ())) + RANK * N)
-            obs[T] = to_tensor(first_obs, device)
+            obs[T], _ = envs.reset(seed=int(torch.randint(2**30, ())) + RANK * N)
             prev_done, restart = np.zeros(N, dtype=bool), False
         obs[0] = obs[T]
         noise = own(agent.noise(T, args.num_envs), dim=1).to(device)  # (T, N, A)
         for t in range(T):
             with torch.no_grad():
-                action = act(obs[t], noise[t])  # (N,) or (N, A)
-            next_obs, reward, terminated, truncated, info = envs.step(action.cpu().numpy())
-            done = terminated | truncated
-            obs[t + 1], actions[t] = to_tensor(next_obs, device), action
+                action = act(torch.as_tensor(obs[t], device=device), noise[t]).cpu().numpy()  # (N,) or (N, A)
+            obs[t + 1], reward, terminated, truncated, info = envs.step(action)
+            actions[t], done = action, terminated | truncated
             flags[:, t] = reward, terminated, done, ~prev_done  # the row after `done` is the reset, not a step
             if done.any():
                 episodes += done.sum(), info["episode"]["r"][done].sum(), info["episode"]["l"][done].sum()
@@ -711,13 +715,12 @@ def main(args: Args) -> None:
 
         # ===== compute targets =====
         rewards, terminated, done, mask = torch.tensor(flags, device=device)  # (T, N) each
+        b_obs, b_actions = (torch.as_tensor(x, device=device) for x in (obs, actions))  # (T + 1, N, …)
         with torch.no_grad():
-            policy, values = agent(obs.flatten(0, 1))
-            values = values.view(T + 1, N)
-            logprobs = policy.log_prob(actions.flatten(0, 1)).view(T + 1, N)
+            logprobs, _, values = (x.view(T + 1, N) for x in agent(b_obs.flatten(0, 1), b_actions.flatten(0, 1)))
         advantages = compute_gae(rewards, values[:-1], values[1:], terminated, done, args.gamma, args.gae_lambda)
         returns = advantages + values[:-1]
-        rollout = (obs[:-1], actions[:-1], logprobs[:-1], values[:-1], advantages, returns, mask)
+        rollout = (b_obs[:-1], b_actions[:-1], logprobs[:-1], values[:-1], advantages, returns, mask)
         batch = [gather(x).flatten(0, 1) for x in rollout]  # (B, …) of all processes
         step_before, step = step, step + int(batch[-1].sum())
 
@@ -737,10 +740,8 @@ def main(args: Args) -> None:
                     clip_coef=args.clip_coef, value_clip=args.clip_coef if args.clip_value else math.inf,
                     vf_coef=args.vf_coef, ent_coef=args.ent_coef,
                 )
-                optimizer.zero_grad()
-                loss.backward()
-                for parameter in parameters:
-                    sum_over_processes(parameter.grad)
+                for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters)):
+                    parameter.grad = sum_over_processes(grad)
                 grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 history.append(torch.cat([sum_over_processes(metrics), grad_norm.view(1)]))

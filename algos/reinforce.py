@@ -76,7 +76,7 @@ from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, Record
 from gymnasium.wrappers import vector as wrap
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -191,12 +191,15 @@ class Policy(nn.Module):
         """(B, *obs) to (B, features); uint8 pixels are scaled to [0, 1]."""
         return self.trunk(obs / 255 if obs.dtype == torch.uint8 else obs)
 
-    def forward(self, obs: Tensor) -> Distribution:
-        """Observations (B, *obs) to the policy π(·|s) over B actions."""
+    def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """log π(a|s) and entropy of π(·|s), (B,) each, of observations (B, *obs) and actions (B,) or (B, A)."""
         policy = self.actor(self.features(obs))  # (B, A)
         if self.discrete:
-            return Categorical(logits=policy, validate_args=False)
-        return Independent(Normal(policy, self.log_std.exp().expand_as(policy), validate_args=False), 1)
+            logprobs = policy.log_softmax(-1)  # of all actions
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+            return logprobs.gather(-1, actions.long()[:, None]).squeeze(-1), entropy
+        normal = Normal(policy, self.log_std.exp(), validate_args=False)
+        return normal.log_prob(actions).sum(-1), normal.entropy().sum(-1)
 
     def noise(self, *shape: int) -> Tensor:
         """Random numbers for `act`, (*shape, A) on the CPU: Gumbel for Discrete, standard normal for Box actions."""
@@ -247,9 +250,9 @@ def reinforce_loss(agent: Policy, obs: Tensor, actions: Tensor, returns: Tensor,
 
     Tensors are (B, …), the steps of all episodes. m = `episodes` and `count` () steps count over all processes.
     """
-    policy = agent(obs)
-    loss = policy_gradient_loss(policy.log_prob(actions), returns).sum() / episodes
-    return loss, torch.stack([loss, policy.entropy().sum() / count]).detach()
+    logprobs, entropy = agent(obs, actions)
+    loss = policy_gradient_loss(logprobs, returns).sum() / episodes
+    return loss, torch.stack([loss, entropy.sum() / count]).detach()
 
 
 METRICS = ("policy_loss", "entropy")
@@ -654,10 +657,8 @@ def main(args: Args) -> None:
             learning_rate = annealed(learning_rate, step_before, args.total_timesteps)
         optimizer.param_groups[0]["lr"] = learning_rate
         loss, metrics = loss_fn(agent, *batch, args.num_envs, count)
-        optimizer.zero_grad()
-        loss.backward()
-        for parameter in parameters:
-            sum_over_processes(parameter.grad)
+        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters)):
+            parameter.grad = sum_over_processes(grad)
         optimizer.step()
         history.append(sum_over_processes(metrics).clone())
 

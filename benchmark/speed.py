@@ -46,14 +46,14 @@ SETTINGS = {
         "num_envs": 16,
         "model": {
             "n_steps": 32,
-            "batch_size": 128,
+            "batch_size": 256,
             "n_epochs": 4,
-            "learning_rate": 5e-4,
+            "learning_rate": 1e-3,
             "ent_coef": 0.01,
             "clip_range_vf": 0.2,
         },
     },
-    "a2c": {"num_envs": 8, "model": {}},
+    "a2c": {"num_envs": 16, "model": {"learning_rate": 1e-3}},
     "dqn": {
         "num_envs": 20,
         "model": {

@@ -23,8 +23,10 @@ def test_a2c_loss_sums_its_terms_over_the_mask():
     torch.manual_seed(0)
     agent = a2c.Agent(Box(-1, 1, (3,)), Discrete(4))
     obs, actions, mask = torch.randn(6, 3), torch.arange(6) % 4, tensor([1.0, 1, 0, 1, 1, 1])
+    logprobs, entropy, values = agent(obs, actions)
     advantages, returns = torch.randn(2, 6)
-    loss, metrics = a2c.a2c_loss(agent, obs, actions, advantages, returns, mask, mask.sum(), vf_coef=0.7, ent_coef=0.3)
+    rollout = (x.view(3, 2) for x in (logprobs, entropy, values, advantages, returns, mask))
+    loss, metrics = a2c.a2c_loss(*rollout, mask.sum(), vf_coef=0.7, ent_coef=0.3)
     kept = mask.bool()
     probs = agent.actor(obs).softmax(-1)[kept]
     policy_term = -(probs[torch.arange(5), actions[kept]].log() * advantages[kept]).mean()
@@ -35,17 +37,19 @@ def test_a2c_loss_sums_its_terms_over_the_mask():
 
 
 def test_the_optimiser_is_rmsprop_with_eps_outside_the_root(tmp_path, monkeypatch):
-    seen, original = [], a2c.a2c_loss
+    seen, agents, loss_fn, agent_class = [], [], a2c.a2c_loss, a2c.Agent
 
-    def spy(agent, *tensors, **coefficients):
-        loss, metrics = original(agent, *tensors, **coefficients)
-        before = {name: p.detach().clone() for name, p in agent.named_parameters()}
-        grads = torch.autograd.grad(loss, list(agent.parameters()), retain_graph=True)
+    def spy(*tensors, **coefficients):
+        loss, metrics = loss_fn(*tensors, **coefficients)
+        before = {name: p.detach().clone() for name, p in agents[0].named_parameters()}
+        grads = torch.autograd.grad(loss, list(agents[0].parameters()), retain_graph=True)
         seen.append((before, dict(zip(before, grads))))
         return loss, metrics
 
     monkeypatch.setattr(a2c, "a2c_loss", spy)
-    a2c.main(a2c.Args(total_timesteps=40, eval_episodes=0, run_dir=str(tmp_path / "run"), device="cpu"))
+    monkeypatch.setattr(a2c, "Agent", lambda *spaces: agents.append(agent_class(*spaces)) or agents[0])
+    a2c.main(a2c.Args(total_timesteps=40, num_envs=8, learning_rate=7e-4, eval_episodes=0, device="cpu",
+                      run_dir=str(tmp_path / "run")))  # fmt: skip
     ((before, grads),) = seen
     norm = torch.cat([g.flatten() for g in grads.values()]).norm()
     for name, after in weights(tmp_path / "run").items():

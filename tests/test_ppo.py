@@ -5,6 +5,7 @@ import math
 import ppo
 import probe_envs  # noqa: F401  (registers the environments)
 import pytest
+import reinforce
 import torch
 from gymnasium.spaces import Box, Discrete
 from torch import tensor
@@ -193,14 +194,16 @@ def test_the_learning_rate_falls_linearly_to_0():
 # --- actions ---
 
 
-def test_box_log_probability_is_summed_over_dimensions():
-    agent = ppo.Agent(Box(-1, 1, (3,)), Box(-1, 1, (2,)))
+@pytest.mark.parametrize("network", [ppo.Agent, reinforce.Policy])
+def test_box_log_probability_is_summed_over_dimensions(network):
+    agent = network(Box(-1, 1, (3,)), Box(-1, 1, (2,)))
     agent.log_std.data = tensor([0.3, -0.4])
     obs, actions = torch.randn(5, 3), torch.randn(5, 2)
     mean, std = agent.actor(obs), agent.log_std.exp()
     by_hand = -0.5 * ((actions - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
-    torch.testing.assert_close(agent(obs)[0].log_prob(actions), by_hand.sum(1))
-    torch.testing.assert_close(agent(obs)[0].entropy(), (0.5 + 0.5 * math.log(2 * math.pi) + std.log()).sum().expand(5))
+    logprobs, entropy = agent(obs, actions)[:2]
+    torch.testing.assert_close(logprobs, by_hand.sum(1))
+    torch.testing.assert_close(entropy, (0.5 + 0.5 * math.log(2 * math.pi) + std.log()).sum().expand(5))
 
 
 @pytest.mark.parametrize("space", [Discrete(3), Box(-1, 1, (2,))], ids=["discrete", "box"])
@@ -209,16 +212,17 @@ def test_act_samples_from_the_policy_and_is_greedy_without_noise(space):
     agent = ppo.Agent(Box(-1, 1, (3,)), space)
     agent.actor[-1].bias.data = torch.linspace(-0.7, 0.9, agent.action_size)
     obs = torch.randn(1, 3).expand(40_000, 3)
-    actions, policy = agent.act(obs, agent.noise(40_000)), agent(obs[:1])[0]
+    actions, policy = agent.act(obs, agent.noise(40_000)), agent.actor(obs[0])
     greedy = agent.act(obs[:1], 0.0)[0]
     if agent.discrete:
         frequencies = torch.bincount(actions, minlength=3) / len(actions)
-        torch.testing.assert_close(frequencies, policy.probs[0], atol=0.01, rtol=0)
-        assert greedy == policy.probs[0].argmax()
+        torch.testing.assert_close(frequencies, policy.softmax(-1), atol=0.01, rtol=0)
+        torch.testing.assert_close(frequencies, agent(obs[:3], torch.arange(3))[0].exp(), atol=0.01, rtol=0)
+        assert greedy == policy.argmax()
     else:
-        torch.testing.assert_close(actions.mean(0), policy.mean[0], atol=0.02, rtol=0)
-        torch.testing.assert_close(actions.std(0), policy.stddev[0], atol=0.02, rtol=0)
-        torch.testing.assert_close(greedy, policy.mean[0])
+        torch.testing.assert_close(actions.mean(0), policy, atol=0.02, rtol=0)
+        torch.testing.assert_close(actions.std(0), agent.log_std.exp(), atol=0.02, rtol=0)
+        torch.testing.assert_close(greedy, policy)
 
 
 @pytest.mark.parametrize("minibatches", [1, 4])

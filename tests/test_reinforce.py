@@ -5,7 +5,7 @@ import reinforce
 import torch
 from gymnasium.spaces import Box, Discrete
 from helpers import scalars, weights
-from test_control import spy_on_losses, train
+from test_control import train
 from torch import tensor
 
 
@@ -37,13 +37,25 @@ def test_the_gradient_on_a_bandit_is_the_analytic_one():
     actions = agent.act(obs, agent.noise(n))
     loss, _ = reinforce.reinforce_loss(agent, obs, actions, rewards[actions], n, tensor(float(n)))
     loss.backward()
-    probs = agent(obs[:1]).probs[0].detach()
+    probs = agent.actor(obs[0]).softmax(-1).detach()
     analytic = probs * (rewards - (probs * rewards).sum())
     torch.testing.assert_close(-agent.actor[-1].bias.grad, analytic, atol=0.02, rtol=0)
 
 
+def spy_on_losses(monkeypatch):
+    """A list that main() fills with the tensors it gives to the loss function."""
+    calls, loss_fn = [], reinforce.reinforce_loss
+
+    def spy(agent, *tensors):
+        calls.append(tensors)
+        return loss_fn(agent, *tensors)
+
+    monkeypatch.setattr(reinforce, "reinforce_loss", spy)
+    return calls
+
+
 def test_an_update_uses_one_whole_episode_of_each_environment(tmp_path, monkeypatch):
-    calls = spy_on_losses("reinforce", monkeypatch)
+    calls = spy_on_losses(monkeypatch)
     train("reinforce", tmp_path, "Staggered-v0", total_timesteps=20, gamma=1.0, normalize_returns=False)
     ((obs, actions, returns, episodes, count),) = calls
     assert len(obs) == len(actions) == count == 4 + 4 + 6 + 6 and episodes == 4
@@ -52,7 +64,7 @@ def test_an_update_uses_one_whole_episode_of_each_environment(tmp_path, monkeypa
 
 
 def test_standardised_returns_have_mean_0_and_deviation_1_over_the_steps_of_the_update(tmp_path, monkeypatch):
-    calls = spy_on_losses("reinforce", monkeypatch)
+    calls = spy_on_losses(monkeypatch)
     train("reinforce", tmp_path, "Staggered-v0", total_timesteps=20)
     returns = calls[0][2]
     assert returns.mean() == pytest.approx(0, abs=1e-5) and returns.std(correction=0) == pytest.approx(1, abs=1e-4)
