@@ -263,17 +263,21 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], uniform: Tensor, te
     positions = (visible.cumsum(1) - 1).clamp(min=0)
     cache = transformers.DynamicCache(config=model.config)
     responses = torch.full((rows, length), -1, device=uniform.device)
-    running = torch.ones(rows, dtype=torch.bool, device=uniform.device)
+    running = torch.arange(rows, device=uniform.device)  # rows that have not ended: the model runs on these alone
     ends, seen = torch.tensor(stops, device=uniform.device), 0
     for t in range(length):
-        logits = model.forward(tokens, attention_mask=visible[:, : width + t], past_key_values=cache, use_cache=True,
-                               position_ids=positions[:, seen : width + t], logits_to_keep=1).logits[:, -1]
-        token = draw(logits / temperature, uniform[:, t])
-        responses[:, t] = torch.where(running, token, -1)
-        running &= ~torch.isin(token, ends)
-        if not running.any():
+        logits = model.forward(tokens, attention_mask=visible[running, : width + t], past_key_values=cache,
+                               use_cache=True, position_ids=positions[running, seen : width + t],
+                               logits_to_keep=1).logits[:, -1]
+        token = draw(logits / temperature, uniform[running, t])
+        responses[running, t] = token
+        on = (~torch.isin(token, ends)).nonzero().squeeze(1)
+        if not len(on):
             break
-        tokens, seen = token[:, None], width + t
+        if len(on) < len(token):
+            cache.reorder_cache(on)  # drops the others, for every kind of layer
+            running = running[on]
+        tokens, seen = token[on, None], width + t
     return responses
 
 

@@ -135,6 +135,20 @@ def test_a_response_ends_at_the_first_of_all_stop_tokens(tmp_path):
         assert row == whole[:length] + [-1] * (20 - length)
 
 
+@pytest.mark.parametrize("arch", tiny.CONFIGS)
+def test_finished_responses_leave_the_batch_and_the_others_go_on_unchanged(monkeypatch, arch, tmp_path):
+    model, widths = tiny.make_model(tmp_path, arch), []
+    prompts = [[5] * (1 + row % 3) + [4 + row] for row in range(16)]  # lengths 2 to 4, all different
+    uniform = torch.rand(16, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, **more: widths.append(len(ids)) or forward(ids, **more))
+    together = rlhf_ppo.sample(model, prompts, uniform, 1.0, [EOS, 7])
+    with_a_token = (together >= 0).sum(0).tolist()  # rows, at each place
+    assert len(set(with_a_token)) > 4 and widths == [n for n in with_a_token if n]
+    for prompt, numbers, row in zip(prompts, uniform, together):
+        assert torch.equal(rlhf_ppo.sample(model, [prompt], numbers[None], 1.0, [EOS, 7])[0], row)
+
+
 def test_stop_tokens_are_eos_of_the_tokenizer_and_all_of_the_generation_config(tmp_path):
     model, tokenizer = tiny.make_model(tmp_path), tiny.word_tokenizer()
     for configured, stops in ((None, [EOS]), (EOS, [EOS]), (7, [EOS, 7]), ([7, 11], [EOS, 7, 11])):
