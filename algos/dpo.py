@@ -58,7 +58,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -198,24 +198,15 @@ def pair_logprobs(model: PreTrainedModel, rows: list[list[Any]], share_prompt: b
 
 
 def shared_prompt_logprobs(model: PreTrainedModel, rows: list[list[Any]]) -> Tensor:
-    """`pair_logprobs` from b rows prompt + chosen + rejected instead of 2b rows.
-
-    The rejected completion does not see the chosen one, and its positions go on from the prompt.
-    """
-    device = model.device
-    ids = pad([prompt + chosen + rejected for prompt, chosen, rejected, *_ in rows], device)  # (b, L)
-    lengths = torch.tensor([list(map(len, row[:3])) for row in rows], device=device)
-    first, second, end = lengths.cumsum(1).T[..., None]  # where chosen and rejected begin, and the end: (b, 1) each
+    """`pair_logprobs` from b rows prompt + chosen + rejected instead of 2b rows."""
+    ids, inputs, (first, second, end) = share_prompts(rows, model.device)  # (b, L)
     start = max(1, int(first.min()))
-    position = torch.arange(ids.shape[1], device=device)
-    in_chosen, in_rejected = (first <= position) & (position < second), position >= second  # (b, L)
-    sees = (position <= position[:, None]) & ~(in_rejected[:, :, None] & in_chosen[:, None])  # (b, L, L)
-    logits = model(ids, attention_mask=sees[:, None], position_ids=position - in_rejected * (second - first),
-                   logits_to_keep=ids.shape[1] - start + 1, use_cache=False).logits  # (b, R + 1, V)
+    logits = model(ids, **inputs, logits_to_keep=ids.shape[1] - start + 1, use_cache=False).logits  # (b, R + 1, V)
 
     logprobs = response_logprobs(logits[:, :-1], ids[:, start:])
-    chosen = sequence_logprobs(logprobs, in_chosen[:, start:])
-    rejected = sequence_logprobs(logprobs, ((second < position) & (position < end))[:, start:])
+    position = torch.arange(start, ids.shape[1], device=ids.device)
+    chosen = sequence_logprobs(logprobs, (first <= position) & (position < second))
+    rejected = sequence_logprobs(logprobs, (second < position) & (position < end))
     after_prompt = logits.take_along_dim((first - start).clamp(min=0)[..., None], 1)  # (b, 1, V)
     bridge = response_logprobs(after_prompt, ids.gather(1, second))  # first token of the rejected completion
     return torch.stack([chosen, rejected + sequence_logprobs(bridge, first > 0)])
@@ -610,6 +601,22 @@ def collate(rows: list[list[list[int]]], device: torch.device) -> tuple[Tensor, 
     return ids, ((begin <= position) & (position < end)).float().to(device), start
 
 
+def share_prompts(rows: list[list[Any]], device: torch.device) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Rows [prompt, chosen, rejected, …] as rows of one text each: ids (b, L), mask and positions, bounds (3, b, 1).
+
+    The rejected completion does not see the chosen one, and its positions go on from the prompt. The bounds say where
+    chosen and rejected begin, and where the row ends.
+    """
+    ids = pad([prompt + chosen + rejected for prompt, chosen, rejected, *_ in rows], device)
+    lengths = torch.tensor([list(map(len, row[:3])) for row in rows], device=device)
+    first, second, end = bounds = lengths.cumsum(1).T[..., None]
+    position = torch.arange(ids.shape[1], device=device)
+    in_chosen, in_rejected = (first <= position) & (position < second), position >= second  # (b, L)
+    sees = (position <= position[:, None]) & ~(in_rejected[:, :, None] & in_chosen[:, None])  # (b, L, L)
+    positions = (position - in_rejected * (second - first)).where(position < end, 0)  # padding has none of its own
+    return ids, {"attention_mask": sees[:, None], "position_ids": positions}, bounds
+
+
 def start_processes(device: str) -> torch.device:
     """Join the other processes of torchrun, if any; returns this process's device."""
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
@@ -803,13 +810,13 @@ def autocast(args: Args, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
-def check_share_prompt(model: PreTrainedModel, rows: list[list[Any]]) -> None:
-    """Refuse --share-prompt where it changes the log-probabilities of the longest row, as for sliding windows."""
+def check_share_prompt(read: Callable[..., Tensor], model: PreTrainedModel, rows: list[list[Any]]) -> None:
+    """Refuse --share-prompt where it changes what `read` finds in the longest row, as for sliding windows."""
     longest = [max(rows, key=lambda row: sum(map(len, row)))]
     try:
         with torch.no_grad():
-            shared, apart = (pair_logprobs(model, longest, share_prompt) for share_prompt in (True, False))
-        exact = torch.allclose(shared, apart, rtol=1e-4)
+            shared, apart = (read(model, longest, share_prompt) for share_prompt in (True, False))
+        exact = torch.allclose(shared, apart, rtol=1e-4, atol=1e-4)
     except Exception:  # a model that takes no such mask or positions
         exact = False
     if not exact:
@@ -862,7 +869,7 @@ def main(args: Args) -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=0.0, fused=True)
     if args.share_prompt:
-        check_share_prompt(model, train)
+        check_share_prompt(pair_logprobs, model, train)
     total_steps = args.max_steps or args.epochs * (len(train) // args.batch_size)
     saved = load_checkpoint(args.resume) if args.resume else {"step": 0}
     step = saved["step"]

@@ -61,7 +61,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,7 +129,7 @@ class Args:
     """share of the updates over which the learning rate rises"""
     batch_size: int = 32
     """B: pairs of an update, over all processes"""
-    micro_batch_size: int = 0
+    micro_batch_size: int = 16
     """pairs of a forward pass, over all processes: less memory, same gradient; 0: the whole batch"""
     epochs: int = 1
     """passes over the data"""
@@ -148,11 +148,13 @@ class Args:
     normalize: bool = False
     """shift and scale the final model's rewards to mean 0 and standard deviation 1 over held-out completions; without
     it they are log-odds, on whose scale --kl-coef of rlhf_ppo.py and --beta of dpo.py mean the same β"""
+    share_prompt: bool = True
+    """one row [prompt, chosen, rejected] for a pair instead of two: slower where completions far outgrow prompts"""
 
     @property
     def rows_per_pass(self) -> int:
         """b: pairs of a forward pass, over all processes."""
-        return self.micro_batch_size or self.batch_size
+        return min(self.micro_batch_size, self.batch_size) or self.batch_size
 
 
 def validate(args: Args) -> None:
@@ -184,7 +186,20 @@ def load_reward_model(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrain
         nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.reward_mean = 0.0
+    model.forward = functools.partial(forward, model, model.forward)
     return model
+
+
+def forward(model: PreTrainedModel, plain: Callable[..., Any], ids: Tensor, last: Tensor | None = None,
+            **inputs: Any) -> Any:
+    """The `plain` forward pass of transformers, which reads the head at one position of a row, or at `last` (b, n).
+
+    It takes the plain one's place, so that --fsdp and --compile know both.
+    """
+    if last is None:
+        return plain(ids, **inputs)
+    hidden = model.base_model(ids, use_cache=False, **inputs).last_hidden_state  # (b, L, d)
+    return model.score(hidden.take_along_dim(last[..., None], 1))[..., 0]
 
 
 def rewards(model: PreTrainedModel, ids: Tensor, last: Tensor) -> Tensor:
@@ -195,6 +210,15 @@ def rewards(model: PreTrainedModel, ids: Tensor, last: Tensor) -> Tensor:
     after = torch.arange(ids.shape[1], device=ids.device) > last[:, None]
     ids = ids.masked_fill(after, model.config.get_text_config().pad_token_id)
     return model(ids, use_cache=False).logits[:, 0].float() - getattr(model.config, "reward_mean", 0.0)
+
+
+def pair_rewards(model: PreTrainedModel, rows: list[list[Any]], share_prompt: bool) -> Tensor:
+    """r(x, y) of both completions of rows [prompt, chosen, rejected, …], by one forward pass: (2, b)."""
+    if share_prompt:
+        ids, inputs, (_, second, end) = share_prompts(rows, model.device)
+        last = torch.cat([second, end], 1) - 1  # where each completion ends
+        return model(ids, last=last, **inputs).T.float() - model.config.reward_mean
+    return rewards(model, *collate_pairs(rows, model.device)).view(2, -1)
 
 
 # --- algorithm ---
@@ -555,14 +579,35 @@ def pad(sequences: list[list[int]], device: torch.device) -> Tensor:
     return torch.tensor([ids + ids[-1:] * (length - len(ids)) for ids in sequences], device=device)
 
 
-def collate_pairs(rows: list[list[Any]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows [prompt, chosen, rejected, [margin]] to ids (2b, L), last (2b,) and margins (b,).
+def collate_pairs(rows: list[list[Any]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows [prompt, chosen, rejected, …] to ids (2b, L) and last (2b,).
 
     The first b rows of ids are the chosen texts, the others the rejected ones; last is where each one's last token is.
     """
     texts = [row[0] + row[side] for side in (1, 2) for row in rows]
     last = torch.tensor([len(text) - 1 for text in texts], device=device)
-    return pad(texts, device), last, torch.tensor([margin for *_, (margin,) in rows], device=device)
+    return pad(texts, device), last
+
+
+def share_prompts(rows: list[list[Any]], device: torch.device) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Rows [prompt, chosen, rejected, …] as rows of one text each: ids (b, L), mask and positions, bounds (3, b, 1).
+
+    The rejected completion does not see the chosen one, and its positions go on from the prompt. The bounds say where
+    chosen and rejected begin, and where the row ends.
+    """
+    ids = pad([prompt + chosen + rejected for prompt, chosen, rejected, *_ in rows], device)
+    lengths = torch.tensor([list(map(len, row[:3])) for row in rows], device=device)
+    first, second, end = bounds = lengths.cumsum(1).T[..., None]
+    position = torch.arange(ids.shape[1], device=device)
+    in_chosen, in_rejected = (first <= position) & (position < second), position >= second  # (b, L)
+    sees = (position <= position[:, None]) & ~(in_rejected[:, :, None] & in_chosen[:, None])  # (b, L, L)
+    positions = (position - in_rejected * (second - first)).where(position < end, 0)  # padding has none of its own
+    return ids, {"attention_mask": sees[:, None], "position_ids": positions}, bounds
+
+
+def margins_of(rows: list[list[Any]], device: torch.device) -> Tensor:
+    """m of rows [prompt, chosen, rejected, [margin]]: (b,)."""
+    return torch.tensor([margin for *_, (margin,) in rows], device=device)
 
 
 def start_processes(device: str) -> torch.device:
@@ -736,16 +781,27 @@ def load_scored_pairs(args: Args, tokenizer: PreTrainedTokenizerBase, split: str
     return truncate([[*pair, [margin]] for pair, margin in pairs], args.max_length, split)
 
 
+def check_share_prompt(read: Callable[..., Tensor], model: PreTrainedModel, rows: list[list[Any]]) -> None:
+    """Refuse --share-prompt where it changes what `read` finds in the longest row, as for sliding windows."""
+    longest = [max(rows, key=lambda row: sum(map(len, row)))]
+    try:
+        with torch.no_grad():
+            shared, apart = (read(model, longest, share_prompt) for share_prompt in (True, False))
+        exact = torch.allclose(shared, apart, rtol=1e-4, atol=1e-4)
+    except Exception:  # a model that takes no such mask or positions
+        exact = False
+    if not exact:
+        error("--share-prompt: the attention of --model does not allow it; use --no-share-prompt")
+
+
 def held_out_rewards(args: Args, model: PreTrainedModel,
                      rows: list[list[Any]]) -> tuple[dict[str, float], float, float]:
     """Means of loss, accuracy and margin over all pairs, then mean and standard deviation of their 2·pairs rewards."""
     sums = torch.zeros(5, dtype=torch.float64, device=model.device)
     for part in micro_batches(rows, args.rows_per_pass):
-        ids, last, margins = collate_pairs(part, model.device)
-        with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            scores = rewards(model, ids, last).double()
-        chosen, rejected = scores.chunk(2)
-        losses = reward_loss(chosen, rejected, margins, args.centering)
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            chosen, rejected = scores = pair_rewards(model, part, args.share_prompt).double()
+        losses = reward_loss(chosen, rejected, margins_of(part, model.device), args.centering)
         sums += torch.stack([losses.sum(), (chosen > rejected).sum(), (chosen - rejected).sum(),
                              scores.sum() / 2, scores.square().sum() / 2])
     loss, accuracy, margin, mean, square = (sum_over_processes(sums) / len(rows)).tolist()
@@ -774,6 +830,8 @@ def main(args: Args) -> None:
         saved = load_checkpoint(args.resume)
         step = saved["step"]
         set_state(model, optimizer, saved)
+    if args.share_prompt:
+        check_share_prompt(pair_rewards, model, train)
     run_dir, writer = open_run(args, Path(args.dataset).stem, step, finished=step >= total_steps)
 
     def evaluate() -> None:
@@ -784,12 +842,12 @@ def main(args: Args) -> None:
 
     def show_samples() -> None:
         rows = (held_out or train)[:4]
-        ids, last, _ = collate_pairs(rows, device)
         with torch.no_grad():
-            scores = rewards(model, ids, last).tolist()
-        texts = [f"{score:.2f}: {tokenizer.decode(row[: end + 1])}" for score, row, end in zip(scores, ids, last)]
-        pairs = zip(texts[: len(rows)], texts[len(rows) :])
-        writer.add_text("samples", "\n\n".join(f"chosen {x}\n\nrejected {y}" for x, y in pairs), step)
+            scores = pair_rewards(model, rows, args.share_prompt).T.tolist()
+        texts = [f"{side} {score:.2f}: {tokenizer.decode(prompt + text)}"
+                 for (prompt, *pair, _), both in zip(rows, scores)
+                 for side, text, score in zip(("chosen", "rejected"), pair, both)]
+        writer.add_text("samples", "\n\n".join(texts), step)
 
     history, pairs = [], 0  # loss, accuracy, margin and gradient norm per update; pairs since the start
     bar = tqdm(total=total_steps, initial=step, unit="update", disable=RANK > 0)
@@ -803,15 +861,15 @@ def main(args: Args) -> None:
         batch = batch_at(train, step, args.batch_size, args.seed)
 
         # ===== compute targets =====
-        parts = [collate_pairs(part, device) for part in micro_batches(batch, args.rows_per_pass)]
+        parts = [(part, margins_of(part, device)) for part in micro_batches(batch, args.rows_per_pass)]
 
         # ===== update =====
         optimizer.param_groups[0]["lr"] = scheduled(args.learning_rate, step, total_steps, args.warmup, args.schedule)
         optimizer.zero_grad()
         sums = torch.zeros(3, device=device)
-        for ids, last, margins in parts:
+        for part, margins in parts:
             with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                chosen, rejected = rewards(model, ids, last).chunk(2)
+                chosen, rejected = pair_rewards(model, part, args.share_prompt)
             loss = reward_loss(chosen, rejected, margins, args.centering).sum() / args.batch_size
             loss.backward()
             wins, gaps = (chosen > rejected).sum(), (chosen - rejected).detach().sum()

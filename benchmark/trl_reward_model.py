@@ -5,7 +5,9 @@
     /tmp/trl/bin/python benchmark/trl_reward_model.py train      # TRL on the script's data, start and hyperparameters; one JSON line
     /tmp/trl/bin/python benchmark/trl_reward_model.py speed      # both trained in turns; only the ratio means something
 
-Both start from the same weights, head included. OMP_NUM_THREADS sets the threads of both.
+Both start from the same weights, head included. OMP_NUM_THREADS sets the threads of both. --model and --dataset name
+others than those of the small world, the latter a folder with train.jsonl; a model whose tokenizer pads with EOS needs
+--pad-token.
 """
 
 import argparse
@@ -73,19 +75,16 @@ def trl_trainer(args: Args, folder: Path, tokenizer: PreTrainedTokenizerBase, ro
 
 def equality(args: Args, folder: Path) -> None:
     """Rewards, loss and gradients of one batch with margins and centring, side by side."""
-    args.dataset, args.centering = str(folder / "pairs.jsonl"), 0.01
-    lines = (Path(Args().dataset) / "train.jsonl").read_text().splitlines()[: args.batch_size]
+    given, args.dataset, args.centering = args.dataset, str(folder / "pairs.jsonl"), 0.01
+    lines = (Path(given) / "train.jsonl").read_text().splitlines()[: args.batch_size]
     rows = [json.loads(line) | {"margin": 0.1 * (i % 7)} for i, line in enumerate(lines)]
     Path(args.dataset).write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = save_start(args, folder)
     trainer = trl_trainer(args, folder, tokenizer, datasets.Dataset.from_list(rows))
-    model, theirs = load_start(folder).eval(), trainer.model.eval()
+    model = reward_model.load_reward_model(str(folder / "model"), tokenizer).eval()
+    theirs, pairs = trainer.model.eval(), reward_model.load_scored_pairs(args, tokenizer, "train")
 
-    ids, last, margins = reward_model.collate_pairs(reward_model.load_scored_pairs(args, tokenizer, "train"), CPU)
-    scores = reward_model.rewards(model, ids, last)
-    loss = reward_model.reward_loss(*scores.chunk(2), margins, args.centering).mean()
-    loss.backward()
-
+    ids, last = reward_model.collate_pairs(pairs, CPU)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
     assert torch.equal(batch["attention_mask"].sum(1) - 1, last), "the rows differ in length"
     assert torch.equal(batch["input_ids"], ids.where(batch["attention_mask"] == 1, tokenizer.pad_token_id)), "in tokens"
@@ -94,18 +93,26 @@ def equality(args: Args, folder: Path) -> None:
 
     difference = lambda a, b: ((a - b).norm() / b.norm()).item()  # noqa: E731
     print(f"{len(rows)} pairs, {ids.shape[1]} tokens at most; relative differences:")
-    print(f"rewards   {difference(scores, output.logits[:, 0]):.1e}")
-    print(f"loss      {difference(loss, their_loss):.1e}  ({loss.item():.7f}, TRL {their_loss.item():.7f})")
-    gradients = {name: difference(parameter.grad, dict(theirs.named_parameters())[name].grad)
-                 for name, parameter in model.named_parameters()}  # fmt: skip
-    worst = max(gradients, key=gradients.get)
-    print(f"gradients {gradients[worst]:.1e}  (largest of {len(gradients)} tensors: {worst})")
-    if max(difference(scores, output.logits[:, 0]), difference(loss, their_loss), gradients[worst]) > 1e-5:
+    furthest = 0.0
+    for share_prompt in (False, True):
+        model.zero_grad()
+        scores = reward_model.pair_rewards(model, pairs, share_prompt)
+        loss = reward_model.reward_loss(*scores, reward_model.margins_of(pairs, CPU), args.centering).mean()
+        loss.backward()
+        gradients = {name: difference(parameter.grad, dict(theirs.named_parameters())[name].grad)
+                     for name, parameter in model.named_parameters()}  # fmt: skip
+        worst = max(gradients, key=gradients.get)
+        apart = difference(scores.flatten(), output.logits[:, 0]), difference(loss, their_loss), gradients[worst]
+        furthest = max(furthest, *apart)
+        print(f"share_prompt {share_prompt}: rewards {apart[0]:.1e}, loss {apart[1]:.1e} ({loss.item():.7f}, TRL "
+              f"{their_loss.item():.7f}), gradients {apart[2]:.1e} (largest of {len(gradients)} tensors: {worst})")
+    if furthest > 1e-5:
         sys.exit("error: more than 1e-5 apart")
 
 
 def train(args: Args, folder: Path) -> None:
     """Train with TRL; held-out figures before and after by the script's own function."""
+    args.share_prompt = False  # a model as transformers loads it reads one reward of a row
     tokenizer = save_start(args, folder)
     held_out = reward_model.load_scored_pairs(args, tokenizer, args.eval_split)
     rows = datasets.load_dataset(args.dataset, split=args.train_split)
@@ -120,7 +127,7 @@ def speed(args: Args, folder: Path, repeats: int) -> None:
     """Pairs per second of short runs in turns, loading not counted."""
     tokenizer = save_start(args, folder)
     rows = datasets.load_dataset(args.dataset, split=args.train_split)
-    args.model, args.eval_split, args.normalize = str(folder / "model"), "", False
+    args.model, args.eval_split = str(folder / "model"), ""
     ratios = []
     for i in range(repeats):
         args.run_dir = str(folder / f"ours{i}")
@@ -130,7 +137,7 @@ def speed(args: Args, folder: Path, repeats: int) -> None:
         ours = events.Scalars("pairs_per_second")[-1].value
         theirs = trl_trainer(args, folder, tokenizer, rows).train().metrics["train_samples_per_second"]
         ratios.append(ours / theirs)
-        print(f"reward_model.py {ours:.0f} pairs/s, TRL {theirs:.0f} pairs/s, ratio {ratios[-1]:.2f}", flush=True)
+        print(f"reward_model.py {ours:.2f} pairs/s, TRL {theirs:.2f} pairs/s, ratio {ratios[-1]:.2f}", flush=True)
     print(f"median ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
@@ -138,11 +145,16 @@ def main() -> None:
     """Parse the command and run it in a temporary folder."""
     parser = argparse.ArgumentParser(description="algos/reward_model.py beside TRL's RewardTrainer.")
     parser.add_argument("command", choices=["equality", "train", "speed"])
+    parser.add_argument("--model", default=Args().model, help="model to start from")
+    parser.add_argument("--dataset", default=Args().dataset, help="preference data, a folder")
+    parser.add_argument("--pad-token", default="", help="as for reward_model.py")
     parser.add_argument("--seed", type=int, default=1, help="seed of head and order of pairs (default 1)")
     parser.add_argument("--updates", type=int, default=0, help="updates of each run (default: all, 30 for speed)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each side for speed (default 5)")
     given = parser.parse_args()
-    args = Args(seed=given.seed, max_steps=given.updates or (30 if given.command == "speed" else 0), device="cpu")
+    updates = given.updates or (30 if given.command == "speed" else 0)
+    args = Args(given.seed, model=given.model, dataset=given.dataset, pad_token=given.pad_token, max_steps=updates,
+                device="cpu")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         if given.command == "speed":
             speed(args, Path(folder), given.repeats)

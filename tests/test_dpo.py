@@ -133,10 +133,17 @@ def test_sharing_the_prompt_gives_the_same_gradient(tmp_path):
 
 
 def test_sharing_the_prompt_is_refused_where_a_sliding_window_is_shorter_than_the_rows(tmp_path, capsys):
-    dpo.check_share_prompt(make_model(tmp_path / "wide", "mistral", sliding_window=16), ROWS)
+    dpo.check_share_prompt(dpo.pair_logprobs, make_model(tmp_path / "wide", "mistral", sliding_window=16), ROWS)
     with pytest.raises(SystemExit):
-        dpo.check_share_prompt(make_model(tmp_path / "narrow", "mistral", sliding_window=4), ROWS)
+        dpo.check_share_prompt(dpo.pair_logprobs, make_model(tmp_path / "narrow", "mistral", sliding_window=4), ROWS)
     assert "--no-share-prompt" in capsys.readouterr().err
+
+
+def test_a_shared_row_may_be_longer_than_the_positions_of_the_model(tmp_path):
+    model = make_model(tmp_path, "gpt2")  # has 128 positions, a table that padding must not leave
+    rows = [[[3] * 10, [4] * 118, [5] * 118], [[3], [4, 1], [5, 1]]]
+    shared, apart = (dpo.pair_logprobs(model, rows, share_prompt) for share_prompt in (True, False))
+    torch.testing.assert_close(shared, apart, rtol=1e-5, atol=1e-4)
 
 
 # --- the loss ---

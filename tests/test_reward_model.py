@@ -10,7 +10,17 @@ import reward_model
 import tiny
 import torch
 from helpers import scalars
-from reward_model import Args, collate_pairs, held_out_rewards, main, reward_loss, rewards, split_prompt
+from reward_model import (
+    Args,
+    collate_pairs,
+    held_out_rewards,
+    main,
+    margins_of,
+    pair_rewards,
+    reward_loss,
+    rewards,
+    split_prompt,
+)
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 CPU = torch.device("cpu")
@@ -114,7 +124,7 @@ def test_the_reward_is_that_of_the_last_real_token_whatever_follows(arch, tmp_pa
     _, model, rows = load(args)
     with torch.no_grad():
         model.get_input_embeddings().weight[model.config.pad_token_id] = 100.0  # must not be seen
-        ids, last, _ = collate_pairs(rows[:5], CPU)
+        ids, last = collate_pairs(rows[:5], CPU)
         scores = rewards(model, ids, last)
         hidden = [model.base_model(row[None, : end + 1]).last_hidden_state[0, -1] for row, end in zip(ids, last)]
         alone = torch.stack([model.score(state)[0] for state in hidden])  # batches of one, head at the last position
@@ -130,9 +140,51 @@ def test_the_reward_is_that_of_the_last_real_token_whatever_follows(arch, tmp_pa
         assert (rewards(model, changed, last) - scores).abs().min() > 1e-3
 
 
+@pytest.mark.parametrize("arch", tiny.CONFIGS)
+def test_rewards_of_a_shared_prompt_are_those_of_the_texts_alone_and_so_is_their_gradient(arch, tmp_path, args):
+    args.model = str(tmp_path / arch)
+    tiny.make_model(args.model, arch)
+    _, model, _ = load(args)
+    model.config.reward_mean = 0.25
+    rows = [  # of unequal lengths either way, and one without a prompt
+        [[5, 6, 7], [8, 9, 10, 1], [11, 1], [0.0]],
+        [[5], [12, 1], [13, 14, 15, 16, 17, 1], [0.0]],
+        [[], [7, 8, 1], [9, 1], [0.0]],
+    ]
+    found, gradients = {}, {}
+    for share_prompt in (False, True):
+        model.zero_grad()
+        chosen, rejected = found[share_prompt] = pair_rewards(model, rows, share_prompt)
+        reward_loss(chosen, rejected, torch.zeros(3), 0.1).sum().backward()
+        gradients[share_prompt] = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    ends = [torch.tensor([prompt + text]) for side in (1, 2) for prompt, text in ((row[0], row[side]) for row in rows)]
+    with torch.no_grad():  # batches of one, head at the last position
+        alone = torch.stack([model.score(model.base_model(ids).last_hidden_state[0, -1])[0] for ids in ends]) - 0.25
+    for scores in found.values():
+        torch.testing.assert_close(scores, alone.view(2, 3), atol=1e-5, rtol=1e-5)
+    assert (gradients[True] - gradients[False]).norm() < 1e-5 * gradients[False].norm()
+
+
+def test_a_shared_row_may_be_longer_than_the_positions_of_the_model(args, tmp_path):
+    args.model = str(tmp_path / "gpt2")
+    tiny.make_model(args.model, "gpt2")  # has 128 positions, a table that padding must not leave
+    rows = [[[3] * 10, [4] * 118, [5] * 118, [0.0]], [[3], [4, 1], [5, 1], [0.0]]]
+    shared, apart = (pair_rewards(load(args)[1], rows, share_prompt) for share_prompt in (True, False))
+    torch.testing.assert_close(shared, apart, atol=1e-5, rtol=1e-5)
+
+
+def test_sharing_the_prompt_is_refused_where_a_sliding_window_is_shorter_than_the_rows(args, tmp_path, capsys):
+    args.model = str(tmp_path / "narrow")
+    tiny.make_model(args.model, "mistral", sliding_window=4)
+    assert "--no-share-prompt" in refused(capsys, main, args)
+    assert not (tmp_path / "run").exists()
+    args.share_prompt = False
+    main(args)
+
+
 def test_each_text_ends_with_eos_and_is_read_there(args):
     tokenizer, _, rows = load(args)
-    ids, last, _ = collate_pairs(rows[:6], CPU)
+    ids, last = collate_pairs(rows[:6], CPU)
     assert ids[torch.arange(12), last].tolist() == [tokenizer.eos_token_id] * 12
     assert all((row[: end + 1] == tokenizer.eos_token_id).sum() == 1 for row, end in zip(ids, last))
     texts = [tokenizer.decode(row[:end]) for row, end in zip(ids, last)]
@@ -191,7 +243,7 @@ def test_a_new_process_reads_the_same_scores_bit_for_bit(args, tmp_path):
     model.config.reward_mean = 0.25
     reward_model.save_model(model, tokenizer, model.state_dict(), tmp_path)
     texts = [row["prompt"] + row[side] for side in ("chosen", "rejected") for row in tiny.preferences(5)]
-    ids, last, _ = collate_pairs(rows[:5], CPU)
+    ids, last = collate_pairs(rows[:5], CPU)
     with torch.no_grad():
         scores = rewards(model, ids, last)
         masked = torch.arange(ids.shape[1]) <= last[:, None]
@@ -206,7 +258,7 @@ def test_normalised_rewards_have_mean_0_and_std_1(eval_split, args):
     args.eval_split, args.normalize = eval_split, True
     model, tokenizer = trained(args)
     rows = reward_model.load_scored_pairs(args, tokenizer, eval_split or "train")
-    ids, last, _ = collate_pairs(rows, CPU)
+    ids, last = collate_pairs(rows, CPU)
     with torch.no_grad():
         scores = rewards(model, ids, last)
     assert scores.mean().item() == pytest.approx(0, abs=1e-5)
@@ -244,6 +296,15 @@ def test_micro_batches_give_the_loss_gradient_and_weights_of_the_whole_batch(arg
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5), tag
     for a, b in zip(whole.state_dict().values(), parts.state_dict().values()):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_with_and_without_a_shared_prompt_a_run_is_the_same(args, tmp_path):
+    main(args)
+    args.share_prompt, args.run_dir = False, str(tmp_path / "apart")
+    main(args)
+    for tag in ("loss", "accuracy", "margin", "grad_norm", "eval/loss", "eval/accuracy", "eval/margin"):
+        found, expected = ([value for _, value in scalars(tmp_path / run, tag)] for run in ("run", "apart"))
+        assert found and found == pytest.approx(expected, rel=1e-4, abs=1e-5), tag
 
 
 def test_held_out_means_are_those_of_single_pairs_whatever_the_batch(args):
@@ -339,7 +400,7 @@ def test_margins_stay_with_their_pairs(args, tmp_path, capsys):
     args.dataset = str(tiny.write_jsonl(tmp_path / "margins.jsonl", pairs))
     rows = reward_model.load_scored_pairs(args, tokenizer, "train")
     assert [row[3] for row in rows] == [[0.0], [0.5], [1.5], [2.0], [2.5]]
-    assert collate_pairs(rows, CPU)[2].tolist() == [0.0, 0.5, 1.5, 2.0, 2.5]
+    assert margins_of(rows, CPU).tolist() == [0.0, 0.5, 1.5, 2.0, 2.5]
 
     pairs[3]["margin"] = None
     args.dataset = str(tiny.write_jsonl(tmp_path / "broken.jsonl", pairs))
