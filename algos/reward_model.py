@@ -30,7 +30,8 @@ of numbers, if there is one, says by how much the chosen text should win at leas
 The result opens with AutoModelForSequenceClassification. Its one logit is the reward up to a constant: it has no bias
 to hold the shift, so config.reward_mean does, and r = logit - reward_mean, as `rewards` below computes it.
 
-Letters: B pairs of a batch, b of a micro-batch, L tokens of a row (prompt and completion), d width of the model.
+Letters: B pairs of a batch, b of a micro-batch, L tokens of a row (a prompt and one completion, or both), d width
+of the model.
 
 Logged every 10 updates, as means since the last time: loss, accuracy (share of pairs with r(x, y_w) > r(x, y_l)),
 margin (mean r(x, y_w) - r(x, y_l)), grad_norm (before clipping), learning_rate, pairs_per_second; eval/loss,
@@ -199,7 +200,8 @@ def forward(model: PreTrainedModel, plain: Callable[..., Any], ids: Tensor, last
     if last is None:
         return plain(ids, **inputs)
     hidden = model.base_model(ids, use_cache=False, **inputs).last_hidden_state  # (b, L, d)
-    return model.score(hidden.take_along_dim(last[..., None], 1))[..., 0]
+    rows = torch.arange(len(ids), device=ids.device)[:, None]
+    return model.score(hidden[rows, last])[..., 0]  # not take_along_dim: compiled, it is for one L only
 
 
 def rewards(model: PreTrainedModel, ids: Tensor, last: Tensor) -> Tensor:
