@@ -200,7 +200,8 @@ def forward(model: PreTrainedModel, plain: Callable[..., Any], ids: Tensor, last
     if last is None:
         return plain(ids, **inputs)
     hidden = model.base_model(ids, use_cache=False, **inputs).last_hidden_state  # (b, L, d)
-    return model.score(hidden.take_along_dim(last[..., None], 1))[..., 0]
+    rows = torch.arange(len(ids), device=ids.device)[:, None]
+    return model.score(hidden[rows, last])[..., 0]  # not take_along_dim: compiled, it is for one L only
 
 
 def rewards(model: PreTrainedModel, ids: Tensor, last: Tensor) -> Tensor:
