@@ -222,9 +222,6 @@ FAULTS = (
           "    if False:\n        check_share_prompt(",
           "test_reward_model.py::test_sharing_the_prompt_is_refused_where_a_sliding_window_is_shorter_than_the_rows"),
     # --- a prompt shared by chosen and rejected ---
-    Fault("rejected-sees-the-chosen", "reward_model dpo", "in_rejected[:, :, None] & in_chosen[:, None]",
-          "in_rejected[:, :, None] & in_chosen[:, None] & False",
-          "test_reward_model.py::test_rewards_of_a_shared_prompt_are_those_of_the_texts_alone_and_so_is_their_gradient"),
     Fault("rejected-goes-on-from-the-chosen", "reward_model dpo", "(position - in_rejected * (second - first))",
           "position.expand_as(ids)",
           "test_reward_model.py::test_rewards_of_a_shared_prompt_are_those_of_the_texts_alone_and_so_is_their_gradient"),
@@ -255,9 +252,10 @@ FAULTS = (
           '    step = saved["step"]\n',
           '    step = saved["step"]\n    if args.resume:\n        set_state(model, optimizer, saved)\n',
           "test_dpo.py::test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit[{}]"),
-    Fault("dpo-rejected-sees-chosen", "dpo",
+    Fault("dpo-rejected-sees-chosen", "reward_model dpo",
           "sees = (position <= position[:, None]) & ~(in_rejected[:, :, None] & in_chosen[:, None])",
           "sees = (position <= position[:, None]).expand(len(ids), -1, -1)",
+          "test_reward_model.py::test_rewards_of_a_shared_prompt_are_those_of_the_texts_alone_and_so_is_their_gradient "
           "test_dpo.py::test_log_probabilities_equal_a_float64_loop", "dpo-preferences"),
     # --- RLHF ---
     Fault("rlhf-kl-sign", "rlhf_ppo", "- kl_coef * (logprobs - ref_logprobs) * mask",
