@@ -21,7 +21,7 @@ what was to be expected: its TD errors say after a few steps how much better an 
 Paper: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning" (A3C), arXiv 1602.01783, here with all
 actors in step. n-step returns are GAE with λ = 1, Schulman et al. 2015, arXiv 1506.02438.
 
-    python algos/a2c.py                           # CartPole-v1: trains to 500.0 ± 0.0 (5 seeds) in 34 s
+    python algos/a2c.py                           # CartPole-v1: trains to 500.0 ± 0.0 (5 seeds) in 17 s
     python algos/a2c.py --env-id Acrobot-v1
     python algos/a2c.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 8 --learning-rate 7e-4
     python algos/a2c.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --learning-rate 7e-4 --ent-coef 0.01

@@ -21,7 +21,7 @@ epochs of steps on the same rollout and clips the ratio π/π_old, so that no sa
 Paper: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347. Advantages by GAE, Schulman
 et al. 2015, arXiv 1506.02438.
 
-    python algos/ppo.py                           # CartPole-v1: trains to 500.0 ± 0.0 (5 seeds) in 35 s
+    python algos/ppo.py                           # CartPole-v1: trains to 500.0 ± 0.0 (5 seeds) in 23 s
     python algos/ppo.py --env-id Acrobot-v1
     python algos/ppo.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 1 --num-steps 2048 \\
         --num-minibatches 32 --num-epochs 10 --learning-rate 3e-4 --ent-coef 0          # the usual MuJoCo recipe

@@ -14,12 +14,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import verdict
 from helpers import REPO
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(REPO / "benchmark"))
 import faults  # noqa: E402
+import floor  # noqa: E402
 import growth  # noqa: E402
 import report  # noqa: E402
 import run as benchmark  # noqa: E402
@@ -455,6 +457,32 @@ def test_what_trl_wrote_becomes_a_peer_by_the_tags_of_the_spec(monkeypatch, caps
     with pytest.raises(SystemExit) as stop:
         record_trl.main()
     assert stop.value.code == 2 and "error: /nowhere.json: no such file\n" in capsys.readouterr().err
+
+
+def test_floor_counts_the_products_of_forward_and_backward_and_can_replay_them():
+    recorder, layer, x = floor.Recorder(), torch.nn.Linear(4, 3), torch.randn(8, 4, requires_grad=True)
+    with recorder:
+        layer(x.tanh()).square().sum().backward()
+        torch.nn.functional.scaled_dot_product_attention(*torch.randn(3, 2, 5, 4))
+    names = {}
+    for kind, (operation, args, kwargs) in recorder.calls.items():
+        name = operation.overloadpacket.__name__
+        names[name] = names.get(name, 0) + recorder.counts[kind]
+        assert floor.seconds(operation, args, kwargs) > 0
+    assert names.pop("addmm") == 1 and names.pop("mm") == 2  # forward; gradients of weight and input
+    assert len(names) == 1 and "scaled_dot_product" in names.popitem()[0]
+
+
+def test_floor_tells_the_share_of_a_script_and_refuses_others():
+    def run(*flags):
+        command = [sys.executable, str(REPO / "benchmark" / "floor.py"), *flags]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = run("a2c", "--total-timesteps", "400")
+    assert re.fullmatch(r"a2c: [\d.]+ s; matrix products [\d.]+ s \(\d+%\), attention 0.00 s \(0%\): .* kinds\n", done.stdout)
+    refused, wrong = run("sac"), run("ppo", "--gamma", "3")
+    assert refused.returncode == wrong.returncode == 2
+    assert refused.stderr.startswith("error: which script?") and "--gamma must be" in wrong.stderr
 
 
 # --- planted faults ---
