@@ -463,7 +463,7 @@ def test_floor_counts_the_products_of_forward_and_backward_and_can_replay_them()
     recorder, layer, x = floor.Recorder(), torch.nn.Linear(4, 3), torch.randn(8, 4, requires_grad=True)
     with recorder:
         layer(x.tanh()).square().sum().backward()
-        torch.nn.functional.scaled_dot_product_attention(*torch.randn(3, 2, 5, 4))
+        torch.nn.functional.scaled_dot_product_attention(*torch.randn(3, 1, 2, 5, 4))
     names = {}
     for kind, (operation, args, kwargs) in recorder.calls.items():
         name = operation.overloadpacket.__name__
