@@ -25,8 +25,8 @@ et al. 2015, arXiv 1506.02438.
     python algos/ppo.py --env-id Acrobot-v1
     python algos/ppo.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 1 --num-steps 2048 \\
         --num-minibatches 32 --num-epochs 10 --learning-rate 3e-4 --ent-coef 0          # the usual MuJoCo recipe
-    python algos/ppo.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 8 --num-steps 128 --num-minibatches 4 \\
-        --clip-coef 0.1 --learning-rate 2.5e-4
+    python algos/ppo.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 8 --num-steps 128 \\
+        --num-minibatches 4 --clip-coef 0.1 --learning-rate 2.5e-4
 
 Letters: T steps of a rollout, N environments, B = T·N rows, M rows of a minibatch, A size of the action (number of
 choices or of dimensions).
