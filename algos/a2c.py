@@ -95,7 +95,7 @@ class Args:
     track: bool = False
     """mirror the logs to Weights & Biases"""
     compile: bool = False
-    """torch.compile acting and loss (with CUDA graphs on a GPU)"""
+    """torch.compile acting and the network's pass over a rollout (with CUDA graphs on a GPU)"""
     eval_episodes: int = 20
     """episodes of the greedy policy after training; 0 skips them"""
     capture_video: bool = False
