@@ -222,7 +222,7 @@ OWN_BAD_INPUT = {
             ["--num-minibatches", "7"],
             ["--num-minibatches 7 does not divide the 512 rows"],
         ),
-        "minibatches of one row": (["--num-envs", "1", "--num-steps", "4"], ["--num-minibatches", "one row"]),
+        "minibatches of one row": (["--num-envs", "1", "--num-steps", "2"], ["--num-minibatches", "one row"]),
         "normalised pixels": (["--env-id", "probe_envs:Pixels-v0", "--normalize"], ["--normalize"]),
     },
 }
