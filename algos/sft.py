@@ -310,7 +310,7 @@ def quiet() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises as an error, too
     datasets.disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|transformers")
@@ -389,7 +389,7 @@ def load_split(name: str, split: str) -> datasets.Dataset:
         error(f"{where} has no rows")
     except Exception as fault:  # a dozen types, from the network, the files and their contents
         for file in [path] if path.is_file() else sorted(path.rglob("*.jsonl")):
-            for number, line in enumerate(file.open() if file.suffix == ".jsonl" else [], 1):
+            for number, line in enumerate(file.open("rb") if file.suffix == ".jsonl" else [], 1):
                 try:
                     json.loads(line)
                 except ValueError:
@@ -411,7 +411,10 @@ def load_rows(name: str, split: str, *layouts: tuple[str, ...]) -> dict[str, lis
     if layout is None:
         wanted = ", or ".join(" and ".join(layout) for layout in layouts)
         error(f"{where} has the columns {', '.join(data.column_names)}; {SCRIPT}.py needs {wanted}")
-    columns = {column: list(data[column]) for column in layout}
+    try:
+        columns = {column: list(data[column]) for column in layout}
+    except UnicodeDecodeError:
+        error(f"{where}: texts must be UTF-8")
     first = columns[layout[-1]][0]
     for column, values in columns.items():
         for number, value in enumerate(values, 1):

@@ -337,8 +337,14 @@ def with_columns(**names):
     return rename
 
 
+def broken_bytes(folder, rows):
+    """A text that is not UTF-8."""
+    (folder / "train.jsonl").write_bytes(json.dumps(rows[0]).encode() + b'\n{"prompt": "\xff"}\n')
+
+
 BAD_DATA = {  # what is wrong with the data set: a function that writes it, and words of the message
     "a broken line": (broken_line, ["line 4 of train.jsonl"]),
+    "bytes that are no text": (broken_bytes, ["UTF-8"]),
     "misnamed columns": (with_columns(prompt="question", chosen="good", completion="answer"), ["question", "needs"]),
     "a number": (with_change(2, prompt=5), ["row 3", "prompt", "5"]),
     "messages among texts": (with_change(4, prompt=[{"role": "user", "content": "x"}]), ["row 5", "mixed"]),
