@@ -1,9 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "ale-py>=0.12.1", "gymnasium[box2d,classic-control,mujoco]>=1.4.0", "moviepy>=2.2.1", "numpy>=2.4", "tqdm>=4.70",
-#     "opencv-python-headless>=4.13", "safetensors>=0.8", "tensorboard>=2.21", "torch>=2.13.0", "tyro>=1.0.17",
-# ]
+# dependencies = ["ale-py>=0.12.1", "gymnasium[box2d,classic-control,mujoco]>=1.4.0", "moviepy>=2.2.1", "numpy>=2.4",
+#   "opencv-python-headless>=4.13", "safetensors>=0.8", "tensorboard>=2.21", "torch>=2.13.0", "tqdm>=4.70", "tyro>=1.0.17"]
 # ///
 """Proximal Policy Optimization (PPO): a policy gradient that may reuse its data.
 
@@ -33,14 +31,14 @@ Differs from the paper:
 
 import argparse
 import json
-import math
 import signal
 import sys
+import warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -51,7 +49,6 @@ from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 from gymnasium.wrappers import vector as wrap
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -62,9 +59,8 @@ MAX_EVAL_STEPS = 27_000  # an evaluation episode is cut there, as Atari's are
 
 @dataclass
 class Args:
-    # run
     seed: int = 1  # of weights, actions, minibatches and environments
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU when there is one
+    device: str = "auto"  # cpu or cuda; auto takes a GPU when there is one
     run_dir: str = ""  # where the run is written; by default runs/<task>__<script>__<seed>__<time>
     resume: str = ""  # run directory or checkpoint to continue, with its flags where none are given
     save_every: int = 100_000  # steps between checkpoints; 0: only at the end
@@ -72,19 +68,16 @@ class Args:
     compile: bool = False  # torch.compile the networks
     eval_episodes: int = 20  # episodes of the greedy policy after training; 0 skips them
     capture_video: bool = False  # write an mp4 of one greedy episode to <run-dir>/videos
-    # task
     env_id: str = "CartPole-v1"  # gymnasium's name; module:Name-v0 imports module first, here or installed
     env_kwargs: str = "{}"  # JSON object of keyword arguments for the environment
     total_timesteps: int = 500_000  # environment steps to train for
     num_envs: int = 16  # N: environments stepped side by side
-    normalize: bool = False  # normalise vectors and scale rewards by running statistics, kept in the agent (for MuJoCo)
-    # optimisation
+    normalize: bool = False  # normalise by running statistics, which the agent keeps (for MuJoCo)
     learning_rate: float = 1e-3  # step size of Adam at the start
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
     num_steps: int = 32  # T: steps per environment between two updates (PPO Algorithm 1)
     num_minibatches: int = 2  # minibatches per epoch
     num_epochs: int = 4  # K: passes over the rollout per update (PPO Algorithm 1)
-    # algorithm
     gamma: float = 0.99  # discount γ
     gae_lambda: float = 0.95  # λ of generalised advantage estimation (GAE Eq. 16)
     clip_coef: float = 0.2  # clip range ε of the ratio (PPO Eq. 7)
@@ -101,11 +94,8 @@ class Args:
             raise ValueError("gamma and gae-lambda must lie between 0 and 1")
 
 
-# --- model ---
-
-
 class RunningNorm(nn.Module):
-    """(x - mean) / std of x (B, *shape), clipped to ±10, by the statistics of all rows that `update` has seen."""
+    """(x - mean) / std of rows x (B, *shape), clipped to ±10, by pooled statistics of all rows that `update` saw."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -113,7 +103,6 @@ class RunningNorm(nn.Module):
         self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
 
     def update(self, x: Tensor) -> None:
-        """Pool mean and variance with those of new rows (Chan et al. 1979)."""
         self.count += len(x)
         share = (len(x) / self.count).float()  # of the new rows
         delta = x.mean(0) - self.mean
@@ -131,8 +120,6 @@ class Agent(nn.Module):
         super().__init__()
         self.discrete = isinstance(action_space, Discrete)
         self.is_image = obs_space.dtype == np.uint8 and len(obs_space.shape) in (2, 3)
-        if self.is_image and sorted(obs_space.shape)[-2] < 36:
-            raise SystemExit(f"images of shape {obs_space.shape} are too small for the CNN: it needs 36 x 36 and more")
         A = int(action_space.n) if self.discrete else action_space.shape[0]
         self.obs_norm = RunningNorm(*obs_space.shape) if normalize else nn.Identity()
         self.return_norm = RunningNorm() if normalize else nn.Identity()
@@ -148,20 +135,17 @@ class Agent(nn.Module):
         self(torch.zeros(1, *obs_space.shape), torch.zeros(1, *action_space.shape))  # lazy layers learn their sizes
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                nn.init.orthogonal_(layer.weight, math.sqrt(2))
+                nn.init.orthogonal_(layer.weight, 2**0.5)
                 nn.init.zeros_(layer.bias)
         nn.init.orthogonal_(self.actor[-1].weight, 0.01)
         nn.init.orthogonal_(self.critic[-1].weight, 1.0)
 
     def features(self, obs: Tensor) -> Tensor:
         """Observations (B, *obs) of any dtype to (B, features); images may have channels first, last or none."""
-        if not self.is_image:
-            return self.obs_norm(obs).flatten(1).float()
-        if obs.ndim == 3:
-            obs = obs.unsqueeze(-1)
-        if obs.shape[-1] < obs.shape[1]:
-            obs = obs.movedim(-1, 1)
-        return self.cnn(obs / 255)
+        if self.is_image:
+            planes = obs if obs.ndim == 4 else obs.unsqueeze(1)  # (B, C, H, W)
+            return self.cnn((planes.movedim(-1, 1) if planes.shape[-1] < planes.shape[1] else planes) / 255)
+        return self.obs_norm(obs).flatten(1).float()
 
     def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log π(a|s), entropy of π(·|s) and V(s), (B,) each, of observations (B, *obs) and actions (B,) or (B, A)."""
@@ -171,7 +155,7 @@ class Agent(nn.Module):
             logprobs = policy.log_softmax(-1)  # of all actions
             entropy = -(logprobs.exp() * logprobs).sum(-1)
             return logprobs.gather(-1, actions.long()[:, None]).squeeze(-1), entropy, values
-        normal = Normal(policy, self.log_std.exp(), validate_args=False)
+        normal = torch.distributions.Normal(policy, self.log_std.exp(), validate_args=False)
         return normal.log_prob(actions).sum(-1), normal.entropy().sum(-1), values
 
     @torch.no_grad()
@@ -186,21 +170,22 @@ class Agent(nn.Module):
 # --- algorithm ---
 
 
+def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
+    """S_t = x_t + discount_t·S_{t+1}, backwards in time; all tensors (T, N)."""
+    sums = torch.empty_like(x)
+    following = torch.zeros_like(x[0])
+    for t in reversed(range(len(x))):
+        following = x[t] + discount[t] * following
+        sums[t] = following
+    return sums
+
+
 def compute_gae(
     rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float
 ) -> Tensor:
-    """Generalised advantage estimation (GAE Eq. 16; PPO Eq. 11-12), all tensors (T, N).
-
-    A_t = δ_t + γλ·(1 - done_t)·A_{t+1} with δ_t = r_t + γ·V(s_{t+1})·(1 - terminated_t) - V(s_t).
-    """
-    deltas = rewards + gamma * next_values * (1 - terminated) - values  # PPO Eq. 12
-    carry = gamma * lam * (1 - done)
-    advantages = torch.empty_like(deltas)
-    advantage = torch.zeros_like(deltas[0])
-    for t in reversed(range(len(deltas))):
-        advantage = deltas[t] + carry[t] * advantage  # PPO Eq. 11
-        advantages[t] = advantage
-    return advantages
+    """Generalised advantage estimation (GAE Eq. 16; PPO Eq. 11-12): A_t = Σ_l (γλ)^l·δ_{t+l} up to `done`; all (T, N)."""
+    deltas = rewards + gamma * next_values * (1 - terminated) - values  # δ_t = r_t + γ·V(s_{t+1}) - V(s_t)
+    return discounted_sum(deltas, gamma * lam * (1 - done))
 
 
 def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
@@ -220,7 +205,8 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: f
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: dict[str, Any]) -> gym.vector.VectorEnv:
     """N environments; Discrete observations become one-hot, the finite bounds of Box actions ±1, others are clipped."""
-    sys.path.append("")  # a user's own module may lie there
+    warnings.filterwarnings("error", ".*(not within the observation space|reward returned)")  # a broken contract
+    sys.path.append("")  # where a user's own module may lie
     kwargs, atari = dict(env_kwargs), "ALE/" in env_id
     if atari:
         env_id, kwargs = "ale_py:" + env_id.split(":")[-1], {"repeat_action_probability": 0.0} | kwargs
@@ -237,11 +223,6 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict[str, Any]) -> gym.vec
         raise SystemExit(f"{env_id} shows raw frames: use ALE/<Game>-v5, whose frames are preprocessed")
     if not isinstance(obs, Discrete) and not (isinstance(obs, Box) and 1 <= len(obs.shape) <= 3):
         raise SystemExit(f"{env_id}: observations must be Discrete or a Box of one to three dimensions, not {obs}")
-    if isinstance(envs, gym.vector.SyncVectorEnv):
-        env = envs.envs[0].unwrapped
-        shapes = np.shape(env.reset(seed=0)[0]), *map(np.shape, env.step(env.action_space.sample())[:2])
-        if shapes != (env.observation_space.shape, env.observation_space.shape, ()):
-            raise SystemExit(f"{env_id}: observations and reward have shapes {shapes}, against {env.observation_space}")
     envs = wrap.RecordEpisodeStatistics(envs, stats_key="raw")
     if isinstance(obs, Discrete):
         envs = wrap.FlattenObservation(envs)
@@ -259,9 +240,8 @@ def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: torch.device)
     returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
     obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))
     for _ in tqdm(range(MAX_EVAL_STEPS), "evaluation", unit="step", leave=False):
-        obs, reward, terminated, truncated, _ = envs.step(
-            agent.act(torch.as_tensor(obs, device=device), greedy=True).numpy()
-        )
+        action = agent.act(torch.as_tensor(obs, device=device), greedy=True).numpy()
+        obs, reward, terminated, truncated, _ = envs.step(action)
         returns += reward * running
         running &= ~(terminated | truncated)
         if not running.any():
@@ -287,23 +267,15 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     return tyro.cli(Args, default=default, description=__doc__.splitlines()[0]), saved
 
 
-def save_checkpoint(run_dir: Path, args: Args, step: int, **modules: Any) -> None:
-    """Write all that a run needs to go on; a crash while writing leaves the former checkpoint whole."""
-    state = {"script": SCRIPT, "args": asdict(args), "step": step, "rng": torch.get_rng_state()}
-    torch.save(state | {name: x.state_dict() for name, x in modules.items()}, run_dir / "checkpoint.tmp")
-    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
-
-
 def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     torch.manual_seed(args.seed)
     device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    env_kwargs = json.loads(args.env_kwargs)
-    envs = make_envs(args.env_id, args.num_envs, env_kwargs)
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    agent = Agent(obs_space, action_space, args.normalize).to(device)
+    env_kwargs, T, N = json.loads(args.env_kwargs), args.num_steps, args.num_envs
+    envs = make_envs(args.env_id, N, env_kwargs)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args.normalize).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
-    if device.type == "cpu" and not agent.is_image:
-        torch.set_num_threads(1)  # small MLPs only lose time to more
+    forward, act = (torch.compile(f, dynamic=True) if args.compile else f for f in (agent.forward, agent.act))
+    torch.set_num_threads(torch.get_num_threads() if agent.is_image else 1)  # small MLPs only lose time to more
     step = 0
     if saved:
         step = saved["step"]
@@ -311,9 +283,15 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         if args.seed == saved["args"]["seed"]:
             torch.set_rng_state(saved["rng"])
-    forward, act = (torch.compile(f, dynamic=True) if args.compile else f for f in (agent.forward, agent.act))
-    name = f"{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(args.run_dir or f"runs/{name}")
+    value_clip = args.clip_coef if args.clip_value else np.inf
+    obs = np.zeros((T + 1, N, *envs.single_observation_space.shape), np.uint8 if agent.is_image else np.float32)
+    actions = np.zeros((T + 1, N, *envs.single_action_space.shape), np.float32)  # the last row stays 0
+    rewards, terminated, done, mask, discounted = rollout = np.zeros((5, T, N), np.float32)
+    metrics = defaultdict(list)
+    obs[T], _ = envs.reset(seed=int(torch.randint(2**30, ())))
+
+    name = f"runs/{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = Path(args.run_dir or name)
     if (run_dir / "args.json").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -324,21 +302,23 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
 
         wandb.init(project="algos", name=run_dir.name, config=asdict(args), dir=run_dir, sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=step + 1)
-    save_checkpoint(run_dir, args, step, agent=agent, optimizer=optimizer)
-
-    value_clip = args.clip_coef if args.clip_value else math.inf
-    T, N = args.num_steps, args.num_envs
-    obs = np.zeros((T + 1, N, *obs_space.shape), np.uint8 if agent.is_image else np.float32)
-    actions = np.zeros((T + 1, N, *action_space.shape), np.float32)  # the last row stays 0
-    rewards, terminated, done, mask, discounted = rollout = np.zeros((5, T, N), np.float32)
-    metrics = defaultdict(list)
-    obs[T], _ = envs.reset(seed=int(torch.randint(2**30, ())))
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step")
     caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step")
+    save_now = True  # from the start, so that a run directory always has a checkpoint
+    while True:
+        # ===== save =====
+        if save_now:  # to another file first, so that a crash leaves the former checkpoint whole
+            state = {"script": SCRIPT, "args": asdict(args), "step": step, "rng": torch.get_rng_state()}
+            state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state, run_dir / "checkpoint.tmp")
+            (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
+        if caught:
+            raise SystemExit(f"\nstopped at step {step}; to go on: python {sys.argv[0]} --resume {run_dir}")
+        if step >= args.total_timesteps:
+            break
 
-    while step < args.total_timesteps:
         # ===== collect =====
         obs[0] = obs[T]
         for t in range(T):  # for t = 0, row t - 1 is the last of the rollout before
@@ -369,8 +349,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         metrics["losses/explained_variance"].append(1 - batch[4].var(correction=0) / batch[5].var(correction=0))
 
         # ===== update =====
-        remaining = 1 - step_before / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * step_before / args.total_timesteps)
         for _ in range(args.num_epochs):
             for rows in torch.randperm(len(steps)).to(device).chunk(args.num_minibatches):  # (M,)
                 mb_obs, mb_actions, mb_logprobs, mb_values, mb_advantages, mb_returns = (x[rows] for x in batch)
@@ -390,27 +369,23 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
                 metrics["losses/approx_kl"].append((log_ratio.exp() - 1 - log_ratio).detach().mean())
                 metrics["losses/grad_norm"].append(grad_norm)
         if args.normalize and not agent.is_image:
-            agent.obs_norm.update(batch[0])  # after the update, so that the ratio starts at 1
+            agent.obs_norm.update(batch[0])  # after the update, which must see what `act` saw
 
-        # ===== log and save =====
+        # ===== log =====
         last = caught or step >= args.total_timesteps
         save_now = last or args.save_every and step // args.save_every > step_before // args.save_every
         if save_now or step_before == 0 or step // LOG_EVERY > step_before // LOG_EVERY:
             means = {name: sum(map(float, values)) / len(values) for name, values in metrics.items()}
-            if not math.isfinite(means["losses/grad_norm"]):
+            if not np.isfinite(means["losses/grad_norm"]):
                 raise SystemExit(f"\nthe loss became nan or inf before step {step}; {run_dir}/checkpoint.pt is older")
-            bar.set_postfix_str(f"return {means.get('charts/episodic_return', math.nan):.1f}", refresh=False)
+            bar.set_postfix_str(f"return {means.get('charts/episodic_return', np.nan):.1f}", refresh=False)
             means["charts/episodes"] = len(metrics["charts/episodic_return"])
             means["charts/SPS"] = (step - bar.initial) / bar.format_dict["elapsed"]
             means["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             for name, value in means.items():
                 writer.add_scalar(name, value, step)
             metrics.clear()
-        if save_now:
-            save_checkpoint(run_dir, args, step, agent=agent, optimizer=optimizer)
         bar.update(step - step_before)
-        if caught:
-            raise SystemExit(f"\nstopped at step {step}; to go on: python {sys.argv[0]} --resume {run_dir}")
 
     # ===== evaluate =====
     bar.close()

@@ -1,195 +1,128 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "ale-py>=0.12.1",
-#     "gymnasium[classic-control,mujoco]>=1.4.0",
-#     "moviepy>=2.2.1",
-#     "numpy>=2.4",
-#     "opencv-python-headless>=4.13",
-#     "safetensors>=0.8",
-#     "tensorboard>=2.21",
-#     "torch>=2.13.0",
-#     "tqdm>=4.70",
-#     "tyro>=1.0.17",
-# ]
+# dependencies = ["ale-py>=0.12.1", "gymnasium[box2d,classic-control,mujoco]>=1.4.0", "moviepy>=2.2.1", "numpy>=2.4",
+#   "opencv-python-headless>=4.13", "safetensors>=0.8", "tensorboard>=2.21", "torch>=2.13.0", "tqdm>=4.70", "tyro>=1.0.17"]
 # ///
-"""REINFORCE: the policy gradient itself, from whole episodes.
+"""REINFORCE: the policy gradient itself, from whole episodes (Williams 1992, Machine Learning 8).
 
 The gradient of the expected return needs no model of the environment: make each action more likely in proportion to the
-return that followed it. Nothing is learnt but the policy; no estimate of a value biases the gradient, or calms it.
+return that followed it (Sutton et al. 1999). Nothing is learnt but the policy; no estimate of a value calms the gradient.
 
-Paper: Williams 1992, "Simple statistical gradient-following algorithms for connectionist reinforcement learning",
-Machine Learning 8; with the reward-to-go of the policy gradient theorem, Sutton et al. 1999 (NeurIPS 12), which
-arXiv 1506.02438 lists under its Eq. 1 among the weights that an action can be given.
-
-    python algos/reinforce.py                     # CartPole-v1: 475 within 472 to 632 episodes (5 seeds); 19 s
+    python algos/reinforce.py                                     # CartPole-v1, whose settings the defaults are
     python algos/reinforce.py --env-id Acrobot-v1 --learning-rate 5e-3
-    python algos/reinforce.py --env-id HalfCheetah-v5 --normalize --num-envs 2 --total-timesteps 1000000 \\
-        --learning-rate 3e-3
 
-Letters: T steps of the longest episode, N episodes per update (one in each environment), A size of the action (number
-of choices or of dimensions).
-
-Every update starts all environments afresh and plays one episode in each; what an environment does after the end of
-its episode is not learnt from. So no episode is cut, and short ones count no more often than long ones. The environment
-must end its episodes.
-
-Logged every 1,000 steps: charts/episodic_return and episodic_length, means over the charts/episodes episodes that ended
-since the last time (raw scores, before normalisation or clipping); charts/SPS, environment steps per second since the
-start; losses/*, means over the updates since the last time: policy_loss (its gradient matters, its value says little),
-entropy. eval/* is the greedy policy on fresh environments.
+Each update plays one new episode per environment. Logged values are means over the interval, returns are raw scores.
 
 Differs from the paper:
- 1. The returns of an update are standardised over all its steps, which scales the gradient and takes off a baseline.
-    With a discount, the factor γ^t in front of each step's term is left out, as everywhere.
- 2. An episode cut by a time limit counts as ended: without a critic there is no estimate of what would have followed.
- 3. Adam, with a learning rate that falls linearly to 0.
- 4. Box actions: Gaussian with one learnt standard deviation per dimension. The environment receives the action clipped
-    to its bounds, the log-probability is that of the sampled one.
- 5. Atari: no sticky actions, whole games (losing a life ends nothing), training rewards clipped to their sign.
+ 1. The returns of an update are normalised over all its steps, which scales the gradient and takes off a baseline.
+ 2. The factor γ^t in front of each step's term is left out, as everywhere. Adam, with a falling learning rate.
+ 3. A truncated episode counts as ended: without a critic there is no estimate of what would have followed.
+ 4. Networks, Box actions, and Atari are as in ppo.py.
 """
 
-import contextlib
-import importlib.util
-import io
+import argparse
 import json
-import math
-import os
+import signal
 import sys
-import tempfile
-import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal, NoReturn
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import tyro
 from gymnasium.spaces import Box, Discrete
-from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, RecordVideo
+from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 from gymnasium.wrappers import vector as wrap
-from safetensors.torch import save_file
-from torch import Tensor
-from torch.distributions import Normal
+from safetensors.torch import save
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+LOG_EVERY = 1000  # environment steps
+MAX_EVAL_STEPS = 27_000  # an evaluation episode is cut there, as Atari's are
 
 
 @dataclass
 class Args:
-    # run
-    seed: int = 1
-    """seed of weights, actions, minibatches and environments"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU when there is one"""
-    run_dir: str = ""
-    """where the run is written; by default runs/<task>__<script>__<seed>__<timestamp>"""
-    resume: str = ""
-    """checkpoint.pt to continue; flags not given again are taken from it"""
-    save_every: int = 100_000
-    """steps between checkpoints, where environments are reset: many times num_envs x episode length; 0: at the end"""
-    track: bool = False
-    """mirror the logs to Weights & Biases"""
-    compile: bool = False
-    """torch.compile acting and loss (with CUDA graphs on a GPU)"""
-    eval_episodes: int = 20
-    """episodes of the greedy policy after training; 0 skips them"""
-    capture_video: bool = False
-    """write an mp4 of one greedy episode after training to <run-dir>/videos"""
+    seed: int = 1  # of weights, actions, minibatches and environments
+    device: str = "auto"  # cpu or cuda; auto takes a GPU when there is one
+    run_dir: str = ""  # where the run is written; by default runs/<task>__<script>__<seed>__<time>
+    resume: str = ""  # run directory or checkpoint to continue, with its flags where none are given
+    save_every: int = 100_000  # steps between checkpoints; 0: only at the end
+    track: bool = False  # mirror the logs to Weights & Biases
+    compile: bool = False  # torch.compile the networks
+    eval_episodes: int = 20  # episodes of the greedy policy after training; 0 skips them
+    capture_video: bool = False  # write an mp4 of one greedy episode to <run-dir>/videos
+    env_id: str = "CartPole-v1"  # gymnasium's name; module:Name-v0 imports module first, here or installed
+    env_kwargs: str = "{}"  # JSON object of keyword arguments for the environment
+    total_timesteps: int = 500_000  # environment steps to train for
+    num_envs: int = 8  # N: environments stepped side by side, one episode in each per update
+    normalize: bool = False  # normalise by running statistics, which the agent keeps (for MuJoCo)
+    learning_rate: float = 2e-3  # step size of Adam at the start
+    anneal_lr: bool = True  # let the learning rate fall linearly to 0
+    num_steps: int = 10_000  # T: a training episode is cut there
+    gamma: float = 0.99  # discount γ
 
-    # task
-    env_id: str = "CartPole-v1"
-    """gymnasium environment with Box or Discrete observations and Box or Discrete actions"""
-    total_timesteps: int = 500_000
-    """environment steps to train for (reset rows are not counted)"""
-    num_envs: int = 8
-    """N: environments stepped side by side, over all processes; each plays one episode per update"""
-    normalize: bool = False
-    """standardise observations and scale rewards by running statistics (for MuJoCo)"""
-
-    # optimisation
-    learning_rate: float = 2e-3
-    """step size of Adam at the start"""
-    anneal_lr: bool = True
-    """let the learning rate fall linearly to 0"""
-
-    # algorithm
-    gamma: float = 0.99
-    """discount γ"""
-    normalize_returns: bool = True
-    """standardise the returns of an update"""
+    def __post_init__(self) -> None:
+        if self.total_timesteps < 1 or self.num_envs < 1 or self.num_steps < 2 or not 0 <= self.gamma <= 1:
+            raise ValueError("total-timesteps and num-envs must be at least 1, num-steps 2, gamma between 0 and 1")
 
 
-def validate(args: Args) -> None:
-    """Check everything a user can get wrong before any work: one line and exit status 2 for the first fault."""
-    check_ranges(args, 1, math.inf, "total_timesteps", "num_envs")
-    check_ranges(args, 0, math.inf, "save_every", "eval_episodes", "learning_rate")
-    check_ranges(args, 0, 1, "gamma")
-    if args.num_envs % WORLD_SIZE:
-        error(f"--num-envs {args.num_envs} must be a multiple of the {WORLD_SIZE} processes")
-    check_run(args, "env_id", "normalize")
-    check_spaces(args, Discrete, Box)
+class RunningNorm(nn.Module):
+    """(x - mean) / std of rows x (B, *shape), clipped to ±10, by pooled statistics of all rows that `update` saw."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.mean, self.var = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
+
+    def update(self, x: Tensor) -> None:
+        self.count += len(x)
+        share = (len(x) / self.count).float()  # of the new rows
+        delta = x.mean(0) - self.mean
+        self.mean += share * delta
+        self.var += share * (x.var(0, correction=0) - self.var + (1 - share) * delta**2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
 
 
-# --- model ---
+class Agent(nn.Module):
+    """Actor on raw observations: an MLP on vectors, a CNN on images."""
 
-
-def init_layer(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
-    """Orthogonal weights scaled by `gain`, zero bias; returns the layer."""
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def mlp(inputs: int, outputs: int, output_gain: float) -> nn.Sequential:
-    """Two tanh layers of 64 and a linear head: (B, inputs) to (B, outputs)."""
-    return nn.Sequential(
-        init_layer(nn.Linear(inputs, 64)), nn.Tanh(),
-        init_layer(nn.Linear(64, 64)), nn.Tanh(),
-        init_layer(nn.Linear(64, outputs), output_gain),
-    )
-
-
-def nature_cnn(channels: int, height: int, width: int) -> nn.Sequential:
-    """Convolutions of Mnih et al. 2015: (B, channels, height, width) in [0, 1] to (B, 512) features."""
-    convolutions = nn.Sequential(
-        init_layer(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU(),
-        init_layer(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
-        init_layer(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(),
-        nn.Flatten(),
-    )
-    size = convolutions(torch.zeros(1, channels, height, width)).shape[1]
-    return convolutions.append(init_layer(nn.Linear(size, 512))).append(nn.ReLU())
-
-
-class Policy(nn.Module):
-    """Actor: an MLP on vectors, the Nature CNN on pixels.
-
-    obs_space is a Box: (C, H, W) uint8 pixels or anything else, flattened; action_space Discrete or 1-D Box.
-    """
-
-    def __init__(self, obs_space: Box, action_space: gym.Space) -> None:
+    def __init__(self, obs_space: Box, action_space: gym.Space, normalize: bool) -> None:
         super().__init__()
         self.discrete = isinstance(action_space, Discrete)
-        self.action_size = int(action_space.n if self.discrete else action_space.shape[0])  # A
-        if is_pixels(obs_space):
-            self.trunk = nature_cnn(*obs_space.shape)
-            self.actor = init_layer(nn.Linear(512, self.action_size), 0.01)
+        self.is_image = obs_space.dtype == np.uint8 and len(obs_space.shape) in (2, 3)
+        A = int(action_space.n) if self.discrete else action_space.shape[0]
+        self.obs_norm = RunningNorm(*obs_space.shape) if normalize else nn.Identity()
+        if self.is_image:
+            layers = [nn.LazyConv2d(32, 8, stride=4), nn.ReLU(), nn.Conv2d(32, 64, 4, stride=2), nn.ReLU()]
+            layers += [nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(512), nn.ReLU()]
+            self.cnn = nn.Sequential(*layers)
+            self.actor = nn.Sequential(nn.Linear(512, A))
         else:
-            self.trunk = nn.Flatten()
-            self.actor = mlp(math.prod(obs_space.shape), self.action_size, 0.01)
-        if not self.discrete:
-            self.log_std = nn.Parameter(torch.zeros(self.action_size))
+            self.actor = nn.Sequential(nn.LazyLinear(64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, A))
+        self.log_std = nn.Parameter(torch.zeros(0 if self.discrete else A))
+        self(torch.zeros(1, *obs_space.shape), torch.zeros(1, *action_space.shape))  # lazy layers learn their sizes
+        for layer in self.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                nn.init.orthogonal_(layer.weight, 2**0.5)
+                nn.init.zeros_(layer.bias)
+        nn.init.orthogonal_(self.actor[-1].weight, 0.01)
 
     def features(self, obs: Tensor) -> Tensor:
-        """(B, *obs) to (B, features); uint8 pixels are scaled to [0, 1]."""
-        return self.trunk(obs / 255 if obs.dtype == torch.uint8 else obs)
+        """Observations (B, *obs) of any dtype to (B, features); images may have channels first, last or none."""
+        if self.is_image:
+            planes = obs if obs.ndim == 4 else obs.unsqueeze(1)  # (B, C, H, W)
+            return self.cnn((planes.movedim(-1, 1) if planes.shape[-1] < planes.shape[1] else planes) / 255)
+        return self.obs_norm(obs).flatten(1).float()
 
     def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """log π(a|s) and entropy of π(·|s), (B,) each, of observations (B, *obs) and actions (B,) or (B, A)."""
@@ -198,494 +131,219 @@ class Policy(nn.Module):
             logprobs = policy.log_softmax(-1)  # of all actions
             entropy = -(logprobs.exp() * logprobs).sum(-1)
             return logprobs.gather(-1, actions.long()[:, None]).squeeze(-1), entropy
-        normal = Normal(policy, self.log_std.exp(), validate_args=False)
+        normal = torch.distributions.Normal(policy, self.log_std.exp(), validate_args=False)
         return normal.log_prob(actions).sum(-1), normal.entropy().sum(-1)
 
-    def noise(self, *shape: int) -> Tensor:
-        """Random numbers for `act`, (*shape, A) on the CPU: Gumbel for Discrete, standard normal for Box actions."""
-        noise = torch.empty(*shape, self.action_size)
-        return noise.exponential_().log_().neg_() if self.discrete else noise.normal_()
-
-    def act(self, obs: Tensor, noise: Tensor | float) -> Tensor:
-        """Sample a ~ π(·|s) given its noise (B, A); noise 0 gives the greedy action. (B,) int or (B, A) float."""
-        policy = self.actor(self.features(obs))
+    @torch.no_grad()
+    def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
+        """Draw actions from π(·|s), or take the likeliest: (B,) integers or (B, A) floats, on the CPU."""
+        policy = self.actor(self.features(obs)).cpu()  # whose random numbers a checkpoint keeps
         if self.discrete:
-            return (policy + noise).argmax(-1)  # argmax(logits + Gumbel noise) is a draw from softmax(logits)
-        return policy + self.log_std.exp() * noise
+            return policy.argmax(-1) if greedy else policy.softmax(-1).multinomial(1).squeeze(-1)
+        return policy if greedy else policy + self.log_std.exp().cpu() * torch.randn_like(policy)
 
 
 # --- algorithm ---
 
 
-def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """Reward-to-go of each step, G_t = r_t + γ·G_{t+1}, where mask is 1; all (T, N). Rows with mask 0 add nothing."""
-    returns = torch.empty_like(rewards)
-    following = torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
-        following = mask[t] * (rewards[t] + gamma * following)
-        returns[t] = following
-    return returns
+def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
+    """S_t = x_t + discount_t·S_{t+1}, backwards in time; all tensors (T, N)."""
+    sums = torch.empty_like(x)
+    following = torch.zeros_like(x[0])
+    for t in reversed(range(len(x))):
+        following = x[t] + discount[t] * following
+        sums[t] = following
+    return sums
 
 
-def masked_mean(x: Tensor, mask: Tensor, count: Tensor) -> Tensor:
-    """Sum of x where mask is 1, over count. With count from the whole minibatch, shares of it add up to its mean."""
-    return (x * mask).sum() / count
+# --- environments ---
 
 
-def standardise(x: Tensor, mask: Tensor) -> Tensor:
-    """(x - mean) / (std + 1e-8), with mean and population std over the entries where mask is 1. Same shape as x."""
-    count = mask.sum().clamp(min=1)
-    centred = x - masked_mean(x, mask, count)
-    return centred / (masked_mean(centred**2, mask, count).sqrt() + 1e-8)
-
-
-def policy_gradient_loss(logprobs: Tensor, weights: Tensor) -> Tensor:
-    """Loss per sample, -log π(a|s)·weight. With returns or advantages as weights its gradient is that of -J."""
-    return -logprobs * weights
-
-
-def reinforce_loss(agent: Policy, obs: Tensor, actions: Tensor, returns: Tensor, episodes: int,
-                   count: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of an update, whose gradient is -1/m Σ_i Σ_t ∇log π(a_t|s_t)·G_t, and its METRICS (2,).
-
-    Tensors are (B, …), the steps of all episodes. m = `episodes` and `count` () steps count over all processes.
-    """
-    logprobs, entropy = agent(obs, actions)
-    loss = policy_gradient_loss(logprobs, returns).sum() / episodes
-    return loss, torch.stack([loss, entropy.sum() / count]).detach()
-
-
-METRICS = ("policy_loss", "entropy")
-
-
-def annealed(initial: float, step: int, total_steps: int) -> float:
-    """Linear schedule: `initial` at step 0, 0 at total_steps."""
-    return initial * (1 - step / total_steps)
-
-
-# --- plumbing (same in every script; skip on first read) ---
-
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-SCRIPT = Path(__file__).stem
-LOG_EVERY = 1000  # environment steps
-
-
-def error(message: str, status: int = 2) -> NoReturn:
-    """Tell the user in one line what is wrong and exit."""
-    if RANK == 0:
-        print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def parse_args() -> Args:
-    """Args from the command line, on top of those of the checkpoint when resuming."""
-
-    def parse(defaults: Args) -> Args:
-        box = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(box):
-                return tyro.cli(Args, default=defaults, description=__doc__.splitlines()[0])
-        except SystemExit as stop:
-            if stop.code:  # tyro draws a box of several lines
-                lines = [line.strip("│╭╮╰╯ ") for line in box.getvalue().splitlines()]
-                error(" ".join(";" if line.startswith("─") else line for line in lines[1:-1]))
-            raise
-
-    args = parse(Args())
-    if args.resume:
-        saved = load_checkpoint(args.resume)["args"]
-        if set(saved) != {field.name for field in fields(Args)}:
-            error(f"--resume {args.resume}: written by another version of {SCRIPT}.py")
-        args = parse(Args(**saved | {"resume": args.resume, "run_dir": str(Path(args.resume).parent)}))
-    return args
-
-
-def check_ranges(args: Args, low: float, high: float, *names: str) -> None:
-    """Refuse numbers outside [low, high], by flag name."""
-    for name in names:
-        if not low <= getattr(args, name) <= high:
-            range_ = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            error(f"--{name.replace('_', '-')} must be {range_}, not {getattr(args, name)}")
-
-
-def check_run(args: Args, *fixed: str) -> None:
-    """Refuse a missing device or package, a run directory that is taken, a checkpoint that does not fit.
-
-    `fixed` names flags that a resumed run cannot change.
-    """
-    check_ranges(args, 0, 2**31 - 1, "seed")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if args.device == "cuda" and not gpus:
-        error("--device cuda: torch finds no CUDA device; use --device cpu or auto")
-    if args.device != "cpu" and gpus and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
-        error(f"--device {args.device}: there are more processes than the {gpus} GPUs; use --device cpu or fewer")
-    if args.compile:
-        try:
-            torch.compile(lambda x: x + 1)(torch.ones(2, device="cuda" if args.device != "cpu" and gpus else "cpu"))
-        except Exception as fault:  # no C++ compiler, say
-            error(f"--compile: torch.compile does not work here ({' '.join(str(fault).split())[:200]})")
-    if args.track:
-        check_package("track", "wandb")
-    if args.resume:
-        saved = load_checkpoint(args.resume)["args"]
-        for name in fixed:
-            if getattr(args, name) != saved[name]:
-                error(f"--resume {args.resume}: made with {name} {saved[name]}, not {getattr(args, name)}")
-    run_dir = Path(args.run_dir)
-    if args.run_dir and (run_dir / "args.json").exists():
-        if not args.resume or Path(args.resume).resolve().parent != run_dir.resolve():
-            error(f"--run-dir {run_dir} already holds a run: choose another, or --resume {run_dir}/checkpoint.pt")
-
-
-def check_package(flag: str, *packages: str) -> None:
-    """Refuse a flag whose packages are not installed."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            error(f"--{flag} needs the package {package}")
-
-
-def check_spaces(args: Args, *action_types: type) -> Box:
-    """Observation space of the environment; refuses one that can't be made or whose spaces are not handled."""
-    if "ALE/" in args.env_id and not args.env_id.startswith("ALE/"):
-        error(f"--env-id {args.env_id}: leave out what stands before ALE/")
-    if args.capture_video:
-        check_package("capture-video", "moviepy", *["cv2"] * args.env_id.startswith("ALE/"))
-    try:
-        envs = make_envs(args.env_id, 1, False, args.gamma)
-        if args.capture_video:
-            with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
-                recorded = make_envs(args.env_id, 1, False, args.gamma, Path(folder))
-                recorded.reset()  # renders a frame, which needs a display or OpenGL for some
-                recorded.close()
-    except Exception as fault:  # environments raise what they like
-        reason = " ".join(str(fault).split()) or type(fault).__name__
-        error(f"--env-id {args.env_id}{' with --capture-video' * args.capture_video}: {reason}")
+def make_envs(env_id: str, num_envs: int, env_kwargs: dict[str, Any]) -> gym.vector.VectorEnv:
+    """N environments; Discrete observations become one-hot, the finite bounds of Box actions ±1, others are clipped."""
+    warnings.filterwarnings("error", ".*(not within the observation space|reward returned)")  # a broken contract
+    sys.path.append("")  # where a user's own module may lie
+    kwargs, atari = dict(env_kwargs), "ALE/" in env_id
+    if atari:
+        env_id, kwargs = "ale_py:" + env_id.split(":")[-1], {"repeat_action_probability": 0.0} | kwargs
+    if atari and "render_mode" not in kwargs:
+        kwargs["reward_clipping"] = False  # main takes the sign, after the statistics
+    elif atari:  # the native vector environment cannot be rendered
+        wrappers = [AtariPreprocessing, lambda env: FrameStackObservation(env, 4, padding_type="zero")]
+        kwargs |= {"vectorization_mode": "sync", "frameskip": 1, "wrappers": wrappers}
+    envs = gym.make_vec(env_id, num_envs, **kwargs)
     obs, action = envs.single_observation_space, envs.single_action_space
-    envs.close()
-    if not isinstance(obs, Box) or obs.shape == ():
-        error(f"--env-id {args.env_id}: observations must be Box (not a single number) or Discrete, not {obs}")
-    if is_pixels(obs) and (min(obs.shape[1:]) < 36 or args.normalize):
-        error(f"--env-id {args.env_id}: pixels must be at least 36 x 36 and without --normalize, not {obs.shape}")
-    flat = len(action.shape) == 1 if isinstance(action, Box) else getattr(action, "start", 0) == 0
-    if not isinstance(action, action_types) or not flat:
-        kinds = " or ".join({Discrete: "Discrete from 0", Box: "one-dimensional Box"}[kind] for kind in action_types)
-        error(f"--env-id {args.env_id}: actions must be {kinds}, not {action}")
-    return obs
-
-
-def is_pixels(space: gym.Space) -> bool:
-    """Whether observations are images: three dimensions of uint8."""
-    return space.dtype == np.uint8 and len(space.shape) == 3
-
-
-def make_envs(env_id: str, num_envs: int, normalize: bool, gamma: float,
-              video: Path | None = None) -> gym.vector.VectorEnv:
-    """Vector environment with NEXT_STEP autoreset, raw episode statistics in `info`, and Box observations.
-
-    Discrete observations become one-hot, pixels (C, H, W); Box actions are clipped to their bounds. With `normalize`,
-    observations are standardised and rewards scaled by running statistics, both clipped to ±10. The first episode of
-    each environment is recorded in the folder `video`.
-    """
-    atari = env_id.startswith("ALE/")
-    kwargs: dict[str, Any] = {"repeat_action_probability": 0.0} if atari else {}
-    if video is not None:  # native vector environments cannot be recorded: step single ones
-        wrappers = [lambda env: RecordVideo(env, str(video), episode_trigger=lambda episode: episode == 0)]
-        if atari:
-            kwargs["frameskip"] = 1  # AtariPreprocessing skips
-            wrappers += [AtariPreprocessing, lambda env: FrameStackObservation(env, 4, padding_type="zero")]
-        kwargs |= {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": wrappers}
-    elif atari:
-        kwargs["reward_clipping"] = False  # clipped below, after the statistics
-    envs = gym.make_vec(f"ale_py:{env_id}" if atari else env_id, num_envs, **kwargs)
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise gym.error.Error("its vector environment does not reset at the next step (AutoresetMode.NEXT_STEP)")
-    envs = wrap.RecordEpisodeStatistics(envs)
-    obs = envs.single_observation_space
+        raise SystemExit(f"{env_id}: its vector version does not reset at the next step (AutoresetMode.NEXT_STEP)")
+    if "ale_py" in str(envs.spec.entry_point) and not atari:
+        raise SystemExit(f"{env_id} shows raw frames: use ALE/<Game>-v5, whose frames are preprocessed")
+    if not isinstance(obs, Discrete) and not (isinstance(obs, Box) and 1 <= len(obs.shape) <= 3):
+        raise SystemExit(f"{env_id}: observations must be Discrete or a Box of one to three dimensions, not {obs}")
+    envs = wrap.RecordEpisodeStatistics(envs, stats_key="raw")
     if isinstance(obs, Discrete):
         envs = wrap.FlattenObservation(envs)
-    elif is_pixels(obs) and obs.shape[-1] in (1, 3, 4):
-        chw = Box(0, 255, (obs.shape[2], *obs.shape[:2]), np.uint8)
-        envs = wrap.TransformObservation(envs, lambda x: x.transpose(0, 3, 1, 2), single_observation_space=chw)
-    if isinstance(envs.single_action_space, Box):
-        envs = wrap.ClipAction(envs)
-    if normalize:
-        envs = wrap.TransformObservation(wrap.NormalizeObservation(envs), lambda x: x.clip(-10, 10))
-        envs = wrap.TransformReward(wrap.NormalizeReward(envs, gamma), lambda x: x.clip(-10, 10))
-    return wrap.TransformReward(envs, np.sign) if atari else envs
+    if isinstance(action, Box) and len(action.shape) == 1 and action.dtype.kind == "f":
+        finite = np.isfinite(action.low) & np.isfinite(action.high)
+        envs = wrap.RescaleAction(envs, np.where(finite, -1, action.low), np.where(finite, 1, action.high))
+        return wrap.ClipAction(envs)
+    if not isinstance(action, Discrete) or action.start != 0:
+        raise SystemExit(f"{env_id}: actions must be Discrete from 0 or a one-dimensional Box of floats, not {action}")
+    return envs
 
 
-def to_tensor(obs: np.ndarray, device: torch.device) -> Tensor:
-    """Observations on the device: pixels stay uint8, anything else becomes float32."""
-    return torch.as_tensor(obs if obs.dtype == np.uint8 and obs.ndim == 4 else obs.astype(np.float32), device=device)
-
-
-def normalizers(envs: gym.vector.VectorEnv) -> Iterator[tuple[str, Any, Any]]:
-    """Name, wrapper and running mean, variance and count of each normalising wrapper around `envs`."""
-    while isinstance(envs, gym.vector.VectorWrapper):
-        if isinstance(envs, wrap.NormalizeObservation):
-            yield "obs", envs, envs.obs_rms
-        if isinstance(envs, wrap.NormalizeReward):
-            yield "reward", envs, envs.return_rms
-        envs = envs.env
-
-
-def get_statistics(envs: gym.vector.VectorEnv) -> dict[str, Tensor]:
-    """Running statistics of the normalisers, pooled over processes first."""
-    state = {}
-    for name, _, rms in normalizers(envs):
-        if WORLD_SIZE > 1:
-            mean = np.asarray(rms.mean, dtype=np.float64)
-            sums = rms.count * np.stack([np.ones_like(mean), mean, rms.var + mean**2])
-            counts, *sums = sum_over_processes(torch.tensor(sums)).numpy()
-            mean, square = (x / counts for x in sums)
-            rms.mean, rms.var, rms.count = mean, square - mean**2, counts.max() / WORLD_SIZE
-        state |= {f"{name}.mean": torch.as_tensor(rms.mean), f"{name}.var": torch.as_tensor(rms.var),
-                  f"{name}.count": torch.tensor(rms.count * WORLD_SIZE, dtype=torch.float64)}
-    return state
-
-
-def set_statistics(envs: gym.vector.VectorEnv, state: dict[str, Tensor], frozen: bool = False) -> None:
-    """Put the result of `get_statistics` into the normalisers; frozen ones no longer learn."""
-    for name, wrapper, rms in normalizers(envs):
-        rms.mean, rms.var = state[f"{name}.mean"].numpy(), state[f"{name}.var"].numpy()
-        rms.count = state[f"{name}.count"].item() / WORLD_SIZE
-        wrapper.update_running_mean = not frozen
-
-
-def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, statistics: dict[str, Tensor], seed: int) -> np.ndarray:
-    """Raw returns (N,) of the greedy policy over the first episode of each environment; closes them."""
-    set_statistics(envs, statistics, frozen=True)
-    device = next(agent.parameters()).device
-    returns = np.full(envs.num_envs, np.nan)
-    obs, _ = envs.reset(seed=seed)
-    while np.isnan(returns).any():
-        with torch.no_grad():
-            action = agent.act(to_tensor(obs, device), 0.0)
-        obs, _, terminated, truncated, info = envs.step(action.cpu().numpy())
-        first = (terminated | truncated) & np.isnan(returns)
-        if first.any():
-            returns[first] = info["episode"]["r"][first]
+def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: torch.device) -> np.ndarray:
+    """Raw returns (N,) of the greedy policy over the first episode of each environment."""
+    returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
+    obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))
+    for _ in tqdm(range(MAX_EVAL_STEPS), "evaluation", unit="step", leave=False):
+        action = agent.act(torch.as_tensor(obs, device=device), greedy=True).numpy()
+        obs, reward, terminated, truncated, _ = envs.step(action)
+        returns += reward * running
+        running &= ~(terminated | truncated)
+        if not running.any():
+            break
+    else:
+        print(f"evaluation: {running.sum()} of {len(running)} episodes were cut after {MAX_EVAL_STEPS} steps")
     envs.close()
     return returns
 
 
-def start_processes(device: str) -> torch.device:
-    """Join the other processes of torchrun, if any; returns this process's device."""
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if WORLD_SIZE > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+def parse_args() -> tuple[Args, dict[str, Any] | None]:
+    """Flags of the command line; when resuming, on top of those of the checkpoint, which comes with them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    path, default, saved = parser.parse_known_args()[0].resume, Args(), None
+    if path:
+        path = path / "checkpoint.pt" if path.is_dir() else path
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if saved["script"] != SCRIPT:
+            raise SystemExit(f"--resume {path}: written by {saved['script']}.py, not {SCRIPT}.py")
+        saved["args"]["run_dir"] = str(path.parent)  # wherever it lies now
+        default = Args(**saved["args"])
+    return tyro.cli(Args, default=default, description=__doc__.splitlines()[0]), saved
 
 
-def sum_over_processes(x: Tensor) -> Tensor:
-    """Add up a tensor over all processes, in place."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def gather(x: Tensor) -> Tensor:
-    """(T, N of this process, …) to (T, N of all processes, …)."""
-    if WORLD_SIZE == 1:
-        return x
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(WORLD_SIZE)]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts, dim=1)
-
-
-def own(x: Tensor, dim: int = 0) -> Tensor:
-    """This process's share of a tensor along one dimension."""
-    return x.chunk(WORLD_SIZE, dim)[RANK]
-
-
-def open_run(args: Args, task: str, step: int, finished: bool) -> tuple[Path, Any]:
-    """Create the run directory with args.json; returns it and a TensorBoard writer that continues after `step`.
-
-    Other processes than the first write nothing; a finished run, which is only evaluated, logs nothing.
-    """
-    name = f"{task.replace('/', '_')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    silent = SimpleNamespace(add_scalar=lambda *_: None, add_text=lambda *_: None, close=lambda: None)
-    if RANK > 0:
-        return run_dir, silent
-    try:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.run_dir))
-        if finished:
-            return run_dir, silent
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-    except OSError as fault:
-        error(f"--run-dir {run_dir}: cannot write there ({fault.strerror})")
-    if args.track:
-        import wandb
-        wandb.init(project="algos", name=run_dir.name, config=asdict(args), dir=run_dir, sync_tensorboard=True)
-    return run_dir, SummaryWriter(run_dir, purge_step=step + 1 if args.resume else None)
-
-
-def log(writer: Any, group: str, metrics: dict[str, float], step: int) -> None:
-    """Write metrics to TensorBoard as group/name, or as name when the group is empty."""
-    for name, value in metrics.items():
-        writer.add_scalar(f"{group}/{name}".lstrip("/"), value, step)
-
-
-def log_episodes(writer: Any, bar: tqdm, episodes: np.ndarray, step: int) -> None:
-    """Log mean return and length of the episodes of all processes, given (number, sum of returns, sum of lengths)."""
-    number, returns, lengths = sum_over_processes(torch.from_numpy(episodes)).tolist()
-    if number:
-        means = {"episodic_return": returns / number, "episodic_length": lengths / number, "episodes": number}
-        log(writer, "charts", means, step)
-        bar.set_postfix_str(f"return {returns / number:.1f}", refresh=False)
-
-
-def passes(every: int, before: int, after: int) -> bool:
-    """Whether a multiple of `every` lies in (before, after]; never for 0."""
-    return every > 0 and after // every > before // every
-
-
-def load_checkpoint(path: str) -> dict[str, Any]:
-    """Read a checkpoint of this script on the CPU, without running code from it."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        script = state["script"]
-    except FileNotFoundError:
-        error(f"--resume {path}: no such file")
-    except Exception as fault:  # torch.load raises a dozen types on damaged files
-        error(f"--resume {path}: not a readable checkpoint ({type(fault).__name__})")
-    if script != SCRIPT:
-        error(f"--resume {path}: written by {script}.py, not {SCRIPT}.py")
-    return state
-
-
-def save_checkpoint(run_dir: Path, args: Args, **state: Any) -> None:
-    """Write all that a bit-exact continuation needs; a crash while writing leaves the former checkpoint whole."""
-    state |= {"script": SCRIPT, "args": asdict(args), "rng": torch.get_rng_state()}
-    if RANK == 0:
-        torch.save(state, run_dir / "checkpoint.tmp")
-        os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
-
-
-def check_finite(loss: float, step: int, run_dir: Path, bar: tqdm) -> None:
-    """Stop with exit status 1 when the loss is NaN or infinite: the weights are lost, the last checkpoint is not."""
-    if not math.isfinite(loss):
-        bar.close()
-        saved = run_dir / "checkpoint.pt"
-        last = f"the last good checkpoint is {saved}" if saved.exists() else "none was saved yet (--save-every)"
-        error(f"the loss became {loss} at step {step}; {last}", status=1)
-
-
-def finish(args: Args, agent: nn.Module, statistics: dict[str, Tensor], run_dir: Path, writer: Any, step: int) -> None:
-    """Write model.safetensors (weights, and running statistics as normalizer.*), evaluate, record a video."""
-    if RANK > 0:
-        return
-    tensors = agent.state_dict() | {f"normalizer.{name}": x for name, x in statistics.items()}
-    save_file(tensors, run_dir / "model.safetensors", metadata={"env_id": args.env_id})
-    if args.eval_episodes:
-        envs = make_envs(args.env_id, args.eval_episodes, args.normalize, args.gamma)
-        returns = evaluate(agent, envs, statistics, seed=int(torch.randint(2**30, ())))
-        log(writer, "eval", {"return_mean": returns.mean(), "return_std": returns.std()}, step)
-        print(f"evaluation: return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} greedy episodes")
-    if args.capture_video:
-        envs = make_envs(args.env_id, 1, args.normalize, args.gamma, video=run_dir / "videos")
-        evaluate(agent, envs, statistics, seed=int(torch.randint(2**30, ())))
-    print(f"run directory: {run_dir}")
-
-
-def main(args: Args) -> None:
-    validate(args)
-    device = start_processes(args.device)
-    torch.manual_seed(args.seed)  # the same in every process: all draw the same numbers and use their share
-    N = args.num_envs // WORLD_SIZE  # here N counts the environments of this process
-    envs = make_envs(args.env_id, N, args.normalize, args.gamma)
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    if device.type == "cpu" and not is_pixels(obs_space):
-        torch.set_num_threads(1)  # small MLPs only lose time to more
-
-    agent = Policy(obs_space, action_space).to(device)
-    parameters = list(agent.parameters())
-    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
-    act, loss_fn = agent.act, reinforce_loss
-    if args.compile:
-        mode = "reduce-overhead" if device.type == "cuda" else "default"  # reduce-overhead: CUDA graphs
-        act, loss_fn = torch.compile(act, mode=mode), torch.compile(loss_fn, dynamic=True)  # updates differ in size
-
+def main(args: Args, saved: dict[str, Any] | None = None) -> None:
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    env_kwargs, T, N = json.loads(args.env_kwargs), args.num_steps, args.num_envs
+    envs = make_envs(args.env_id, N, env_kwargs)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args.normalize).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+    forward, act = (torch.compile(f, dynamic=True) if args.compile else f for f in (agent.forward, agent.act))
+    torch.set_num_threads(torch.get_num_threads() if agent.is_image else 1)  # small MLPs only lose time to more
     step = 0
-    if args.resume:
-        saved = load_checkpoint(args.resume)
+    if saved:
         step = saved["step"]
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        set_statistics(envs, saved["statistics"])
-        torch.set_rng_state(saved["rng"])
-    statistics = get_statistics(envs)
-    run_dir, writer = open_run(args, args.env_id, step, finished=step >= args.total_timesteps)
+        if args.seed == saved["args"]["seed"]:
+            torch.set_rng_state(saved["rng"])
+    obs = np.zeros((T + 1, N, *envs.single_observation_space.shape), np.uint8 if agent.is_image else np.float32)
+    actions = np.zeros((T + 1, N, *envs.single_action_space.shape), np.float32)  # the last row stays 0
+    rewards, terminated, done, mask = rollout = np.zeros((4, T, N), np.float32)
+    metrics = defaultdict(list)
 
-    history, episodes = [], np.zeros(3)  # METRICS per update; number, returns, lengths of episodes
-    start_step, start_time = step, time.perf_counter()
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=RANK > 0)
+    name = f"runs/{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = Path(args.run_dir or name)
+    if (run_dir / "args.json").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
+        raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    print(f"run directory: {run_dir}")
+    if args.track:
+        import wandb
 
-    while step < args.total_timesteps:
+        wandb.init(project="algos", name=run_dir.name, config=asdict(args), dir=run_dir, sync_tensorboard=True)
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step")
+    caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
+    save_now = True  # from the start, so that a run directory always has a checkpoint
+    while True:
+        # ===== save =====
+        if save_now:  # to another file first, so that a crash leaves the former checkpoint whole
+            state = {"script": SCRIPT, "args": asdict(args), "step": step, "rng": torch.get_rng_state()}
+            state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state, run_dir / "checkpoint.tmp")
+            (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
+        if caught:
+            raise SystemExit(f"\nstopped at step {step}; to go on: python {sys.argv[0]} --resume {run_dir}")
+        if step >= args.total_timesteps:
+            break
+
         # ===== collect =====
-        obs, actions, rewards, mask = [], [], [], []
-        next_obs, _ = envs.reset(seed=int(torch.randint(2**30, ())) + RANK * N)
-        running = np.ones(N, dtype=bool)
-        while sum_over_processes(torch.tensor(running.sum())) > 0:
-            obs.append(to_tensor(next_obs, device).clone())
-            noise = own(agent.noise(args.num_envs)).to(device)  # (N, A)
-            with torch.no_grad():
-                actions.append(act(obs[-1], noise).clone())  # (N,) or (N, A)
-            next_obs, reward, terminated, truncated, info = envs.step(actions[-1].cpu().numpy())
-            rewards.append(reward)
-            mask.append(running)
-            ended = running & (terminated | truncated)
-            if ended.any():
-                episodes += ended.sum(), info["episode"]["r"][ended].sum(), info["episode"]["l"][ended].sum()
-            running = running & ~ended
+        obs[0], _ = envs.reset(seed=int(torch.randint(2**30, ())))
+        running = np.ones(N)  # whether the episode goes on
+        for t in range(T):
+            action = act(torch.as_tensor(obs[t], device=device)).numpy()  # (N,) or (N, A)
+            obs[t + 1], rewards[t], terminated[t], truncated, info = envs.step(action)
+            actions[t], done[t] = action, np.maximum(terminated[t], truncated) * running
+            mask[t] = running
+            running = running - done[t]
+            if done[t].any():
+                metrics["charts/episodic_return"].extend(info["raw"]["r"][done[t] > 0])
+                metrics["charts/episodic_length"].extend(info["raw"]["l"][done[t] > 0])
+            if not running.any() or step + mask[: t + 1].sum() >= args.total_timesteps:
+                break
+        if running.any():
+            tqdm.write(f"step {step}: {running.sum():.0f} of {N} training episodes were cut after {t + 1} steps")
 
         # ===== compute targets =====
-        rewards, mask = (torch.tensor(np.array(x), dtype=torch.float32, device=device) for x in (rewards, mask))
-        returns = discounted_returns(rewards, mask, args.gamma)
-        if args.normalize_returns:
-            returns = own(standardise(gather(returns), gather(mask)), dim=1)
-        batch = [x[mask > 0] for x in (torch.stack(obs), torch.stack(actions), returns)]  # (B, …)
-        count = sum_over_processes(mask.sum())
-        step_before, step = step, step + int(count)
+        b_obs, b_actions = (torch.as_tensor(x[: t + 1], device=device) for x in (obs, actions))  # (t + 1, N, …)
+        b_rewards, _, b_done, b_mask = torch.tensor(rollout[:, : t + 1], device=device)  # (t + 1, N)
+        steps = b_mask.flatten().nonzero().squeeze(-1)  # the rows of (T·N,) that count
+        step_before, step = step, step + len(steps)
+        if "ALE/" in args.env_id:
+            b_rewards = b_rewards.sign()
+        returns = discounted_sum(b_rewards, args.gamma * (1 - b_done))  # G_t = r_t + γ·G_{t+1}
+        b_obs, b_actions, returns = (x.flatten(0, 1)[steps] for x in (b_obs, b_actions, returns))  # (B, …)
+        returns = (returns - returns.mean()) / (returns.std(correction=0) + 1e-8)
 
         # ===== update =====
-        learning_rate = args.learning_rate
-        if args.anneal_lr:
-            learning_rate = annealed(learning_rate, step_before, args.total_timesteps)
-        optimizer.param_groups[0]["lr"] = learning_rate
-        loss, metrics = loss_fn(agent, *batch, args.num_envs, count)
-        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters)):
-            parameter.grad = sum_over_processes(grad)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * step_before / args.total_timesteps)
+        logprobs, entropy = forward(b_obs, b_actions)
+        loss = -(logprobs * returns).sum() / N  # its gradient is that of -J: -1/m Σ_i Σ_t ∇log π(a_t|s_t)·G_t
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), np.inf)
         optimizer.step()
-        history.append(sum_over_processes(metrics).clone())
+        metrics["losses/policy_loss"].append(loss.detach())
+        metrics["losses/entropy"].append(entropy.detach().mean())
+        metrics["losses/grad_norm"].append(grad_norm)
+        if args.normalize and not agent.is_image:
+            agent.obs_norm.update(b_obs)  # after the update, which must see what `act` saw
 
-        # ===== log and save =====
-        statistics = get_statistics(envs)
-        save = step >= args.total_timesteps or passes(args.save_every, step_before, step)
-        if save or step_before == 0 or passes(LOG_EVERY, step_before, step):
-            losses = dict(zip(METRICS, torch.stack(history).mean(0).tolist()))
-            check_finite(sum(losses.values()), step, run_dir, bar)
-            log(writer, "losses", losses, step)
-            log_episodes(writer, bar, episodes, step)
-            speed = (step - start_step) / (time.perf_counter() - start_time)
-            log(writer, "charts", {"SPS": speed, "learning_rate": learning_rate}, step)
-            history, episodes = [], np.zeros(3)
-        if save:
-            save_checkpoint(run_dir, args, step=step, statistics=statistics, agent=agent.state_dict(),
-                            optimizer=optimizer.state_dict())
+        # ===== log =====
+        last = caught or step >= args.total_timesteps
+        save_now = last or args.save_every and step // args.save_every > step_before // args.save_every
+        if save_now or step_before == 0 or step // LOG_EVERY > step_before // LOG_EVERY:
+            means = {name: sum(map(float, values)) / len(values) for name, values in metrics.items()}
+            if not np.isfinite(means["losses/grad_norm"]):
+                raise SystemExit(f"\nthe loss became nan or inf before step {step}; {run_dir}/checkpoint.pt is older")
+            bar.set_postfix_str(f"return {means.get('charts/episodic_return', np.nan):.1f}", refresh=False)
+            means["charts/episodes"] = len(metrics["charts/episodic_return"])
+            means["charts/SPS"] = (step - bar.initial) / bar.format_dict["elapsed"]
+            means["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            for name, value in means.items():
+                writer.add_scalar(name, value, step)
+            metrics.clear()
         bar.update(step - step_before)
 
+    # ===== evaluate =====
     bar.close()
-    envs.close()
-    finish(args, agent, statistics, run_dir, writer, step)
+    (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))
+    if args.eval_episodes:
+        returns = evaluate(agent, make_envs(args.env_id, args.eval_episodes, env_kwargs), device)
+        writer.add_scalar("eval/return_mean", returns.mean(), step)
+        writer.add_scalar("eval/return_std", returns.std(), step)
+        print(f"evaluation: return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} greedy episodes")
+    if args.capture_video:
+        envs = make_envs(args.env_id, 1, env_kwargs | {"render_mode": "rgb_array"})
+        evaluate(agent, wrap.RecordVideo(envs, f"{run_dir}/videos"), device)
     writer.close()
 
 
 if __name__ == "__main__":
-    main(parse_args())
-    if WORLD_SIZE > 1:
-        sys.stdout.flush()
-        os._exit(0)  # an interpreter that ends in the usual way may meet gloo's threads, still at work, and abort
+    main(*parse_args())
