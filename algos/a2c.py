@@ -302,7 +302,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             obs[t + 1], rewards[t], terminated[t], truncated, info = envs.step(action)
             actions[t], done[t] = action, np.maximum(terminated[t], truncated)
             mask[t] = 1 - done[t - 1]  # the row after `done` is the reset, not a step
-            discounted[t] = rewards[t] + args.gamma * mask[t] * discounted[t - 1]
+            discounted[t] = mask[t] * (rewards[t] + args.gamma * discounted[t - 1])
             if done[t].any():
                 metrics["charts/episodic_return"].extend(info["raw"]["r"][done[t] > 0])
                 metrics["charts/episodic_length"].extend(info["raw"]["l"][done[t] > 0])

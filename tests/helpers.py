@@ -41,3 +41,16 @@ def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
 def environment(**variables: str) -> dict[str, str]:
     """This process's environment variables with some changed."""
     return os.environ | variables
+
+
+def spy_on(monkeypatch, owner, name: str) -> list[tuple[tuple, object]]:
+    """Replace a function by itself and keep (arguments, result) of each call in the list returned."""
+    original, calls = getattr(owner, name), []
+
+    def spy(*arguments, **keywords):
+        result = original(*arguments, **keywords)
+        calls.append((arguments, result))
+        return result
+
+    monkeypatch.setattr(owner, name, spy)
+    return calls

@@ -1,5 +1,7 @@
 """Small environments with known answers; import path for --env-id: probe_envs:Name-v0."""
 
+import signal
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
@@ -167,7 +169,7 @@ class Staggered(VectorEnv):
         self.state = np.where(fresh[:, None], start, 0.9 * self.state + push).astype(np.float32)
         self.over = self.time == self.length
         reward = np.where(fresh, 1e6 if self.trap else 0.0, self.gain + self.growth * self.episode)
-        shown = np.where(self.over[:, None] & self.trap, np.float32(1e6), self.state)
+        shown = np.where(self.over[:, None] & (self.trap is True), np.float32(1e6), self.state)
         return shown.copy(), reward, self.over.copy(), np.zeros(self.num_envs, bool), {}
 
 
@@ -246,3 +248,157 @@ for name, kwargs in (
     ("SameStep", {"autoreset_mode": AutoresetMode.SAME_STEP}),
 ):
     gym.register(f"{name}-v0", vector_entry_point=Staggered, kwargs=kwargs)
+
+
+class Bounds(Probe):
+    """One-dimensional Box action within [low, high], each kept in `seen`. With `best`, one-step episodes, best at it."""
+
+    def __init__(self, low, high, seen, best=None):
+        self.action_space = Box(low, high, (1,), np.float32)
+        self.high, self.seen, self.best = high, seen, best
+
+    def step(self, action):
+        self.seen.append(np.array(action))
+        if self.best is None:
+            return self.observe(), 0.0, False, False, {}
+        return self.observe(), -float((((action - self.best) / self.high) ** 2).sum()), True, False, {}
+
+
+class Image(Probe):
+    """Noise of any shape, uint8."""
+
+    def __init__(self, shape):
+        self.observation_space = Box(0, 255, shape, np.uint8)
+
+    def observe(self):
+        return self.np_random.integers(0, 256, self.observation_space.shape, np.uint8)
+
+
+class Endless(Probe):
+    """Never ends, and has no time limit."""
+
+
+gym.register("Endless-v0", entry_point=Endless)
+gym.register("StaggeredRewardTrap-v0", vector_entry_point=Staggered, kwargs={"trap": "reward"})
+
+
+# --- for the contract of the command line ---
+
+
+class Noise(Scaled):
+    """Scaled, whose reward points the other way with direction=-1."""
+
+    def __init__(self, direction=1):
+        self.direction = direction
+
+    def reward(self, action):
+        return self.direction * super().reward(action)
+
+
+class Alternating(Probe):
+    """Episodes of 5 steps and of `long` steps in turn, each step worth 1."""
+
+    episode = 0
+
+    def __init__(self, long=200):
+        self.long = long
+
+    def reset(self, *, seed=None, options=None):
+        self.episode += 1
+        return super().reset(seed=seed, options=options)
+
+    def over(self):
+        return self.time == (5 if self.episode % 2 else self.long)
+
+
+class Trouble(Noise):
+    """Noise that after `at` steps gives the reward `kind` (nan, inf), raises an error (raise) or sends itself a signal."""
+
+    total = 0
+
+    def __init__(self, kind="", at=0):
+        super().__init__()
+        self.kind, self.at = kind, at
+
+    def reset(self, *, seed=None, options=None):
+        if self.kind == "reset":
+            raise OSError("the simulator does not start")
+        return super().reset(seed=seed, options=options)
+
+    def reward(self, action):
+        self.total += 1
+        if self.total < self.at or self.kind in ("", "reset"):
+            return super().reward(action)
+        if self.kind == "raise":
+            raise OSError("the simulator died")
+        if self.kind.startswith("SIG"):
+            if self.total == self.at:
+                signal.raise_signal(signal.Signals[self.kind])
+            return super().reward(action)
+        return float(self.kind)
+
+
+class IntBox(Probe):
+    action_space = Box(0, 10, (2,), np.int64)
+
+
+class RewardArray(Probe):
+    def reward(self, action):
+        return np.array([1.0])
+
+
+class WrongShape(Probe):
+    observation_space = Box(-1, 1, (2,), np.float32)
+
+    def observe(self):
+        return np.zeros(3, np.float32)
+
+
+class OldReset(Probe):
+    """reset without a seed, which returns the observation alone."""
+
+    def reset(self):
+        return super().reset()[0]
+
+
+class OldStep(Probe):
+    """step with one `done` instead of terminated and truncated."""
+
+    def step(self, action):
+        obs, reward, over, _, info = super().step(action)
+        return obs, reward, over, info
+
+
+class Doubles(Probe):
+    """Observations in double precision where the space says single."""
+
+    def observe(self):
+        return np.ones(1)
+
+
+class Images(Probe):
+    """Grey noise of any shape."""
+
+    def __init__(self, shape):
+        self.observation_space = Box(0, 255, tuple(shape), np.uint8)
+
+    def observe(self):
+        return self.np_random.integers(0, 256, self.observation_space.shape, np.uint8)
+
+
+for cls, limit in (
+    (Noise, 20),
+    (Alternating, None),
+    (Trouble, 20),
+    (IntBox, 10),
+    (RewardArray, 10),
+    (WrongShape, 10),
+    (OldReset, 10),
+    (OldStep, 10),
+    (Doubles, 10),
+    (Images, 10),
+):
+    gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=limit)
+gym.register("Against-v0", entry_point=Noise, max_episode_steps=20, kwargs={"direction": -1})
+gym.register("Endless-v0", entry_point=Probe)
+gym.register("Recorded-v0", entry_point=lambda: gym.wrappers.RecordEpisodeStatistics(OneStep()))
