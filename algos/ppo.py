@@ -120,6 +120,8 @@ class Agent(nn.Module):
         super().__init__()
         self.discrete = isinstance(action_space, Discrete)
         self.is_image = obs_space.dtype == np.uint8 and len(obs_space.shape) in (2, 3)
+        if self.is_image and sorted(obs_space.shape)[-2] < 36:
+            raise SystemExit(f"images of shape {obs_space.shape} are too small for the CNN, which needs 36 x 36")
         A = int(action_space.n) if self.discrete else action_space.shape[0]
         self.obs_norm = RunningNorm(*obs_space.shape) if normalize else nn.Identity()
         self.return_norm = RunningNorm() if normalize else nn.Identity()

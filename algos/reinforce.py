@@ -15,9 +15,8 @@ Each update plays one new episode per environment. Logged values are means over 
 
 Differs from the paper:
  1. The returns of an update are normalised over all its steps, which scales the gradient and takes off a baseline.
- 2. The factor γ^t in front of each step's term is left out, as everywhere. Adam, with a falling learning rate.
- 3. A truncated episode counts as ended: without a critic there is no estimate of what would have followed.
- 4. Networks, Box actions, and Atari are as in ppo.py.
+ 2. No factor γ^t in front of each step's term, as everywhere; Adam, with a falling rate; truncated episodes are over.
+ 3. Networks, Box actions, and Atari are as in ppo.py.
 """
 
 import argparse
@@ -100,6 +99,8 @@ class Agent(nn.Module):
         super().__init__()
         self.discrete = isinstance(action_space, Discrete)
         self.is_image = obs_space.dtype == np.uint8 and len(obs_space.shape) in (2, 3)
+        if self.is_image and sorted(obs_space.shape)[-2] < 36:
+            raise SystemExit(f"images of shape {obs_space.shape} are too small for the CNN, which needs 36 x 36")
         A = int(action_space.n) if self.discrete else action_space.shape[0]
         self.obs_norm = RunningNorm(*obs_space.shape) if normalize else nn.Identity()
         if self.is_image:

@@ -308,21 +308,22 @@ def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
     return kl_coef * (1 + 0.1 * fault)
 
 
-def compute_gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor,
-                gamma: float, lam: float) -> Tensor:
-    """Generalised advantage estimation (GAE Eq. 16; PPO Eq. 11-12), all arguments and result (T, N).
+def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
+    """S_t = x_t + discount_t·S_{t+1}, backwards in time; all tensors (T, N)."""
+    sums = torch.empty_like(x)
+    following = torch.zeros_like(x[0])
+    for t in reversed(range(len(x))):
+        following = x[t] + discount[t] * following
+        sums[t] = following
+    return sums
 
-    A_t = δ_t + γλ·(1 - done_t)·A_{t+1} with δ_t = r_t + γ·V(s_{t+1})·(1 - terminated_t) - V(s_t).
-    `terminated` ends the return; `done` (terminated or truncated) only cuts the sum over later δ.
-    """
-    deltas = rewards + gamma * next_values * (1 - terminated) - values  # PPO Eq. 12
-    carry = gamma * lam * (1 - done)
-    advantages = torch.empty_like(deltas)
-    advantage = torch.zeros_like(deltas[0])
-    for t in reversed(range(len(deltas))):
-        advantage = deltas[t] + carry[t] * advantage  # PPO Eq. 11
-        advantages[t] = advantage
-    return advantages
+
+def compute_gae(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """Generalised advantage estimation (GAE Eq. 16; PPO Eq. 11-12): A_t = Σ_l (γλ)^l·δ_{t+l} up to `done`; all (T, N)."""
+    deltas = rewards + gamma * next_values * (1 - terminated) - values  # δ_t = r_t + γ·V(s_{t+1}) - V(s_t)
+    return discounted_sum(deltas, gamma * lam * (1 - done))
 
 
 def masked_mean(x: Tensor, mask: Tensor, count: Tensor) -> Tensor:
@@ -337,9 +338,9 @@ def standardise(x: Tensor, mask: Tensor) -> Tensor:
     return centred / (masked_mean(centred**2, mask, count).sqrt() + 1e-8)
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
+def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
     """Clipped surrogate per sample (PPO Eq. 7, negated): -min(r·A, clip(r, 1 - ε, 1 + ε)·A), r = π/π_old."""
-    ratio = (logprobs - old_logprobs).exp()  # PPO Eq. 6
+    ratio = log_ratio.exp()  # PPO Eq. 6
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)  # PPO Eq. 7
 
 
@@ -356,7 +357,7 @@ def rlhf_loss(logprobs: Tensor, values: Tensor, old_logprobs: Tensor, old_values
     Tensors are (b, R). Tokens with mask 0 don't count; count () is the number of those that do in the minibatch, over
     all processes.
     """
-    policy_term = masked_mean(policy_loss(logprobs, old_logprobs, advantages, clip_coef), mask, count)
+    policy_term = masked_mean(policy_loss(logprobs - old_logprobs, advantages, clip_coef), mask, count)
     value_term = masked_mean(value_loss(values, old_values, returns, clip_coef), mask, count)
     loss = policy_term + vf_coef * value_term  # PPO Eq. 9
     log_ratio = (logprobs - old_logprobs).detach()

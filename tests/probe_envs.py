@@ -288,8 +288,10 @@ gym.register("StaggeredRewardTrap-v0", vector_entry_point=Staggered, kwargs={"tr
 class Noise(Scaled):
     """Scaled, whose reward points the other way with direction=-1."""
 
-    def __init__(self, direction=1):
-        self.direction = direction
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, direction=1, render_mode=None):
+        self.direction, self.render_mode = direction, render_mode
 
     def reward(self, action):
         return self.direction * super().reward(action)
@@ -376,16 +378,6 @@ class Doubles(Probe):
         return np.ones(1)
 
 
-class Images(Probe):
-    """Grey noise of any shape."""
-
-    def __init__(self, shape):
-        self.observation_space = Box(0, 255, tuple(shape), np.uint8)
-
-    def observe(self):
-        return self.np_random.integers(0, 256, self.observation_space.shape, np.uint8)
-
-
 for cls, limit in (
     (Noise, 20),
     (Alternating, None),
@@ -396,9 +388,8 @@ for cls, limit in (
     (OldReset, 10),
     (OldStep, 10),
     (Doubles, 10),
-    (Images, 10),
 ):
     gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=limit)
 gym.register("Against-v0", entry_point=Noise, max_episode_steps=20, kwargs={"direction": -1})
-gym.register("Endless-v0", entry_point=Probe)
+gym.register("Image-v0", entry_point=lambda shape: Image(tuple(shape)), max_episode_steps=10)
 gym.register("Recorded-v0", entry_point=lambda: gym.wrappers.RecordEpisodeStatistics(OneStep()))
