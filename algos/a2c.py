@@ -10,8 +10,10 @@ to be expected: its TD errors say after a few steps how much better an action wa
 Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 1506.02438 (GAE; λ = 1: n-step returns).
 
     python algos/a2c.py                                           # CartPole-v1, whose settings the defaults are
-    python algos/a2c.py --env-id LunarLander-v3 RECIPE
-    python algos/a2c.py --env-id Pendulum-v1 RECIPE
+    python algos/a2c.py --env-id LunarLander-v3 --normalize --total-timesteps 1000000 --learning-rate 5e-3 --anneal-lr \\
+        --gamma 0.995 --gae-lambda 0.95 --ent-coef 0.002
+    python algos/a2c.py --env-id Pendulum-v1 --normalize --total-timesteps 1000000 --num-envs 4 --num-steps 16 \\
+        --learning-rate 2e-3 --anneal-lr --gamma 0.9 --gae-lambda 0.9
 
 Environments reset themselves one step late (gymnasium's NEXT_STEP). The observation that comes with `done` is the true
 final one, so V(final observation) is the next row's value; that next row ignores its action, is not a step, and counts

@@ -123,6 +123,7 @@ def bayes_loss() -> float:
 
 
 LN2 = 0.6931
+TAXI = 7.93  # mean return of the optimal policy over Taxi-v4's start states, by a linear solve (test_benchmark.py)
 SFT = (Measure("eval/loss", "held-out loss", higher=False, margin=0.01, optimum=sft_floor),)
 ACCURACY = {"name": "held-out accuracy", "margin": 0.25, "start": 0.5, "optimum": bayes_accuracy}
 PAIR_LOSS = Measure("eval/loss", "held-out loss", higher=False, margin=0.5, start=LN2, optimum=bayes_loss)
@@ -170,6 +171,25 @@ SPECS = (
     Spec("ppo", "HalfCheetah-v5", {"full": 3}, 8, returns(-270, margin=0.3),
          (*CHEETAH, "--num-envs", "1", "--num-steps", "2048", "--num-minibatches", "32", "--num-epochs", "10",
           "--learning-rate", "3e-4", "--ent-coef", "0")),
+    Spec("ppo", "LunarLander-v3", {"full": 5}, 1.5, returns(-185),
+         (*CONTROL, "--env-id", "LunarLander-v3", "--normalize", "--total-timesteps", "300000", "--num-envs", "8",
+          "--num-steps", "256", "--num-minibatches", "16", "--num-epochs", "10", "--learning-rate", "3e-4",
+          "--ent-coef", "0", "--gamma", "0.999", "--gae-lambda", "0.98")),
+    Spec("ppo", "Pendulum-v1", {"full": 5}, 1, returns(-1256),
+         (*CONTROL, "--env-id", "Pendulum-v1", "--normalize", "--total-timesteps", "200000", "--num-envs", "8",
+          "--num-steps", "256", "--num-minibatches", "16", "--num-epochs", "10", "--ent-coef", "0", "--gamma", "0.9")),
+    Spec("a2c", "LunarLander-v3", {"full": 5}, 2, returns(-185),
+         (*CONTROL, "--env-id", "LunarLander-v3", "--normalize", "--total-timesteps", "1000000", "--learning-rate", "5e-3",
+          "--anneal-lr", "--gamma", "0.995", "--gae-lambda", "0.95", "--ent-coef", "0.002")),
+    Spec("a2c", "Pendulum-v1", {"full": 5}, 2, returns(-1256),
+         (*CONTROL, "--env-id", "Pendulum-v1", "--normalize", "--total-timesteps", "1000000", "--num-envs", "4",
+          "--num-steps", "16", "--learning-rate", "2e-3", "--anneal-lr", "--gamma", "0.9", "--gae-lambda", "0.9")),
+    Spec("dqn", "LunarLander-v3", {"full": 5}, 2, returns(-185),
+         (*CONTROL, "--env-id", "LunarLander-v3", "--total-timesteps", "300000", "--buffer-size", "100000",
+          "--train-every", "4", "--target-every", "1000", "--learning-rate", "6.3e-4", "--loss", "huber",
+          "--max-grad-norm", "10", "--exploration-fraction", "0.2")),
+    Spec("q_learning", "Taxi-v4", {"quick": 2, "full": 5}, 0.3,
+         (Measure("eval/return_mean", "greedy return", start=-776, margin=0.02, optimum=lambda: TAXI),)),
     Spec("sft", "reviews", {"quick": 1, "full": 5}, 3, SFT, (*CPU, "--eval-every", "125")),
     Spec("reward_model", "preferences", {"quick": 1, "full": 5}, 3, REWARD, (*CPU, "--eval-every", "75"),
          peer="trl_reward_model_preferences.json"),

@@ -1,0 +1,200 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["gymnasium>=1.4.0", "numpy>=2.4", "safetensors>=0.8", "tensorboard>=2.21", "torch>=2.13.0",
+#     "tqdm>=4.70", "tyro>=1.0.17"]
+# ///
+"""Tabular Q-learning (Watkins 1989; Sutton & Barto 2018, section 6.5), beside the exact optimum.
+
+Q*(s, a) is the return of action a in state s followed by the best actions. Each step moves Q(s, a) by a share α towards
+a sample of Bellman's optimality equation. Where the environment publishes its transitions (`P`, as toy text does) value
+iteration finds Q* first, and charts/q_error is max |Q - Q*| over the charts/visited pairs (s, a) updated so far.
+
+    python algos/q_learning.py    # Taxi-v4: optimal, 13 s; --alpha-decay 0 --epsilon-end 0.5: q_error 0 (4 of 5 seeds)
+    python algos/q_learning.py --env-id FrozenLake-v1 --total-timesteps 500000    # optimal, q_error falls to 0.06, 17 s
+    python algos/q_learning.py --env-id CliffWalking-v1 --alpha-decay 0 --total-timesteps 100000  # -13, q_error 0, 6 s
+
+Differs from the paper: N environments side by side, which update one after another with targets of the table before;
+α = 1 / n^ω at a pair's n-th visit: ω > 1/2 averages chance out (Even-Dar & Mansour 2003); truncation bootstraps.
+"""
+
+import argparse
+import json
+import signal
+import sys
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+LOG_EVERY = 1000  # environment steps
+MAX_EVAL_STEPS = 27_000  # an evaluation episode is cut there
+
+
+@dataclass
+class Args:
+    seed: int = 1  # of actions and environments
+    run_dir: str = ""  # where the run is written; by default runs/<task>__<script>__<seed>__<time>
+    resume: str = ""  # run directory or checkpoint to continue, with its flags where none are given
+    save_every: int = 100_000  # steps between checkpoints; 0: only at the end
+    track: bool = False  # mirror the logs to Weights & Biases
+    eval_episodes: int = 100  # episodes of the greedy policy after training; 0 skips them
+    env_id: str = "Taxi-v4"  # gymnasium's name; module:Name-v0 imports module first, here or installed
+    env_kwargs: str = "{}"  # JSON object of keyword arguments for the environment
+    total_timesteps: int = 300_000  # environment steps to train for
+    num_envs: int = 16  # N: environments stepped side by side
+    gamma: float = 0.99  # discount γ
+    alpha_decay: float = 0.6  # ω of the step size α = 1 / n^ω; 0: α = 1, best where nothing is random
+    epsilon_end: float = 0.1  # share ε of random actions in the end; it starts at 1
+    exploration_fraction: float = 0.5  # share of total_timesteps over which ε falls linearly
+
+    def __post_init__(self) -> None:
+        if min(self.total_timesteps, self.num_envs) < 1 or not 0 <= self.gamma < 1 or self.alpha_decay < 0:
+            raise ValueError("total-timesteps and num-envs must be at least 1, gamma and alpha-decay 0, gamma below 1")
+
+
+def epsilon_at(step: int, end: float, duration: float) -> float:
+    """Share ε of random actions: falls linearly from 1 at step 0 to `end` at step `duration`, and stays there."""
+    return 1 + (end - 1) * min(1.0, step / max(1.0, duration))
+
+
+def td_target(rewards: Tensor, next_q: Tensor, terminated: Tensor, gamma: float) -> Tensor:
+    """y = r + γ·max_a' Q(s', a')·(1 - terminated), (B,), a sample of Bellman's equation; next_q = Q(s', ·) is (B, A)."""
+    return rewards + gamma * next_q.max(-1).values * (1 - terminated)
+
+
+def value_iteration(P: dict[int, dict[int, list]], gamma: float) -> Tensor:
+    """Q* (S, A) by Bellman's optimality equation Q(s, a) = Σ p·(r + γ·max_a' Q(s', a')·(1 - terminated)), repeated."""
+    outcomes = [(s, a, *outcome) for s in range(len(P)) for a in range(len(P[s])) for outcome in P[s][a]]
+    states, actions, probs, next_states, rewards, terminated = torch.tensor(outcomes, dtype=torch.float64).T
+    q = torch.zeros(len(P), len(P[0]), dtype=torch.float64)
+    for _ in range(int(30 / (1 - gamma))):  # each shrinks the error by γ, together to 1e-13
+        targets = td_target(rewards, q[next_states.long()], terminated, gamma)
+        q = torch.zeros_like(q).index_put((states.long(), actions.long()), probs * targets, accumulate=True)
+    return q
+
+
+def parse_args() -> tuple[Args, dict[str, Any] | None]:
+    """Flags of the command line; when resuming, on top of those of the checkpoint, which comes with them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    path, default, saved = parser.parse_known_args()[0].resume, Args(), None
+    if path:
+        path = path / "checkpoint.pt" if path.is_dir() else path
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if saved["script"] != SCRIPT:
+            raise SystemExit(f"--resume {path}: written by {saved['script']}.py, not {SCRIPT}.py")
+        saved["args"]["run_dir"] = str(path.parent)  # wherever it lies now
+        default = Args(**saved["args"])
+    return tyro.cli(Args, default=default, description=__doc__.splitlines()[0]), saved
+
+
+def save_checkpoint(run_dir: Path, args: Args, step: int, **modules: Any) -> None:
+    """Write all that a run needs to go on; a crash while writing leaves the former checkpoint whole."""
+    state = {"script": SCRIPT, "args": asdict(args), "step": step, "rng": torch.get_rng_state()}
+    torch.save(state | {name: x.state_dict() for name, x in modules.items()}, run_dir / "checkpoint.tmp")
+    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
+
+
+def main(args: Args, saved: dict[str, Any] | None = None) -> None:
+    torch.manual_seed(args.seed)
+    sys.path.append("")  # a user's own module may lie there
+    env_kwargs = json.loads(args.env_kwargs)
+    envs = gym.make_vec(args.env_id, args.num_envs, "sync", None, **env_kwargs)
+    spaces = envs.single_observation_space, envs.single_action_space
+    if any(not isinstance(space, gym.spaces.Discrete) or space.start != 0 for space in spaces):
+        raise SystemExit(f"{args.env_id}: observations and actions must be Discrete from 0, not {spaces}")
+    q, visits = np.zeros((2, *(space.n for space in spaces)))  # Q(s, a) and the number of its updates, (S, A)
+    agent = nn.Module()  # saves both, whose memory it shares
+    agent.q, agent.visits = nn.Buffer(torch.from_numpy(q)), nn.Buffer(torch.from_numpy(visits))
+    tables = {"return": agent.q}  # of the greedy policy and, where P is known, of π*
+    if hasattr(envs.envs[0].unwrapped, "P") and "fickle" not in args.env_kwargs:  # which Taxi's P omits
+        tables["optimal_return"] = optimal_q = value_iteration(envs.envs[0].unwrapped.P, args.gamma)
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs, LOG_EVERY, stats_key="raw")
+    step = saved["step"] if saved else 0
+    if saved:
+        agent.load_state_dict(saved["agent"])
+        if args.seed == saved["args"]["seed"]:
+            torch.set_rng_state(saved["rng"])
+    run_dir = Path(args.run_dir or f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}")
+    if (run_dir / "args.json").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
+        raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    print(f"run directory: {run_dir}")
+    if args.track:
+        import wandb
+
+        wandb.init(project="algos", name=run_dir.name, config=asdict(args), dir=run_dir, sync_tensorboard=True)
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    save_checkpoint(run_dir, args, step, agent=agent)
+    obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))
+    caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step")
+    while step < args.total_timesteps:
+        # ===== collect =====
+        is_step = ~envs.prev_dones  # an environment that was done resets now, whatever the action
+        epsilon = epsilon_at(step, args.epsilon_end, args.exploration_fraction * args.total_timesteps)
+        explore = torch.rand(args.num_envs) < epsilon
+        action = torch.where(explore, torch.randint(q.shape[1], explore.shape), agent.q[obs].argmax(-1)).numpy()  # (N,)
+        next_obs, reward, terminated, _, _ = envs.step(action)
+
+        # ===== compute targets =====
+        targets = td_target(torch.tensor(reward), agent.q[next_obs], torch.tensor(terminated).double(), args.gamma)
+
+        # ===== update =====
+        for s, a, y in zip(obs[is_step], action[is_step], targets.numpy()[is_step]):
+            visits[s, a] += 1
+            q[s, a] += (y - q[s, a]) / visits[s, a] ** args.alpha_decay
+        step_before, step = step, step + int(is_step.sum())
+        obs = next_obs
+
+        # ===== log and save =====
+        last = caught or step >= args.total_timesteps
+        save_now = last or args.save_every and step // args.save_every > step_before // args.save_every
+        if save_now or step_before == 0 or step // LOG_EVERY > step_before // LOG_EVERY:
+            assert np.isfinite(q).all(), f"Q became nan or inf before step {step}; {run_dir}/checkpoint.pt is older"
+            writer.add_scalar("charts/SPS", (step - bar.initial) / bar.format_dict["elapsed"], step)
+            writer.add_scalar("charts/visited", (visits > 0).sum(), step)
+            if "optimal_return" in tables:
+                writer.add_scalar("charts/q_error", (agent.q - optimal_q).abs()[visits > 0].max(), step)
+            for name, queue in {"episodic_return": envs.return_queue, "episodic_length": envs.length_queue}.items():
+                if queue:
+                    writer.add_scalar(f"charts/{name}", np.mean(queue), step)
+                    queue.clear()
+        if save_now:
+            save_checkpoint(run_dir, args, step, agent=agent)
+        bar.update(step - step_before)
+        if caught:
+            raise SystemExit(f"\nstopped at step {step}; to go on: python {sys.argv[0]} --resume {run_dir}")
+
+    # ===== evaluate =====
+    (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))
+    for name, table in tables.items() if args.eval_episodes else ():
+        envs = gym.make_vec(args.env_id, args.eval_episodes, "sync", None, **env_kwargs)
+        obs, _ = envs.reset(seed=args.seed)
+        returns, running = np.zeros(len(obs)), np.ones(len(obs), dtype=bool)
+        for _ in range(MAX_EVAL_STEPS):
+            obs, reward, terminated, truncated, _ = envs.step(table[obs].argmax(-1).numpy())
+            returns += reward * running
+            running &= ~(terminated | truncated)
+            if not running.any():
+                break
+        writer.add_scalar(f"eval/{name}_mean", returns.mean(), step)
+        tqdm.write(f"evaluation: {name} {returns.mean():.2f} ± {returns.std():.2f}, {running.sum()} of {len(obs)} cut")
+    writer.close()
+
+
+if __name__ == "__main__":
+    main(*parse_args())
