@@ -1,29 +1,28 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["ale-py>=0.12.1", "gymnasium[box2d,classic-control,mujoco]>=1.4.0", "moviepy>=2.2.1", "numpy>=2.4",
-#   "opencv-python-headless>=4.13", "safetensors>=0.8", "tensorboard>=2.21", "torch>=2.13.0", "tqdm>=4.70", "tyro>=1.0.17"]
+# "opencv-python-headless>=4.13", "safetensors>=0.8", "tensorboard>=2.21", "torch>=2.13", "tqdm>=4.70", "tyro>=1.0.17"]
 # ///
 """Advantage actor-critic (A2C): a critic takes down the variance of the policy gradient.
 
-REINFORCE waits for the end of an episode and blames each action for what it did not cause. A critic V(s) learns what was
-to be expected: its TD errors say after a few steps how much better an action was, so updates come often.
+REINFORCE waits for the end of an episode and blames each action for what it did not cause. A critic V(s) learns what
+was to be expected: its TD errors say after a few steps how much better an action was, so updates come often.
 Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 1506.02438 (GAE; λ = 1: n-step returns).
 
     python algos/a2c.py                                           # CartPole-v1, whose settings the defaults are
-    python algos/a2c.py --env-id LunarLander-v3 --normalize --total-timesteps 1000000 --learning-rate 5e-3 --anneal-lr \\
-        --gamma 0.995 --gae-lambda 0.95 --ent-coef 0.002
+    python algos/a2c.py --env-id LunarLander-v3 --normalize --total-timesteps 1000000 --learning-rate 5e-3 \\
+        --anneal-lr --gamma 0.995 --gae-lambda 0.95 --ent-coef 0.002
     python algos/a2c.py --env-id Pendulum-v1 --normalize --total-timesteps 1000000 --num-envs 4 --num-steps 16 \\
         --learning-rate 2e-3 --anneal-lr --gamma 0.9 --gae-lambda 0.9
 
 Environments reset themselves one step late (gymnasium's NEXT_STEP). The observation that comes with `done` is the true
-final one, so V(final observation) is the next row's value; that next row ignores its action, is not a step, and counts
-nowhere. Logged values are means over the interval, returns are raw scores.
+final one, so V(final observation) is the next row's value, and only a termination ends the return; that next row
+ignores its action, is not a step, and counts nowhere. Logged values are means over the interval, returns raw scores.
 
 Differs from the paper:
  1. Synchronous: one process steps N environments, where A3C's threads update on their own.
  2. RMSprop is torch's, which adds eps outside the root, as Stable-Baselines3 does; the paper's has it inside.
- 3. Truncated episodes bootstrap with V(final observation); only a termination ends the return.
- 4. Networks, Box actions, and Atari are as in ppo.py.
+ 3. Networks, Box actions, and Atari are as in ppo.py.
 """
 
 import argparse
@@ -176,7 +175,7 @@ def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
 def compute_gae(
     rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float
 ) -> Tensor:
-    """Generalised advantage estimation (GAE Eq. 16; PPO Eq. 11-12): A_t = Σ_l (γλ)^l·δ_{t+l} up to `done`; all (T, N)."""
+    """Generalised advantage estimation (GAE Eq. 16, PPO Eq. 11-12): A_t = Σ_l (γλ)^l·δ_{t+l}, to `done`; all (T, N)."""
     deltas = rewards + gamma * next_values * (1 - terminated) - values  # δ_t = r_t + γ·V(s_{t+1}) - V(s_t)
     return discounted_sum(deltas, gamma * lam * (1 - done))
 

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["ale-py>=0.12.1", "gymnasium[box2d,classic-control,mujoco]>=1.4.0", "moviepy>=2.2.1", "numpy>=2.4",
-#   "opencv-python-headless>=4.13", "safetensors>=0.8", "tensorboard>=2.21", "torch>=2.13.0", "tqdm>=4.70", "tyro>=1.0.17"]
+# "opencv-python-headless>=4.13", "safetensors>=0.8", "tensorboard>=2.21", "torch>=2.13", "tqdm>=4.70", "tyro>=1.0.17"]
 # ///
 """Deep Q-Network (DQN): Q-learning with a network, from replayed steps and towards a network that lags.
 
@@ -192,12 +192,12 @@ def epsilon_at(step: int, end: float, duration: float) -> float:
 
 
 def td_target(rewards: Tensor, next_q: Tensor, terminated: Tensor, gamma: float) -> Tensor:
-    """y = r + γ·max_a' Q(s', a')·(1 - terminated), (B,), a sample of Bellman's equation; next_q = Q(s', ·) is (B, A)."""
+    """y = r + γ·max_a' Q(s', a')·(1 - terminated), (B,), a sample of Bellman's equation; next_q = Q(s', ·), (B, A)."""
     return rewards + gamma * next_q.max(-1).values * (1 - terminated)
 
 
 def td_loss(values: Tensor, targets: Tensor, kind: str) -> Tensor:
-    """(y - Q(s, a))² (DQN Eq. 2), or huber: half of it up to an error of 1, linear beyond (Nature, Methods); (B,) each."""
+    """(y - Q(s, a))² (DQN Eq. 2), or huber: half of it up to an error of 1, linear beyond (Nature, Methods); (B,)."""
     assert values.shape == targets.shape and values.ndim == 1, (values.shape, targets.shape)
     loss = nn.functional.huber_loss if kind == "huber" else nn.functional.mse_loss
     return loss(values, targets, reduction="none")

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["ale-py>=0.12.1", "gymnasium[box2d,classic-control,mujoco]>=1.4.0", "moviepy>=2.2.1", "numpy>=2.4",
-#   "opencv-python-headless>=4.13", "safetensors>=0.8", "tensorboard>=2.21", "torch>=2.13.0", "tqdm>=4.70", "tyro>=1.0.17"]
+# "opencv-python-headless>=4.13", "safetensors>=0.8", "tensorboard>=2.21", "torch>=2.13", "tqdm>=4.70", "tyro>=1.0.17"]
 # ///
 """Proximal Policy Optimization (PPO): a policy gradient that may reuse its data.
 
@@ -185,7 +185,7 @@ def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
 def compute_gae(
     rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float
 ) -> Tensor:
-    """Generalised advantage estimation (GAE Eq. 16; PPO Eq. 11-12): A_t = Σ_l (γλ)^l·δ_{t+l} up to `done`; all (T, N)."""
+    """Generalised advantage estimation (GAE Eq. 16, PPO Eq. 11-12): A_t = Σ_l (γλ)^l·δ_{t+l}, to `done`; all (T, N)."""
     deltas = rewards + gamma * next_values * (1 - terminated) - values  # δ_t = r_t + γ·V(s_{t+1}) - V(s_t)
     return discounted_sum(deltas, gamma * lam * (1 - done))
 

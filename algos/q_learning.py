@@ -68,7 +68,7 @@ def epsilon_at(step: int, end: float, duration: float) -> float:
 
 
 def td_target(rewards: Tensor, next_q: Tensor, terminated: Tensor, gamma: float) -> Tensor:
-    """y = r + γ·max_a' Q(s', a')·(1 - terminated), (B,), a sample of Bellman's equation; next_q = Q(s', ·) is (B, A)."""
+    """y = r + γ·max_a' Q(s', a')·(1 - terminated), (B,), a sample of Bellman's equation; next_q = Q(s', ·), (B, A)."""
     return rewards + gamma * next_q.max(-1).values * (1 - terminated)
 
 

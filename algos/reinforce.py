@@ -1,12 +1,12 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["ale-py>=0.12.1", "gymnasium[box2d,classic-control,mujoco]>=1.4.0", "moviepy>=2.2.1", "numpy>=2.4",
-#   "opencv-python-headless>=4.13", "safetensors>=0.8", "tensorboard>=2.21", "torch>=2.13.0", "tqdm>=4.70", "tyro>=1.0.17"]
+# "opencv-python-headless>=4.13", "safetensors>=0.8", "tensorboard>=2.21", "torch>=2.13", "tqdm>=4.70", "tyro>=1.0.17"]
 # ///
 """REINFORCE: the policy gradient itself, from whole episodes (Williams 1992, Machine Learning 8).
 
 The gradient of the expected return needs no model of the environment: make each action more likely in proportion to the
-return that followed it (Sutton et al. 1999). Nothing is learnt but the policy; no estimate of a value calms the gradient.
+return that followed it (Sutton et al. 1999). Only the policy is learnt; no estimate of a value calms the gradient.
 
     python algos/reinforce.py                                     # CartPole-v1, whose settings the defaults are
     python algos/reinforce.py --env-id Acrobot-v1 --learning-rate 5e-3

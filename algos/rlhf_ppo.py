@@ -321,7 +321,7 @@ def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
 def compute_gae(
     rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float
 ) -> Tensor:
-    """Generalised advantage estimation (GAE Eq. 16; PPO Eq. 11-12): A_t = Σ_l (γλ)^l·δ_{t+l} up to `done`; all (T, N)."""
+    """Generalised advantage estimation (GAE Eq. 16, PPO Eq. 11-12): A_t = Σ_l (γλ)^l·δ_{t+l}, to `done`; all (T, N)."""
     deltas = rewards + gamma * next_values * (1 - terminated) - values  # δ_t = r_t + γ·V(s_{t+1}) - V(s_t)
     return discounted_sum(deltas, gamma * lam * (1 - done))
 
