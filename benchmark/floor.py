@@ -106,7 +106,8 @@ def main() -> None:
         sys.path.insert(0, str(ALGOS))
         module, recorder = importlib.import_module(script), Recorder()
         with recorder, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            module.main(module.parse_args())
+            given = module.parse_args()  # control: with the checkpoint that is resumed, none
+            module.main(*given) if isinstance(given, tuple) else module.main(given)
     times = {kind: recorder.counts[kind] * seconds(*call) for kind, call in recorder.calls.items()}
     attention = sum(x for kind, x in times.items() if "scaled_dot_product" in kind)
     products = sum(times.values()) - attention

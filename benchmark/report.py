@@ -25,7 +25,7 @@ Written by `python benchmark/run.py report` from `reference/` and the measuremen
 
 ```bash
 python benchmark/run.py list                 # what there is to run, how long it takes, what has been run
-python benchmark/run.py run                  # quick tier: all eight scripts; starts what is missing, then answers
+python benchmark/run.py run                  # quick tier: all nine scripts; starts what is missing, then answers
 python benchmark/run.py run --tier full      # five seeds of everything
 python benchmark/run.py check --tier full    # the answers again
 ```

@@ -1,7 +1,7 @@
 """The regression benchmark: runs the scripts of algos/ and holds their learning curves against references.
 
     python benchmark/run.py list                       # what there is to run
-    python benchmark/run.py run                        # the quick tier: all eight scripts, then the answers
+    python benchmark/run.py run                        # the quick tier: all nine scripts, then the answers
     python benchmark/run.py run --tier full            # five seeds of everything, on two cores under two hours
     python benchmark/run.py run 'ppo-*' --seeds 10     # some specs, with more seeds
     python benchmark/run.py check --tier full          # the answers alone, from the runs that there are

@@ -50,7 +50,6 @@ SETTINGS = {
             "n_epochs": 4,
             "learning_rate": 1e-3,
             "ent_coef": 0.01,
-            "clip_range_vf": 0.2,
         },
     },
     "a2c": {"num_envs": 16, "model": {"learning_rate": 1e-3}},
