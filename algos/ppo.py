@@ -291,7 +291,6 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     rewards, terminated, done, mask, discounted = rollout = np.zeros((5, T, N), np.float32)
     metrics = defaultdict(list)
     obs[T], _ = envs.reset(seed=int(torch.randint(2**30, ())))
-
     name = f"runs/{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.run_dir or name)
     if (run_dir / "args.json").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
@@ -380,8 +379,9 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             means = {name: sum(map(float, values)) / len(values) for name, values in metrics.items()}
             if not np.isfinite(means["losses/grad_norm"]):
                 raise SystemExit(f"\nthe loss became nan or inf before step {step}; {run_dir}/checkpoint.pt is older")
-            bar.set_postfix_str(f"return {means.get('charts/episodic_return', np.nan):.1f}", refresh=False)
-            means["charts/episodes"] = len(metrics["charts/episodic_return"])
+            if "charts/episodic_return" in means:
+                means["charts/episodes"] = len(metrics["charts/episodic_return"])
+                bar.set_postfix_str(f"return {means['charts/episodic_return']:.1f}", refresh=False)
             means["charts/SPS"] = (step - bar.initial) / bar.format_dict["elapsed"]
             means["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             for name, value in means.items():

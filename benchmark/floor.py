@@ -95,7 +95,7 @@ def main() -> None:
         command = [sys.executable, ALGOS / f"{script}.py", *flags_of(script, flags, Path(folder) / "whole")]
         done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
         if done.returncode:
-            print((done.stderr.strip() or "no message").splitlines()[-1], file=sys.stderr)
+            print(done.stderr.strip() or "no message", file=sys.stderr)
             raise SystemExit(done.returncode)
         tag = TAGS.get(script, "charts/SPS")
         steps, speeds, _ = curves.load_run(Path(folder) / "whole", tag)

@@ -150,19 +150,19 @@ CARTPOLE = {"task": "CartPole-v1", "flags": CONTROL, "measures": returns(22, opt
 ACROBOT = {"task": "Acrobot-v1", "flags": (*CONTROL, "--env-id", "Acrobot-v1"), "measures": returns(-495)}
 
 SPECS = (
-    Spec("dqn", seeds={"quick": 2, "full": 5}, minutes=2.5, peer="cleanrl_dqn_CartPole-v1.json",
+    Spec("dqn", seeds={"quick": 2, "full": 5}, minutes=1, peer="cleanrl_dqn_CartPole-v1.json",
          published=("cleanrl", "dqn"), **CARTPOLE),
     Spec("reinforce", seeds={"quick": 2, "full": 5}, minutes=0.4, **CARTPOLE),
     Spec("a2c", seeds={"quick": 2, "full": 5}, minutes=0.7, peer="sb3_a2c_CartPole-v1.json",
          published=("rl_zoo", "a2c"), **CARTPOLE),
     Spec("ppo", seeds={"quick": 2, "full": 5}, minutes=0.7, peer="cleanrl_ppo_CartPole-v1.json",
          published=("cleanrl", "ppo"), **CARTPOLE),
-    Spec("dqn", seeds={"full": 5}, minutes=4, peer="cleanrl_dqn_Acrobot-v1.json",
+    Spec("dqn", seeds={"full": 5}, minutes=1.5, peer="cleanrl_dqn_Acrobot-v1.json",
          published=("cleanrl", "dqn"), **ACROBOT),
     Spec("reinforce", seeds={"full": 5}, minutes=2, **ACROBOT | {"flags": (*ACROBOT["flags"], "--learning-rate", "5e-3")}),
-    Spec("a2c", seeds={"full": 5}, minutes=3, peer="sb3_a2c_Acrobot-v1.json",
+    Spec("a2c", seeds={"full": 5}, minutes=1, peer="sb3_a2c_Acrobot-v1.json",
          published=("rl_zoo", "a2c"), **ACROBOT),
-    Spec("ppo", seeds={"full": 5}, minutes=3, peer="cleanrl_ppo_Acrobot-v1.json",
+    Spec("ppo", seeds={"full": 5}, minutes=1, peer="cleanrl_ppo_Acrobot-v1.json",
          published=("cleanrl", "ppo"), **ACROBOT),
     Spec("reinforce", "HalfCheetah-v5", {"full": 3}, 5, returns(-270, margin=0.3),
          (*CHEETAH, "--num-envs", "2", "--learning-rate", "3e-3")),
