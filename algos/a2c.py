@@ -12,8 +12,8 @@ Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 15
     python algos/a2c.py                                           # CartPole-v1, whose settings the defaults are
     python algos/a2c.py --env-id LunarLander-v3 --normalize --total-timesteps 1000000 --learning-rate 5e-3 \\
         --anneal-lr --gamma 0.995 --gae-lambda 0.95 --ent-coef 0.002
-    python algos/a2c.py --env-id Pendulum-v1 --normalize --total-timesteps 1000000 --num-envs 4 --num-steps 16 \\
-        --learning-rate 2e-3 --anneal-lr --gamma 0.9 --gae-lambda 0.9
+    python algos/a2c.py --env-id Pendulum-v1 --normalize --total-timesteps 1000000 --num-envs 8 --num-steps 16 \\
+        --learning-rate 1.5e-3 --anneal-lr --gamma 0.9 --gae-lambda 0.9
 
 Environments reset themselves one step late (gymnasium's NEXT_STEP). The observation that comes with `done` is the true
 final one, so V(final observation) is the next row's value, and only a termination ends the return; that next row
@@ -270,7 +270,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     obs[T], _ = envs.reset(seed=int(torch.randint(2**30, ())))
     name = f"runs/{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.run_dir or name)
-    if (run_dir / "args.json").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
+    if (run_dir / "checkpoint.pt").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
@@ -362,6 +362,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
 
     # ===== evaluate =====
     bar.close()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))
     if args.eval_episodes:
         returns = evaluate(agent, make_envs(args.env_id, args.eval_episodes, env_kwargs), device)

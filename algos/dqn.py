@@ -10,10 +10,11 @@ the next state. Replay at random breaks the correlation of successive steps; a l
 Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (target network, clipped error, CNN).
 
     python algos/dqn.py                                           # CartPole-v1, whose settings the defaults are
-    python algos/dqn.py --env-id LunarLander-v3 --total-timesteps 300000 --buffer-size 100000 --train-every 4 \\
-        --target-every 1000 --learning-rate 6.3e-4 --loss huber --max-grad-norm 10 --exploration-fraction 0.2
+    python algos/dqn.py --env-id LunarLander-v3 --buffer-size 100000 --train-every 4 --target-every 1000 \\
+        --learning-rate 6.3e-4 --loss huber --max-grad-norm 10
     python algos/dqn.py --env-id MountainCar-v0 --env-kwargs '{"max_episode_steps": 1000}' --total-timesteps 240000 \\
-        --buffer-size 100000 --learning-rate 1e-3 --train-every 4 --exploration-fraction 0.25 --epsilon-end 0.02
+        --num-envs 16 --buffer-size 100000 --learning-rate 1e-3 --learning-starts 1000 --train-every 4 \\
+        --target-every 600 --exploration-fraction 0.25
     python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --learning-rate 1e-4 --batch-size 32 \\
         --num-envs 8 --train-every 4 --buffer-size 1000000 --learning-starts 80000 --target-every 1000 \\
         --epsilon-end 0.01 --exploration-fraction 0.1 --save-every 2000000      # 7 GB of memory, 14 of disk
@@ -302,7 +303,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     is_step = np.ones(args.num_envs, bool)
     name = f"runs/{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.run_dir or name)
-    if (run_dir / "args.json").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
+    if (run_dir / "checkpoint.pt").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
@@ -385,6 +386,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
 
     # ===== evaluate =====
     bar.close()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))
     if args.eval_episodes:
         returns = evaluate(agent, make_envs(args.env_id, args.eval_episodes, env_kwargs), device)

@@ -293,7 +293,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     obs[T], _ = envs.reset(seed=int(torch.randint(2**30, ())))
     name = f"runs/{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.run_dir or name)
-    if (run_dir / "args.json").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
+    if (run_dir / "checkpoint.pt").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
@@ -391,6 +391,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
 
     # ===== evaluate =====
     bar.close()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))
     if args.eval_episodes:
         returns = evaluate(agent, make_envs(args.env_id, args.eval_episodes, env_kwargs), device)

@@ -126,7 +126,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         if args.seed == saved["args"]["seed"]:
             torch.set_rng_state(saved["rng"])
     run_dir = Path(args.run_dir or f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}")
-    if (run_dir / "args.json").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
+    if (run_dir / "checkpoint.pt").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")

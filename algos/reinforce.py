@@ -8,8 +8,7 @@
 The gradient of the expected return needs no model of the environment: make each action more likely in proportion to the
 return that followed it (Sutton et al. 1999). Only the policy is learnt; no estimate of a value calms the gradient.
 
-    python algos/reinforce.py                                     # CartPole-v1, whose settings the defaults are
-    python algos/reinforce.py --env-id Acrobot-v1 --learning-rate 5e-3
+    python algos/reinforce.py       # CartPole-v1, whose settings the defaults are; Acrobot-v1 wants --learning-rate 5e-3
 
 Each update plays one new episode per environment. Logged values are means over the interval, returns are raw scores.
 
@@ -246,7 +245,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     metrics = defaultdict(list)
     name = f"runs/{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.run_dir or name)
-    if (run_dir / "args.json").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
+    if (run_dir / "checkpoint.pt").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
@@ -326,7 +325,6 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
                 means["charts/episodes"] = len(metrics["charts/episodic_return"])
                 bar.set_postfix_str(f"return {means['charts/episodic_return']:.1f}", refresh=False)
             means["charts/SPS"] = (step - bar.initial) / bar.format_dict["elapsed"]
-            means["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             for name, value in means.items():
                 writer.add_scalar(name, value, step)
             metrics.clear()
@@ -334,6 +332,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
 
     # ===== evaluate =====
     bar.close()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))
     if args.eval_episodes:
         returns = evaluate(agent, make_envs(args.env_id, args.eval_episodes, env_kwargs), device)

@@ -126,7 +126,7 @@ FAULTS = (
     Fault("checkpoint-written-in-place", CONTROL, 'torch.save(state, run_dir / "checkpoint.tmp")',
           'torch.save(state, run_dir / "checkpoint.pt")\n            torch.save(state, run_dir / "checkpoint.tmp")',
           "test_contract.py::test_saving_replaces_the_former_checkpoint_at_once_or_not_at_all"),
-    Fault("a-run-is-overwritten", CONTROL, 'if (run_dir / "args.json").exists() and not', "if False and not",
+    Fault("a-run-is-overwritten", CONTROL, 'if (run_dir / "checkpoint.pt").exists() and not', "if False and not",
           "test_contract.py::test_a_folder_that_holds_a_run_is_never_overwritten"),
     # --- REINFORCE ---
     Fault("reinforce-returns-not-discounted", "reinforce a2c ppo rlhf_ppo", "x[t] + discount[t] * following",

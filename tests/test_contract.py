@@ -180,7 +180,7 @@ def test_logged_returns_are_right_whatever_save_every_is(script):
     """Episodes of 5 and 200 steps in turn, each step worth 1; the longer ones outlast several checkpoints."""
     means = []
     for every in (0, 40):
-        train(script, f"run{every}", "--env-id", "probe_envs:Alternating-v0", "--save-every", every, steps=4000)
+        train(script, f"run{every}", "--env-id", "probe_envs:Alternating-v0", "--save-every", every, steps=2460)
         run_dir = Path(f"run{every}")
         numbers = dict(scalars(run_dir, "charts/episodes"))
         sums = {step: value * numbers[step] for step, value in scalars(run_dir, "charts/episodic_return")}
@@ -213,7 +213,8 @@ def test_a_resumed_run_starts_from_all_that_the_checkpoint_holds(once, script, m
     # the tensors of `first` were trained on since, so that a run without a step is compared
     shutil.copytree(once(script, HALF), "still")
     invoke(script, "--resume", "still")
-    assert all(same(load("still")[key], half[key]) for key in half.keys() - {"args", "rng"}) and first["step"] == half["step"]
+    new = {"args", "rng", "buffer"}  # where new episodes began: the seed of the environments, their first observations
+    assert all(same(load("still")[key], half[key]) for key in half.keys() - new) and first["step"] == half["step"]
     if script != "dqn":
         assert half["agent"]["obs_norm.count"] >= HALF and half["agent"]["obs_norm.mean"].min() > 40
     # and each part of it counts
