@@ -8,7 +8,7 @@
 The gradient of the expected return needs no model of the environment: make each action more likely in proportion to the
 return that followed it (Sutton et al. 1999). Only the policy is learnt; no estimate of a value calms the gradient.
 
-    python algos/reinforce.py       # CartPole-v1, whose settings the defaults are; Acrobot-v1 wants --learning-rate 5e-3
+    python algos/reinforce.py      # CartPole-v1, whose settings the defaults are; Acrobot-v1 wants --learning-rate 5e-3
 
 Each update plays one new episode per environment. Logged values are means over the interval, returns are raw scores.
 
