@@ -58,7 +58,7 @@ class Args:
     seed: int = 1  # of weights, actions, minibatches and environments
     device: str = "auto"  # cpu or cuda; auto takes a GPU when there is one
     run_dir: str = ""  # where the run is written; by default runs/<task>__<script>__<seed>__<time>
-    resume: str = ""  # run directory or checkpoint to continue, with its flags where none are given
+    resume: str = ""  # run directory or checkpoint to continue in new episodes, with its flags where none are given
     save_every: int = 100_000  # steps between checkpoints; 0: only at the end
     track: bool = False  # mirror the logs to Weights & Biases
     compile: bool = False  # torch.compile the networks

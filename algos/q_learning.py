@@ -44,7 +44,7 @@ MAX_EVAL_STEPS = 27_000  # an evaluation episode is cut there
 class Args:
     seed: int = 1  # of actions and environments
     run_dir: str = ""  # where the run is written; by default runs/<task>__<script>__<seed>__<time>
-    resume: str = ""  # run directory or checkpoint to continue, with its flags where none are given
+    resume: str = ""  # run directory or checkpoint to continue in new episodes, with its flags where none are given
     save_every: int = 100_000  # steps between checkpoints; 0: only at the end
     track: bool = False  # mirror the logs to Weights & Biases
     eval_episodes: int = 100  # episodes of the greedy policy after training; 0 skips them

@@ -298,7 +298,7 @@ class Noise(Scaled):
 
 
 class Alternating(Probe):
-    """Episodes of 5 steps and of `long` steps in turn, each step worth 1."""
+    """Episodes of `long` steps and of 5 in turn, each step worth 1."""
 
     episode = 0
 
@@ -310,7 +310,7 @@ class Alternating(Probe):
         return super().reset(seed=seed, options=options)
 
     def over(self):
-        return self.time == (5 if self.episode % 2 else self.long)
+        return self.time == (self.long if self.episode % 2 else 5)
 
 
 class Trouble(Noise):

@@ -177,7 +177,7 @@ def test_the_weights_are_the_same_whatever_save_every_is(once, script, every):
 
 @scripts
 def test_logged_returns_are_right_whatever_save_every_is(script):
-    """Episodes of 5 and 200 steps in turn, each step worth 1; the longer ones outlast several checkpoints."""
+    """Episodes of 200 and 5 steps in turn, each step worth 1; the longer ones outlast several checkpoints."""
     means = []
     for every in (0, 40):
         train(script, f"run{every}", "--env-id", "probe_envs:Alternating-v0", "--save-every", every, steps=2460)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shlex
 
 import gymnasium as gym
 import numpy as np
@@ -11,7 +12,7 @@ import probe_envs  # noqa: F401  (registers the environments)
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
-from helpers import REPO, scalars, spy_on, weights
+from helpers import REPO, run, scalars, spy_on, weights
 
 DEFAULTS = {  # small flags of each script
     "a2c": {"num_steps": 8},
@@ -340,3 +341,12 @@ def test_the_lines_of_the_readme_load_a_model_and_play(env_id, normalize, tmp_pa
     exec(block.replace("while True", "for _ in range(50)"), namespace)
     saved = json.loads((tmp_path / "run" / "args.json").read_text())
     assert saved["env_id"] == env_id and namespace["obs"].shape[0] == 1
+
+
+def test_the_environment_of_the_readme_trains_from_the_current_directory(tmp_path):
+    readme = (REPO / "README.md").read_text()
+    (source,) = re.findall(r"```python\n# my_envs.py\n(.*?)```", readme, re.S)
+    (command,) = re.findall(r"(?m)^python algos/ppo.py (--env-id my_envs:.*)$", readme)
+    (tmp_path / "my_envs.py").write_text(source)
+    done = run("ppo", *shlex.split(command), "--run-dir", "run", cwd=tmp_path)
+    assert done.returncode == 0 and "evaluation: return 1.00 ± 0.00" in done.stdout, done.stderr
