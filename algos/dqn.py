@@ -317,7 +317,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
-    save_now = True  # from the start, so that a run directory always has a checkpoint
+    save_now, stop = True, step >= args.total_timesteps  # saved from the start: a run directory has a checkpoint
     while True:
         # ===== save =====
         if save_now:  # to another file first, so that a crash leaves the former checkpoint whole
@@ -325,9 +325,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             state |= {name: module.state_dict() for name, module in modules.items()}
             torch.save(state, run_dir / "checkpoint.tmp")
             (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
-        if caught:
-            raise SystemExit(f"\nstopped at step {step}; to go on: python {sys.argv[0]} --resume {run_dir}")
-        if step >= args.total_timesteps:
+        if stop:
             break
 
         # ===== collect =====
@@ -368,8 +366,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             target_network.load_state_dict(agent.state_dict())
 
         # ===== log =====
-        last = caught or step >= args.total_timesteps
-        save_now = last or args.save_every and step // args.save_every > step_before // args.save_every
+        stop = bool(caught) or step >= args.total_timesteps
+        save_now = stop or args.save_every and step // args.save_every > step_before // args.save_every
         if save_now or due > learnt == 0 or step // LOG_EVERY > step_before // LOG_EVERY:
             means = {name: sum(map(float, values)) / len(values) for name, values in metrics.items()}
             if not np.isfinite(means.get("losses/td_loss", 0)):
@@ -386,6 +384,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
 
     # ===== evaluate =====
     bar.close()
+    if caught:
+        raise SystemExit(f"stopped at step {step}; to go on: python {sys.argv[0]} --resume {str(run_dir)!r}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))

@@ -173,11 +173,11 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
                 if queue:
                     writer.add_scalar(f"charts/{name}", np.mean(queue), step)
                     queue.clear()
-        if save_now:
+        if save_now or caught:
             save_checkpoint(run_dir, args, step, agent=agent)
         bar.update(step - step_before)
         if caught:
-            raise SystemExit(f"\nstopped at step {step}; to go on: python {sys.argv[0]} --resume {run_dir}")
+            raise SystemExit(f"\nstopped at step {step}; to go on: python {sys.argv[0]} --resume {str(run_dir)!r}")
 
     # ===== evaluate =====
     (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))
