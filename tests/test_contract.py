@@ -539,7 +539,7 @@ def test_sigterm_at_any_moment_saves_what_was_reached(script, moment, monkeypatc
     if moment == "saving":
         monkeypatch.setattr(torch, "save", during(torch.save))
         flags += ["--save-every", 120]
-    with pytest.raises(SystemExit, match=r"stopped at step \d+; to go on: .*--resume run") as stop:
+    with pytest.raises(SystemExit, match=r"stopped at step \d+; to go on: .*--resume 'run'") as stop:
         train(script, "run", *flags)
     stopped = load("run")["step"]
     assert stopped == int(re.search(r"step (\d+)", str(stop.value))[1]) > 0
