@@ -15,7 +15,7 @@ Papers: Schulman et al. 2017, arXiv 1707.06347 (PPO); Schulman et al. 2015, arXi
     python algos/ppo.py --env-id Pendulum-v1 --normalize --total-timesteps 200000 --num-envs 8 --num-steps 256 \\
         --num-minibatches 16 --num-epochs 10 --ent-coef 0 --gamma 0.9
     python algos/ppo.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 1 --num-steps 2048 \\
-        --num-minibatches 32 --num-epochs 10 --learning-rate 3e-4 --ent-coef 0
+        --num-minibatches 32 --num-epochs 10 --learning-rate 3e-4 --ent-coef 0 --gamma 0.99
 
 Environments reset themselves one step late (gymnasium's NEXT_STEP). The observation that comes with `done` is the true
 final one, so V(final observation) is the next row's value; that next row ignores its action, is not a step, and counts
@@ -78,7 +78,7 @@ class Args:
     num_steps: int = 32  # T: steps per environment between two updates (PPO Algorithm 1)
     num_minibatches: int = 2  # minibatches per epoch
     num_epochs: int = 4  # K: passes over the rollout per update (PPO Algorithm 1)
-    gamma: float = 0.99  # discount γ
+    gamma: float = 0.98  # discount γ
     gae_lambda: float = 0.95  # λ of generalised advantage estimation (GAE Eq. 16)
     clip_coef: float = 0.2  # clip range ε of the ratio (PPO Eq. 7)
     clip_value: bool = False  # also clip the value's change, by ε in units of the return: a trap unless that is small

@@ -170,7 +170,7 @@ SPECS = (
          (*CHEETAH, "--num-envs", "8", "--learning-rate", "7e-4")),
     Spec("ppo", "HalfCheetah-v5", {"full": 3}, 8, returns(-270, margin=0.3),
          (*CHEETAH, "--num-envs", "1", "--num-steps", "2048", "--num-minibatches", "32", "--num-epochs", "10",
-          "--learning-rate", "3e-4", "--ent-coef", "0")),
+          "--learning-rate", "3e-4", "--ent-coef", "0", "--gamma", "0.99")),
     Spec("ppo", "LunarLander-v3", {"full": 5}, 1.5, returns(-185),
          (*CONTROL, "--env-id", "LunarLander-v3", "--normalize", "--total-timesteps", "300000", "--num-envs", "8",
           "--num-steps", "256", "--num-minibatches", "16", "--num-epochs", "10", "--learning-rate", "3e-4",
@@ -210,6 +210,6 @@ SPECS = (
          (*PONG, "--num-envs", "16", "--learning-rate", "7e-4", "--ent-coef", "0.01"), published=("rl_zoo", "a2c")),
     Spec("ppo", "Pong", {"gpu": 3}, 60, returns(-20.7, optimum=21.0),
          (*PONG, "--num-envs", "8", "--num-steps", "128", "--num-minibatches", "4", "--clip-coef", "0.1",
-          "--learning-rate", "2.5e-4"),
+          "--learning-rate", "2.5e-4", "--gamma", "0.99"),
          published=("cleanrl", "ppo_atari")),
 )  # fmt: skip

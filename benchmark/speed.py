@@ -50,6 +50,7 @@ SETTINGS = {
             "n_epochs": 4,
             "learning_rate": 1e-3,
             "ent_coef": 0.01,
+            "gamma": 0.98,
         },
     },
     "a2c": {"num_envs": 16, "model": {"learning_rate": 1e-3}},

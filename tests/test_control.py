@@ -212,7 +212,7 @@ def test_the_normaliser_has_the_mean_and_variance_of_all_rows_it_saw():
 
 def test_rewards_are_scaled_by_the_deviation_of_discounted_returns_and_clipped(tmp_path, monkeypatch):
     gae = spy_on(monkeypatch, ppo, "compute_gae")
-    run_dir = train("ppo", tmp_path, "Spike-v0", num_envs=1, num_steps=500, normalize=True, total_timesteps=500)
+    run_dir = train("ppo", tmp_path, "Spike-v0", num_envs=1, num_steps=500, normalize=True, total_timesteps=500, gamma=0.99)
     (scaled, *_), _ = gae[0]
     raw, discounted, running = [], [], 0.0
     env = gym.make("probe_envs:Spike-v0")
