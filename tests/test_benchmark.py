@@ -569,3 +569,18 @@ def test_a_peer_compared_with_itself_passes():
             (row, *_) = benchmark.compare(spec, reference.seeds, reference)
             assert "final" in row and row["answer"] != "regression"
             assert all(row[statistic][0] == 0 for statistic in ("area", "final") if statistic in row)
+
+
+def test_the_known_optimum_of_taxi_is_the_mean_return_of_the_optimal_policy_over_its_starts():
+    import gymnasium as gym
+    import q_learning
+
+    env = gym.make("Taxi-v4").unwrapped
+    policy = q_learning.value_iteration(env.P, 0.99).argmax(1).tolist()
+    equations, rewards = np.eye(len(policy)), np.zeros(len(policy))
+    for state, action in enumerate(policy):
+        for probability, following, reward, terminated in env.P[state][action]:
+            rewards[state] += probability * reward
+            equations[state, following] -= 0 if terminated else probability
+    returns = np.linalg.lstsq(equations, rewards, rcond=None)[0]  # undiscounted
+    assert env.initial_state_distrib @ returns == pytest.approx(specs.TAXI, abs=1e-6)
