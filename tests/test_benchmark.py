@@ -506,7 +506,7 @@ def test_a_fault_still_applies_and_its_tests_and_spec_exist(fault):
 
 def test_a_planted_fault_turns_its_test_red_in_a_copy_and_leaves_the_repository_alone(monkeypatch, capsys, tmp_path):
     before = {path.name: path.read_text() for path in specs.ALGOS.glob("*.py")}
-    fault = faults.Fault("one", "ppo", "gamma: float = 0.99", "gamma: float = 0.5", "test_tiny.py::test_gamma")
+    fault = faults.Fault("one", "ppo", "gamma: float = 0.98", "gamma: float = 0.5", "test_tiny.py::test_gamma")
     answers = []
     for text in (fault.old, fault.new):
         with faults.planted(fault) as repo:
@@ -514,7 +514,7 @@ def test_a_planted_fault_turns_its_test_red_in_a_copy_and_leaves_the_repository_
             (repo / "tests" / "test_tiny.py").write_text(test)
             answers.append(faults.run_tests(fault, repo))
     assert [answer["answer"] for answer in answers] == ["red", "green"]
-    assert answers[0]["test"] == "test_tiny.py::test_gamma" and "gamma: float = 0.99" in answers[0]["effect"]
+    assert answers[0]["test"] == "test_tiny.py::test_gamma" and "gamma: float = 0.98" in answers[0]["effect"]
     assert {path.name: path.read_text() for path in specs.ALGOS.glob("*.py")} == before
 
     monkeypatch.setattr(faults, "FAULTS", (fault,))
