@@ -2,7 +2,7 @@
 
     for seed in 1 2 3 4 5; do python algos/ppo.py --seed $seed --run-dir runs/ppo-CartPole-v1-$seed; done
     python benchmark/curves.py runs/ppo-CartPole-v1-* --peer benchmark/reference/peers/cleanrl_ppo_CartPole-v1.json \\
-        --picture benchmark/ppo_CartPole-v1.png
+        --picture benchmark/pictures/ppo_CartPole-v1.png
 
 A curve is the mean return of the training episodes that ended in each of 50 equal bins of environment steps (an empty
 bin repeats the one before). Its area is the mean over the bins. The final level is the mean of the last 100 training
