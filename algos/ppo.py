@@ -264,7 +264,7 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if saved["script"] != SCRIPT:
             raise SystemExit(f"--resume {path}: written by {saved['script']}.py, not {SCRIPT}.py")
-        saved["args"]["run_dir"] = str(path.parent)  # wherever it lies now
+        saved["args"]["run_dir"] = str(path.parent) if path.name == "checkpoint.pt" else ""  # a copy begins a new run
         default = Args(**saved["args"])
     return tyro.cli(Args, default=default, description=__doc__.splitlines()[0]), saved
 

@@ -93,7 +93,7 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if saved["script"] != SCRIPT:
             raise SystemExit(f"--resume {path}: written by {saved['script']}.py, not {SCRIPT}.py")
-        saved["args"]["run_dir"] = str(path.parent)  # wherever it lies now
+        saved["args"]["run_dir"] = str(path.parent) if path.name == "checkpoint.pt" else ""  # a copy begins a new run
         default = Args(**saved["args"])
     return tyro.cli(Args, default=default, description=__doc__.splitlines()[0]), saved
 
@@ -189,7 +189,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             obs, reward, terminated, truncated, _ = envs.step(table[obs].argmax(-1).numpy())
             returns += reward * running
             running &= ~(terminated | truncated)
-            if not running.any():
+            if caught or not running.any():
                 break
         writer.add_scalar(f"eval/{name}_mean", returns.mean(), step)
         tqdm.write(f"evaluation: {name} {returns.mean():.2f} ± {returns.std():.2f}, {running.sum()} of {len(obs)} cut")
