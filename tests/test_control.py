@@ -163,7 +163,9 @@ def test_any_uint8_image_is_scaled_and_goes_through_the_cnn(script, shape, tmp_p
     agent.act(image)
     ((planes,), _) = seen[0]
     assert planes.shape[1] == channels and sorted(planes.shape[2:]) == sorted(shape)[-2:] and planes.max() <= 1
-    assert sorted(planes[0].flatten().tolist()) == sorted((image[0] / 255).flatten().tolist())
+    expected = image if image.ndim == 4 else image[:, None]
+    expected = expected.permute(0, 3, 1, 2) if expected.shape[-1] < expected.shape[1] else expected
+    torch.testing.assert_close(planes, expected / 255)
     gym.register("Image-v0", entry_point=lambda: probe_envs.Image(shape), max_episode_steps=15)
     flags = {"num_envs": 2, "eval_episodes": 2, "device": "cpu", "total_timesteps": 40} | DEFAULTS[script]
     module.main(module.Args(env_id="Image-v0", run_dir=str(tmp_path / "run"), **flags))
@@ -208,6 +210,23 @@ def test_the_normaliser_has_the_mean_and_variance_of_all_rows_it_saw():
     expected = (rows - rows.mean(0)) / rows.std(0, correction=0)
     torch.testing.assert_close(norm(rows), expected, rtol=1e-3, atol=1e-3)
     assert norm(torch.tensor([[1e6, -1e6, 0.0]])).abs().max() == 10 and norm.count == 1000
+
+
+@actor_critics
+def test_the_discounted_return_goes_on_from_one_rollout_to_the_next(script, tmp_path):
+    flags = {"num_envs": 1, "normalize": True, "total_timesteps": 500, "gamma": 0.99}
+    whole, parts = (
+        weights(train(script, tmp_path, "Spike-v0", num_steps=num_steps, **flags))["return_norm.var"]
+        for num_steps in (500, 50)
+    )
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=0)
+
+
+@policy_gradients
+def test_the_last_learning_rate_is_that_of_the_last_update(script, tmp_path):
+    flags = {"total_timesteps": 400, "learning_rate": 0.1, "anneal_lr": True}
+    saved = torch.load(train(script, tmp_path, "Probe-v0", **flags) / "checkpoint.pt", weights_only=True)
+    assert 0 < saved["optimizer"]["param_groups"][0]["lr"] < 0.1 * 45 / 400  # an update takes at most 40 steps
 
 
 def test_rewards_are_scaled_by_the_deviation_of_discounted_returns_and_clipped(tmp_path, monkeypatch):
@@ -325,6 +344,12 @@ def test_greedy_returns_are_those_of_the_first_episode_of_each_environment():
     envs = ppo.make_envs("probe_envs:StaggeredGrowing-v0", 4, {})
     returns = ppo.evaluate(Still(1, 1), envs, torch.device("cpu"))
     assert returns.tolist() == [4, 8, 11, 11]  # by then the first two have played more, for more
+
+
+@all_scripts
+def test_a_truncated_episode_of_the_greedy_policy_is_over(script, tmp_path):
+    run_dir = train(script, tmp_path, "Probe-v0", total_timesteps=100, eval_episodes=3)
+    assert scalars(run_dir, "eval/return_mean")[0][1] == 10
 
 
 # --- README ---

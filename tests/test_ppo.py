@@ -145,6 +145,13 @@ def test_an_update_follows_the_gradient_of_equation_9_clipped_to_norm_a_half(cli
         torch.testing.assert_close(value, start.state_dict()[name], rtol=1e-4, atol=1e-6)
 
 
+def test_approx_kl_is_the_mean_of_ratio_minus_1_minus_its_logarithm(tmp_path, monkeypatch):
+    calls = spy_on(monkeypatch, ppo, "policy_loss")
+    run_dir = train(tmp_path, "Scaled-v0", total_timesteps=32, learning_rate=0.01)
+    by_hand = torch.stack([(log_ratio.exp() - 1 - log_ratio).mean() for (log_ratio, *_), _ in calls]).mean()
+    assert scalars(run_dir, "losses/approx_kl")[0][1] == pytest.approx(by_hand.item(), rel=1e-4) and by_hand > 1e-5
+
+
 def test_the_value_is_not_clipped_unless_asked(tmp_path, monkeypatch):
     for flags, clip in (({}, math.inf), ({"clip_value": True}, 0.2)):
         calls = spy_on(monkeypatch, ppo, "value_loss")

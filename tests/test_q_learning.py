@@ -327,3 +327,8 @@ def test_the_script_is_short_and_what_it_shares_with_ppo_is_identical():
     assert len((ALGOS / "q_learning.py").read_text().splitlines()) <= 200
     for name in ("parse_args",):
         assert inspect.getsource(getattr(q_learning, name)) == inspect.getsource(getattr(ppo, name))
+
+
+def test_returns_and_lengths_are_logged_under_their_names(tmp_path):
+    run_dir = train(tmp_path, "CliffWalking-v1", total_timesteps=20_000, alpha_decay=0.0)
+    assert scalars(run_dir, "charts/episodic_return")[-1][1] <= -13 < 13 <= scalars(run_dir, "charts/episodic_length")[-1][1]

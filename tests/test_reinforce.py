@@ -52,6 +52,17 @@ def test_an_update_is_a_step_up_the_gradient_of_one_whole_episode_of_each_enviro
             torch.testing.assert_close(after, parameter.detach() - 0.1 * parameter.grad, rtol=1e-3, atol=1e-6)
 
 
+def test_the_update_sees_the_statistics_that_the_actions_were_drawn_by(tmp_path, monkeypatch):
+    forward = spy_on(monkeypatch, reinforce.Agent, "forward")
+    torch.manual_seed(1)
+    start = reinforce.Agent(Box(-1, 1, (2,)), Discrete(2), True)  # whose normaliser has seen nothing
+    run_dir = train("reinforce", tmp_path, "Staggered-v0", total_timesteps=20, normalize=True)
+    (_, obs, actions), (logprobs, _) = forward[-1]
+    expected = start.actor(obs / (1 + 1e-8) ** 0.5).log_softmax(-1).gather(-1, actions.long()[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, expected)
+    assert weights(run_dir)["obs_norm.count"] == 20
+
+
 def test_one_step_episodes_of_equal_return_train_without_nan(tmp_path):
     run_dir = train("reinforce", tmp_path, "OneStep-v0", num_envs=1, total_timesteps=50)
     assert all(x.isfinite().all() for x in weights(run_dir).values())
