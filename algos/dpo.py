@@ -7,8 +7,8 @@
 # ///
 """Direct preference optimisation (DPO): learn from preferences between two completions, without a reward model.
 
-RLHF's optimum π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β) tells which reward a policy is optimal for: β·log π/π_ref plus a
-function of x. Put into the Bradley-Terry likelihood of the preferences, that reward leaves a classification loss on π.
+RLHF's optimum π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β) tells for which reward a policy is optimal: β·log π/π_ref plus a
+function of x. Put into the Bradley-Terry likelihood of the pairs, that reward leaves a classification loss on π.
 Papers: Rafailov et al. 2023, arXiv 2305.18290 (DPO); Azar et al. 2023, arXiv 2310.12036 (IPO); Mitchell 2023, "A note
 on DPO with noisy preferences" (cDPO).
 
@@ -16,10 +16,10 @@ on DPO with noisy preferences" (cDPO).
     accelerate launch algos/dpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized --beta 0.1 \\
         --bf16 --micro-batch-size 4 --gradient-checkpointing
 
-The data set has columns `prompt`, `chosen` and `rejected`, or the last two alone, which then begin with the prompt, as
-texts or lists of {"role", "content"} messages. Letters: B pairs, R tokens of completions, L of rows, V words.
-Logged, as means over the interval: rewards/* are implicit rewards β·log π/π_ref, accuracies the share of pairs with a
-margin above 0, logps/* log π(y|x), which both usually fall, since the loss asks for their difference only.
+Data: columns `prompt`, `chosen`, `rejected`, or the last two alone, beginning with the prompt; texts or lists of
+{"role", "content"} messages. Letters: B pairs, R tokens of completions, L of whole rows, V words.
+Logged are means over the interval: rewards/* of the implicit reward β·log π/π_ref, accuracies of "chosen's is higher",
+logps/* of log π(y|x). Both of these usually fall, since the loss asks for their difference only.
 
 Differs from the paper:
  1. AdamW without weight decay instead of RMSprop, a cosine schedule, the gradient's norm clipped to 1, no dropout.
@@ -47,7 +47,7 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from accelerate import Accelerator
-from accelerate.tracking import TensorBoardTracker
+from accelerate.tracking import TensorBoardTracker, WandBTracker
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -125,8 +125,8 @@ def load_model(loader: Any, name: str, max_length: int) -> tuple[nn.Module, Any]
     V, words, eos = model.get_input_embeddings().num_embeddings, len(tokenizer), tokenizer.eos_token
     L = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if eos is None or words > V or max_length > L:
-        asked = f"its tokenizer has {words} words and EOS {eos}, --max-length is {max_length}"
-        raise SystemExit(f"--model {name} reads {V} words, {L} positions, and needs an EOS token, but {asked}")
+        has = f"its tokenizer has {words} tokens and EOS {eos}, and --max-length is {max_length}"
+        raise SystemExit(f"--model {name} reads {V} tokens and {L} positions, but {has}")
     body, ids = model.float().eval().base_model, torch.arange(12)[None] % V
     with torch.no_grad():
         whole, begin = body(ids).last_hidden_state, body(ids[:, :6], use_cache=True)
@@ -171,10 +171,9 @@ def preference_loss(logprobs: Tensor, ref_logprobs: Tensor, beta: float, eps: fl
     losses = -(1 - eps) * F.logsigmoid(margins) - eps * F.logsigmoid(-margins)  # DPO Eq. 7
     if loss == "ipo":
         losses = (margins / beta - 1 / (2 * beta)) ** 2  # IPO Eq. 17
-    rewards = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": margins}
-    accuracies = (margins.sign() + 1) / 2  # a tie is a half
-    logps = {"logps/chosen": logprobs[0], "logps/rejected": logprobs[1]}
-    return {"loss": losses, "rewards/accuracies": accuracies, **rewards, **logps}
+    metrics = {"loss": losses, "rewards/accuracies": (margins.sign() + 1) / 2, "rewards/margins": margins}
+    metrics |= {"rewards/chosen": chosen, "rewards/rejected": rejected}
+    return metrics | {"logps/chosen": logprobs[0], "logps/rejected": logprobs[1]}
 
 
 # --- data ---
@@ -197,7 +196,7 @@ def load_rows(name: str, split: str, *layouts: tuple[str, ...]) -> list[dict[str
         for column, value in row.items():
             messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
             fits = messages and all(isinstance(m.get(key), str) for m in messages for key in ("role", "content"))
-            if not fits or type(value) is not type(rows[0][column]) or str(value).startswith(("[{'role", '[{"role')):
+            if not fits or type(value) is not type(rows[0][column]) or value[:7] in ("[{'role", '[{"role'):
                 found = f"--dataset {name}, split {split}, row {number}, column {column}: {value!r:.40}"
                 raise SystemExit(f"{found} is not text or messages as in row 1; mend it, in jsonl if csv lost it")
     if "prompt" in layout and isinstance(rows[0]["prompt"], str) and isinstance(rows[0][layout[-1]], list):
@@ -221,61 +220,47 @@ def text_ends(tokenizer: Any) -> tuple[list[int], str, str]:
     return start, tokenizer.eos_token, turn_end
 
 
-def encode(tokenizer: Any, prompt: Any, *completions: Any) -> list[list[int]]:
-    """Token ids [prompt, completion, …] of texts or messages: the one place that decides where prompt and answer end.
+def encode(tokenizer: Any, max_length: int, prompt: Any, *completions: Any) -> list[list[int]] | None:
+    """Token ids [prompt, completion, …] of texts or messages: the one place that decides where a prompt or answer ends.
 
     They are tokenized as one text, since tokens may merge where they meet, and parted where the ids leave those of the
-    prompt alone. The prompt begins with the tokenizer's BOS, if any, once, and never ends in EOS. A completion ends in
-    one stop token, where generation stops: EOS, or what ends a turn of the chat template.
+    prompt alone, or each other when prompt is None. A prompt begins with the tokenizer's BOS, if any, once, and never
+    ends in EOS; a completion ends in one stop token, EOS or the template's end of turn, if max_length has room for it.
+    Returns None when there is no room at all, or a completion is empty.
     """
-    start, eos, turn_end = text_ends(tokenizer)
-    texts, stop = [prompt + completion for completion in completions], eos
-    if isinstance(prompt, list):
-        render, start, stop = functools.partial(tokenizer.apply_chat_template, tokenize=False), [], turn_end
+    start, eos, stop = text_ends(tokenizer)
+    ends = f"{re.escape(eos)}|{re.escape(stop)}"
+    texts, known = [completion if prompt is None else prompt + completion for completion in completions], prompt
+    if isinstance(texts[0], list):
+        render, start = functools.partial(tokenizer.apply_chat_template, tokenize=False), []
         prompt, texts = render(prompt, add_generation_prompt=True) if prompt else "", [render(text) for text in texts]
-    for i, text in enumerate(texts):
-        if not text.startswith(prompt):
-            raise SystemExit(f"--dataset: the chat template changes a prompt that has an answer:\n{prompt}\n{text}")
-
-    ends = f"{re.escape(eos)}|{re.escape(turn_end)}"
+    else:
+        prompt, stop = prompt or "", eos
+    if not all(text.startswith(prompt) for text in texts):
+        raise SystemExit(
+            f"--dataset: the chat template changes the prompt once it has an answer:\n{prompt}\n{texts[0]}"
+        )
     found = [re.search(rf"({ends})(\s|{ends})*$", text[len(prompt) :]) for text in texts]
     texts = [text[: len(prompt) + end.start()] if end else text for text, end in zip(texts, found)]
-    texts = [text if text[len(prompt) :].strip() else prompt for text in texts]
+    if not all(text[len(prompt) :].strip() for text in texts):
+        return None
     ids = tokenizer([prompt, *texts], add_special_tokens=False).input_ids
     ids = [x if x[:1] == start else start + x for x in ids]
-    parted = len(os.path.commonprefix(ids))
+    P = len(os.path.commonprefix(ids if known is not None else ids[1:]))
     stops = [tokenizer.convert_tokens_to_ids(end[1] if end else stop) for end in found]
-    return [ids[0][:parted], *([*x[parted:], end] for x, end in zip(ids[1:], stops))]
-
-
-def truncate(rows: list[list[list[int]]], max_length: int, split: str) -> list[list[list[int]]]:
-    """Cut completions to rows of max_length tokens; leave out rows without room for one, or whose completion is empty."""
-    kept = [row for row in rows if len(row[0]) < max_length and min(map(len, row[1:])) > 1]
-    short = [[prompt, *(ids[: max_length - len(prompt)] for ids in completions)] for prompt, *completions in kept]
-    if short != rows:
-        cut = sum(row != whole for row, whole in zip(short, kept))
-        print(
-            f"split {split}: {cut} rows cut to {max_length} tokens, {len(rows) - len(kept)} without room or text left out"
-        )
-    return short
+    return (
+        [ids[1][:P], *([*x[P:], end][: max_length - P] for x, end in zip(ids[1:], stops))] if P < max_length else None
+    )
 
 
 def load_pairs(name: str, split: str, tokenizer: Any, max_length: int) -> list[list[Any]]:
-    """Rows [prompt ids, chosen ids, rejected ids]; without a prompt column, what both completions begin with is it.
-
-    That is all messages that are equal, or all words that are; at least one is left to each completion.
-    """
+    """Rows [prompt ids, chosen ids, rejected ids] of a split; without a prompt column, it is what both begin with."""
     rows = load_rows(name, split, ("prompt", "chosen", "rejected"), ("chosen", "rejected"))
-    for row in rows if "prompt" not in rows[0] else ():
-        pair = [row["chosen"], row["rejected"]]
-        if isinstance(pair[0], str):
-            begin = os.path.commonprefix([text.rstrip() for text in pair])
-            length = len(re.sub(r"\s*\S*$", "", begin))
-        else:
-            length = [*(a == b for a, b in zip(pair[0][:-1], pair[1][:-1])), False].index(False)
-        row["prompt"], row["chosen"], row["rejected"] = pair[0][:length], pair[0][length:], pair[1][length:]
-    rows = [encode(tokenizer, row["prompt"], row["chosen"], row["rejected"]) for row in rows]
-    return truncate(rows, max_length, split)
+    rows = [encode(tokenizer, max_length, row.get("prompt"), row["chosen"], row["rejected"]) for row in rows]
+    kept = [row for row in rows if row]
+    if len(kept) < len(rows):
+        print(f"split {split}: {len(rows) - len(kept)} of {len(rows)} pairs left out: no room, or an empty completion")
+    return kept
 
 
 def batch_at(rows: list[Any], step: int, batch_size: int, seed: int) -> list[Any]:
@@ -344,7 +329,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     held_out = load_pairs(args.dataset, args.eval_split, tokenizer, args.max_length) if args.eval_split else []
     if len(train) < args.batch_size or args.micro_batch_size % accelerator.num_processes:
         raise SystemExit(f"{len(train)} pairs don't fill a batch, or the processes cannot share a micro-batch evenly")
-    dtype = model.config.dtype
+    generation, stops = model.generation_config, tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
+    generation.eos_token_id = list({*stops, *torch.tensor(generation.eos_token_id or []).flatten().long().tolist()})
     if model.num_parameters() < 10e6 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # small models only lose time to more
     if args.gradient_checkpointing:
@@ -355,10 +341,11 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
         model = get_peft_model(model, lora)
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        accelerator.register_save_state_pre_hook(lambda _, w, __: [w[0].pop(name, None) for name in frozen if w])
+        accelerator.register_save_state_pre_hook(lambda _, state, __: [w.pop(x) for w in state for x in frozen])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(parameters, weight_decay=0.0, fused=True))
     step, total_steps = 0, args.max_steps or args.epochs * (len(train) // args.batch_size)
+    warmup = math.ceil(args.warmup * total_steps)
 
     used = batch_at(train, 0, min(len(train), total_steps * args.batch_size), args.seed)
     parts = micro_batches([*used, *held_out], args.micro_batch_size)
@@ -380,12 +367,11 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         print(f"run directory: {run_dir}, learning rate: {args.learning_rate:g}")
-        if args.track:
-            import wandb
-
-            wandb.init(project="algos", name=run_dir.name, config=asdict(args), dir=run_dir, sync_tensorboard=True)
-    tracker = TensorBoardTracker(run_dir.name, run_dir.parent, purge_step=step + 1)
-    tracker.start()
+    accelerator.trackers = [TensorBoardTracker(run_dir.name, run_dir.parent, purge_step=step + 1)]
+    if args.track:
+        accelerator.trackers.append(WandBTracker("algos", name=run_dir.name, config=asdict(args)))
+    for tracker in accelerator.trackers:
+        tracker.start()
 
     def measure(part: list[Any]) -> dict[str, Tensor]:
         ref_logprobs = torch.tensor([row[3] for row in part], device=device).T
@@ -409,10 +395,12 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
                         found[f"eval/{name}"].append(values)
             for prompt, completion, *_ in (held_out or train)[:4]:
                 ids = torch.tensor([prompt or completion[:8]], device=device)
-                texts += tokenizer.batch_decode(accelerator.unwrap_model(model).generate(ids, max_new_tokens=64))
+                ids = accelerator.unwrap_model(model).generate(ids, max_new_tokens=64, do_sample=False)
+                texts += tokenizer.batch_decode(ids)
             found = means(accelerator, found)
-            tracker.log(found | {"samples": "\n\n".join(texts)}, step)
-            accelerator.print(f"update {step}:", ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+            accelerator.log(found | {"samples": "\n\n".join(texts)}, step)
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in [*found.items()][:3])
+            accelerator.print(f"\nupdate {step}: {shown}")
             model.train()
         if step >= total_steps:
             break
@@ -421,8 +409,9 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         batch = micro_batches(batch_at(train, step, args.batch_size, args.seed), args.micro_batch_size)
 
         # ===== update =====
-        rising, falling = (step + 1) / (args.warmup * total_steps + 1e-9), math.cos(math.pi * step / total_steps)
-        optimizer.param_groups[0]["lr"] = args.learning_rate * min(rising, (1 + falling) / 2)
+        progress = max(0, step - warmup) / max(1, total_steps - warmup)
+        rate = min((step + 1) / max(1, warmup), (1 + math.cos(math.pi * progress)) / 2)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * rate
         for part in batch:
             with accelerator.accumulate(model):
                 found = measure(part[own])
@@ -445,7 +434,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             found["learning_rate"] = optimizer.param_groups[0]["lr"]
             found["pairs_per_second"] = (step - bar.initial) * args.batch_size / bar.format_dict["elapsed"]
             bar.set_postfix_str(f"loss {found['loss']:.3f}, margin {found['rewards/margins']:.3f}", refresh=False)
-            tracker.log(found, step)
+            accelerator.log(found, step)
             metrics.clear()
         if save_now:
             save_checkpoint(accelerator, run_dir, args, step)
@@ -455,8 +444,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
 
     bar.close()
     model = accelerator.unwrap_model(model)
-    model = model.merge_and_unload() if args.merge_lora else model
-    model = model if args.lora_rank and not args.merge_lora else model.to(dtype)
+    model = (model.merge_and_unload() if args.merge_lora else model).to(model.config.dtype)
     state = accelerator.get_state_dict(model)
     model.save_pretrained(run_dir / "model", is_main_process=accelerator.is_main_process, state_dict=state)
     tokenizer.save_pretrained(run_dir / "model")

@@ -1,29 +1,42 @@
 """dpo.py: its equations against hand numbers, float64 loops and an exact optimum, and what users get wrong."""
 
-import hashlib
-import importlib.util
 import itertools
 import json
 import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import dpo
 import pytest
 import torch
-from helpers import scalars
+from accelerate.state import AcceleratorState
+from helpers import command, scalars
+from helpers import run as start
+from safetensors.torch import load_file
 from tiny import CONFIGS, as_messages, bpe_tokenizer, make_model, preferences, word_tokenizer, write_jsonl
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-LN2 = math.log(2)
+LN2, CPU = math.log(2), torch.device("cpu")
 ROWS = [  # prompt, chosen, rejected: unequal in all lengths; 1 is EOS
     [[3, 4, 5], [6, 7, 1], [8, 9, 10, 11, 1]],
     [[12], [13, 14, 15, 16, 1], [17, 1]],
     [[4, 5, 6, 7, 8, 9], [10, 1], [11, 11, 12, 1]],
     [[9, 8], [7, 1], [1]],
 ]
-needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is optional")
-share = pytest.mark.parametrize("share_prompt", [False, True], ids=["two rows", "shared prompt"])
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """Each run in this process has an Accelerator of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
 
 
 @pytest.fixture
@@ -34,23 +47,35 @@ def world(tmp_path):
     write_jsonl(tmp_path / "data" / "test.jsonl", preferences(7))
 
     def args(run_dir="run", **changed) -> dpo.Args:
-        folders = {name: str(tmp_path / name) for name in ("model",)}
-        defaults = {"dataset": str(tmp_path / "data"), "run_dir": str(tmp_path / run_dir), "device": "cpu"}
-        flags = {"max_length": 64, "batch_size": 8, "learning_rate": 1e-3, "max_steps": 6, "save_every": 0}
-        return dpo.Args(**folders | defaults | flags | changed)
+        defaults = {"model": str(tmp_path / "model"), "dataset": str(tmp_path / "data"), "device": "cpu"}
+        flags = {"run_dir": str(tmp_path / run_dir), "max_length": 64, "batch_size": 8, "learning_rate": 1e-3}
+        return dpo.Args(**defaults | flags | {"max_steps": 6, "save_every": 0} | changed)
 
     return args
 
 
-def run(args: dpo.Args) -> dict[str, torch.Tensor]:
-    """Run the script in this process; the weights of the model that it saved."""
-    dpo.main(args)
-    return AutoModelForCausalLM.from_pretrained(f"{args.run_dir}/model").state_dict()
+def run(args: dpo.Args, saved=None) -> dict[str, torch.Tensor]:
+    """Run the script in this process; the weights that it saved."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    dpo.main(args, saved)
+    (file,) = dpo.Path(args.run_dir, "model").glob("*.safetensors")
+    return load_file(file)
+
+
+def resume(monkeypatch, path, *flags):
+    """Run the script as `dpo.py --resume path flags` in this process; the weights that it saved."""
+    monkeypatch.setattr(sys, "argv", ["dpo.py", "--resume", str(path), *map(str, flags)])
+    return run(*dpo.parse_args())
 
 
 def metric(args: dpo.Args, tag: str) -> dict[int, float]:
     """A logged metric by step."""
     return dict(scalars(dpo.Path(args.run_dir), tag))
+
+
+def same(a, b) -> bool:
+    """Whether two models have the same tensors bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def loop(model, prompt, completion) -> float:
@@ -64,141 +89,98 @@ def loop(model, prompt, completion) -> float:
 
 
 def first_gradient(args: dpo.Args) -> dict[int, torch.Tensor]:
-    """The gradient of the first update, from Adam's first moment."""
-    dpo.main(args)
-    state = torch.load(f"{args.run_dir}/checkpoint.pt")["optimizer"]["state"]
+    """The gradient of the first update, clipped, from Adam's first moment."""
+    run(args)
+    state = torch.load(f"{args.run_dir}/checkpoint/optimizer.bin", weights_only=True)["state"]
     return {name: moments["exp_avg"] * 10 for name, moments in state.items()}
+
+
+def losses(h, beta=1.0, eps=0.0, loss="sigmoid"):
+    """Losses of pairs with h = log π/π_ref of chosen less rejected."""
+    logprobs = torch.stack([h, torch.zeros_like(h)])
+    return dpo.preference_loss(logprobs, torch.zeros_like(logprobs), beta, eps, loss)["loss"]
 
 
 # --- log-probabilities ---
 
 
-@share
 @pytest.mark.parametrize("arch", CONFIGS)
-def test_log_probabilities_equal_a_float64_loop(arch, share_prompt, tmp_path):
+def test_log_probabilities_equal_a_float64_loop(arch, tmp_path):
     model = make_model(tmp_path, arch)
-    found = dpo.pair_logprobs(model, ROWS, share_prompt)
+    found = dpo.pair_logprobs(model, ROWS, CPU)
     double = model.double()
     expected = [[loop(double, row[0], row[i]) for row in ROWS] for i in (1, 2)]
-    assert torch.allclose(found, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5)
 
 
-@share
-def test_an_empty_prompt_leaves_the_first_token_unscored(share_prompt, tmp_path):
+def test_an_empty_prompt_leaves_the_first_token_unscored(tmp_path):
     model = make_model(tmp_path)
-    found = dpo.pair_logprobs(model, [[[], [6, 7, 1], [8, 9, 10, 1]], ROWS[0]], share_prompt)
+    found = dpo.pair_logprobs(model, [[[], [6, 7, 1], [8, 9, 10, 1]], ROWS[0]], CPU)
     expected = torch.tensor([loop(model, [6], [7, 1]), loop(model, [8], [9, 10, 1])])
     assert torch.allclose(found[:, 0], expected, rtol=1e-5)
 
 
-@share
-def test_only_logits_that_predict_completion_tokens_get_a_gradient_and_eos_does_when_it_is_the_pad(share_prompt,
-                                                                                                   tmp_path):  # fmt: skip
+def test_only_logits_that_predict_completion_tokens_get_a_gradient_and_eos_does_when_it_is_the_pad(tmp_path):
     model = make_model(tmp_path, tokenizer=word_tokenizer(pad="<eos>"))
     kept = []
     model.register_forward_hook(lambda _, __, output: (output.logits.retain_grad(), kept.append(output.logits))[0])
-    logprobs = dpo.pair_logprobs(model, ROWS, share_prompt)
-    dpo.preference_loss(*logprobs, *torch.zeros(2, 4), 0.1, 0.0, "sigmoid").sum().backward()
+    logprobs = dpo.pair_logprobs(model, ROWS, CPU)
+    dpo.preference_loss(logprobs, torch.zeros(2, 4), 0.1, 0.0, "sigmoid")["loss"].sum().backward()
     (logits,) = kept
     touched = logits.grad.abs().sum(-1) > 0  # (rows, R): column j predicts the token at position start + j
     start = min(len(prompt) for prompt, *_ in ROWS)
-    for i, (prompt, chosen, rejected) in enumerate(ROWS):
-        n, c, r = len(prompt), len(chosen), len(rejected)
-        if share_prompt:
-            expected = {*range(n, n + c), *range(n + c + 1, n + c + r)}
-            assert {j + start for j in touched[i].nonzero().flatten().tolist()} == expected
-        else:
-            for row, length in ((i, c), (i + len(ROWS), r)):
-                assert {j + start for j in touched[row].nonzero().flatten().tolist()} == set(range(n, n + length))
+    for i, (prompt, *texts) in enumerate(ROWS):
+        for row, text in zip((i, i + len(ROWS)), texts):
+            expected = set(range(len(prompt), len(prompt) + len(text)))
+            assert {j + start for j in touched[row].nonzero().flatten().tolist()} == expected
 
 
-@share
-def test_padding_does_not_leak_even_when_its_embedding_is_nan(share_prompt, tmp_path):
+def test_padding_does_not_leak_even_when_its_embedding_is_nan(tmp_path):
     model = make_model(tmp_path, "qwen3", tie_word_embeddings=False)
-    alone = torch.cat([dpo.pair_logprobs(model, [row], share_prompt) for row in ROWS], 1)
+    alone = torch.cat([dpo.pair_logprobs(model, [row], CPU) for row in ROWS], 1)
     with torch.no_grad():
-        model.get_input_embeddings().weight[model.config.pad_token_id] = math.nan
+        model.get_input_embeddings().weight[0] = math.nan
     wide = [*ROWS, [[3], [4] * 40, [5] * 50]]
-    assert torch.allclose(dpo.pair_logprobs(model, wide, share_prompt)[:, :4], alone, rtol=1e-5)
-
-
-def test_sharing_the_prompt_gives_the_same_gradient(tmp_path):
-    model, gradients = make_model(tmp_path), []
-    for share_prompt in (False, True):
-        model.zero_grad()
-        logprobs = dpo.pair_logprobs(model, ROWS, share_prompt)
-        dpo.preference_loss(*logprobs, *torch.zeros(2, 4), 0.1, 0.0, "sigmoid").sum().backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
-
-
-def test_sharing_the_prompt_is_refused_where_a_sliding_window_is_shorter_than_the_rows(tmp_path, capsys):
-    dpo.check_share_prompt(dpo.pair_logprobs, make_model(tmp_path / "wide", "mistral", sliding_window=16), ROWS)
-    with pytest.raises(SystemExit):
-        dpo.check_share_prompt(dpo.pair_logprobs, make_model(tmp_path / "narrow", "mistral", sliding_window=4), ROWS)
-    assert "--no-share-prompt" in capsys.readouterr().err
-
-
-def test_a_shared_row_may_be_longer_than_the_positions_of_the_model(tmp_path):
-    model = make_model(tmp_path, "gpt2")  # has 128 positions, a table that padding must not leave
-    rows = [[[3] * 10, [4] * 118, [5] * 118], [[3], [4, 1], [5, 1]]]
-    shared, apart = (dpo.pair_logprobs(model, rows, share_prompt) for share_prompt in (True, False))
-    torch.testing.assert_close(shared, apart, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(dpo.pair_logprobs(model, wide, CPU)[:, :4], alone, rtol=1e-5)
 
 
 # --- the loss ---
 
 
 def test_preference_loss_equals_hand_numbers():
-    x = [torch.tensor([value]) for value in (-3.0, -5.0, -4.0, -4.5)]  # h = (-3 + 4) - (-5 + 4.5) = 1.5
-    assert dpo.preference_loss(*x, 0.2, 0.0, "sigmoid").item() == pytest.approx(math.log(1 + math.exp(-0.3)), rel=1e-6)
+    logprobs, ref = torch.tensor([[-3.0], [-5.0]]), torch.tensor([[-4.0], [-4.5]])  # h = (-3 + 4) - (-5 + 4.5) = 1.5
+    found = dpo.preference_loss(logprobs, ref, 0.2, 0.0, "sigmoid")
+    assert found["loss"].item() == pytest.approx(math.log(1 + math.exp(-0.3)), rel=1e-6)
+    rewards = {"rewards/chosen": 0.2, "rewards/rejected": -0.1, "rewards/margins": 0.3, "rewards/accuracies": 1.0}
+    assert {name: found[name].item() for name in rewards} == pytest.approx(rewards)
+    assert (found["logps/chosen"].item(), found["logps/rejected"].item()) == (-3, -5)
     smooth = 0.9 * math.log(1 + math.exp(-0.3)) + 0.1 * math.log(1 + math.exp(0.3))
-    assert dpo.preference_loss(*x, 0.2, 0.1, "sigmoid").item() == pytest.approx(smooth, rel=1e-6)
-    assert dpo.preference_loss(*x, 0.2, 0.0, "ipo").item() == pytest.approx((1.5 - 2.5) ** 2, rel=1e-6)
+    assert dpo.preference_loss(logprobs, ref, 0.2, 0.1, "sigmoid")["loss"].item() == pytest.approx(smooth, rel=1e-6)
+    assert dpo.preference_loss(logprobs, ref, 0.2, 0.0, "ipo")["loss"].item() == pytest.approx((1.5 - 2.5) ** 2, rel=1e-6)
 
 
-def test_swapping_chosen_and_rejected_negates_the_margin():
+def test_swapping_chosen_and_rejected_negates_the_margin_and_a_tie_is_half_a_success():
     logprobs, ref = torch.randn(2, 5), torch.randn(2, 5)
-    chosen, rejected = dpo.implicit_rewards(logprobs, ref, 0.3)
-    swapped = dpo.implicit_rewards(logprobs.flip(0), ref.flip(0), 0.3)
-    assert torch.equal(chosen - rejected, -(swapped[0] - swapped[1]))
+    a, b = (dpo.preference_loss(*x, 0.3, 0.0, "sigmoid") for x in ((logprobs, ref), (logprobs.flip(0), ref.flip(0))))
+    assert torch.equal(a["rewards/margins"], -b["rewards/margins"])
+    assert dpo.preference_loss(ref, ref, 0.3, 0.0, "sigmoid")["rewards/accuracies"].tolist() == [0.5] * 5
 
 
 def test_label_smoothing_is_that_of_cdpo_whose_gradient_vanishes_where_the_model_says_one_minus_epsilon():
-    beta, epsilon = 0.5, 0.2
-    h = torch.tensor([math.log((1 - epsilon) / epsilon) / beta], dtype=torch.float64, requires_grad=True)
-    zero = torch.zeros(1, dtype=torch.float64)
-    dpo.preference_loss(h, zero, zero, zero, beta, epsilon, "sigmoid").backward()
+    h = torch.tensor([math.log(0.8 / 0.2) / 0.5], dtype=torch.float64, requires_grad=True)
+    losses(h, 0.5, 0.2).backward()
     assert abs(h.grad.item()) < 1e-12
 
 
 def test_the_loss_stays_finite_and_exact_at_huge_margins():
     h = torch.tensor([1e4, -1e4, 0.0], requires_grad=True)
-    losses = dpo.preference_loss(h, *torch.zeros(3, 3), 1.0, 0.0, "sigmoid")
-    losses.sum().backward()
-    assert losses.tolist() == pytest.approx([0.0, 1e4, LN2]) and h.grad.tolist() == pytest.approx([0.0, -1.0, -0.5])
-
-
-def test_the_margin_doubles_when_every_token_comes_twice():
-    logprobs, mask = torch.randn(4, 6), torch.tensor([[1, 1, 1, 0, 0, 0]] * 4).float()
-    once, twice = (dpo.sequence_logprobs(x, y).view(2, 2) for x, y in ((logprobs, mask),
-                                                                       (logprobs.repeat(1, 2), mask.repeat(1, 2))))  # fmt: skip
-    rewards = [dpo.implicit_rewards(x, torch.zeros(2, 2), 0.1) for x in (once, twice)]
-    assert torch.allclose(2 * (rewards[0][0] - rewards[0][1]), rewards[1][0] - rewards[1][1])
-
-
-def test_metrics_are_sums_over_pairs_and_a_tie_is_half_a_success():
-    rewards = torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, 5.0]])
-    found = dpo.preference_metrics(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([[-1.0] * 3, [-2.0] * 3]), rewards)
-    expected = {"loss": 0.6, "rewards/chosen": 6, "rewards/rejected": 7, "rewards/accuracies": 1.5,
-                "rewards/margins": -1, "logps/chosen": -3, "logps/rejected": -6}  # fmt: skip
-    assert dict(zip(dpo.METRICS, found.tolist())) == pytest.approx(expected)
+    found = losses(h)
+    found.sum().backward()
+    assert found.tolist() == pytest.approx([0.0, 1e4, LN2]) and h.grad.tolist() == pytest.approx([0.0, -1.0, -0.5])
 
 
 class Tabular(nn.Module):
     """A policy over 6 tokens with free logits for each prefix of up to 3 tokens after a prompt of one."""
-
-    device = torch.device("cpu")
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -223,7 +205,7 @@ def test_on_an_enumerable_world_all_bradley_terry_pairs_lead_to_the_exact_optimu
     policy = Tabular(scale=0.5)
 
     def log_policy():
-        return dpo.pair_logprobs(policy, rows, share_prompt=False).T.flatten()[:-1]
+        return dpo.pair_logprobs(policy, rows, CPU).T.flatten()[:-1]
 
     log_ref = log_policy().detach()
     assert log_ref.exp().sum().item() == pytest.approx(1)
@@ -233,233 +215,324 @@ def test_on_an_enumerable_world_all_bradley_terry_pairs_lead_to_the_exact_optimu
     optimizer = torch.optim.Adam(policy.parameters(), 0.1)
     start = (log_ref.exp() * (log_ref - log_optimum)).sum().item()
     for step in range(150):
-        optimizer.param_groups[0]["lr"] = dpo.scheduled(0.1, step, 150, 0.0, "cosine")
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 + math.cos(math.pi * step / 150)) / 2
         optimizer.zero_grad()
-        x = log_policy()
-        losses = dpo.preference_loss(x[:, None], x, log_ref[:, None], log_ref, beta, 0.0, "sigmoid")
-        (weights * losses).sum().backward()
+        h = log_policy() - log_ref
+        (weights * losses(h[:, None] - h, beta)).sum().backward()
         optimizer.step()
     x = log_policy().detach()
     assert start > 0.3 and (x.exp() * (x - log_optimum)).sum().item() < 0.01
 
 
-# --- the reference ---
+# --- runs ---
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [{}, {"online_reference": True}, {"micro_batch_size": 1}, {"share_prompt": False},
-     {"online_reference": True, "dtype": "bfloat16"}, pytest.param({"lora_rank": 2}, marks=needs_peft)],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("flags", [{}, {"micro_batch_size": 1}, {"lora_rank": 2}, {"epochs": 2}, {"bf16": True}], ids=str)
 def test_the_first_loss_is_ln_2_for_the_weights_in_memory(world, monkeypatch, flags):
-    load = dpo.load_pretrained
+    load = dpo.load_model
 
-    def changed_in_memory(loader, *rest, **options):
-        model = load(loader, *rest, **options)
-        if loader is AutoModelForCausalLM:
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.mul_(1.1)
-        return model
+    def changed_in_memory(*given):
+        model, tokenizer = load(*given)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        return model, tokenizer
 
-    monkeypatch.setattr(dpo, "load_pretrained", changed_in_memory)
+    monkeypatch.setattr(dpo, "load_model", changed_in_memory)
     args = world(max_steps=1, **flags)
-    dpo.main(args)
-    exact = 0.0 if args.online_reference else 1e-6
-    assert metric(args, "loss")[1] == pytest.approx(LN2, abs=max(exact, 1e-7))  # as float32 is stored
+    run(args)
+    exact = 0.05 if args.bf16 else 1e-5
+    assert metric(args, "loss")[1] == pytest.approx(LN2, abs=exact)
     assert abs(metric(args, "rewards/margins")[1]) <= exact
-    assert metric(args, "eval/loss")[0] == pytest.approx(LN2, abs=1e-6)
-    if args.online_reference:
-        assert metric(args, "eval/rewards/accuracies")[0] == 0.5
+    assert metric(args, "eval/loss")[0] == pytest.approx(LN2, abs=exact)
 
 
 def test_dropout_is_off_so_that_policy_and_reference_agree_at_first(world, tmp_path):
     make_model(tmp_path / "model", "gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
-    args = world(max_steps=1, online_reference=True)
-    dpo.main(args)
-    assert metric(args, "loss")[1] == pytest.approx(LN2, abs=1e-7) and metric(args, "rewards/margins")[1] == 0
+    args = world(max_steps=1)
+    run(args)
+    assert metric(args, "loss")[1] == pytest.approx(LN2, abs=1e-5)
 
 
-@pytest.mark.parametrize("lora_rank", [0, pytest.param(2, marks=needs_peft)])
-def test_stored_and_online_reference_give_the_same_model(world, lora_rank):
-    stored = run(world("stored", lora_rank=lora_rank))
-    online = run(world("online", lora_rank=lora_rank, online_reference=True))
-    for name, value in stored.items():
-        assert torch.allclose(value, online[name], atol=2e-5), name
-    start = AutoModelForCausalLM.from_pretrained(world().model).state_dict()
-    assert any(not torch.allclose(value, start[name], atol=1e-3) for name, value in stored.items())
+def test_training_raises_the_margin_and_logs_the_first_update_and_every_tenth(world):
+    args = world(max_steps=12, eval_every=4, micro_batch_size=4)
+    run(args)
+    assert list(metric(args, "loss")) == [1, 10, 12] and list(metric(args, "eval/loss")) == [0, 4, 8, 12]
+    assert metric(args, "eval/rewards/margins")[12] > 0.1
+    assert json.loads((dpo.Path(args.run_dir) / "args.json").read_text())["max_steps"] == 12
+    rates = [1e-3 * min((s + 1) / 2, (1 + math.cos(math.pi * max(0, s - 2) / 10)) / 2) for s in (0, 9, 11)]
+    assert list(metric(args, "learning_rate").values()) == pytest.approx(rates, rel=1e-5)
 
 
-def test_the_online_reference_ends_as_it_began(world, monkeypatch):
-    prepare, seen = dpo.prepare_model, []
-
-    def digest(model):
-        return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
-
-    monkeypatch.setattr(dpo, "prepare_model", lambda *a: seen.append(prepare(*a)) or seen[-1])
-    args = world(online_reference=True)
-    dpo.main(args)
-    policy, reference = seen
-    start = AutoModelForCausalLM.from_pretrained(args.model)
-    assert digest(reference) == digest(start) != digest(policy)
+def test_logged_losses_are_means_over_the_interval(world, monkeypatch):
+    each = world("each", max_steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "LOG_EVERY", 1)
+        run(each)
+    together = world("together", max_steps=4)
+    run(together)
+    one = metric(each, "loss")
+    assert metric(together, "loss")[4] == pytest.approx((one[2] + one[3] + one[4]) / 3, rel=1e-5)
 
 
-def test_the_stored_reference_is_that_of_the_model_given(world):
-    args = world()
-    model = AutoModelForCausalLM.from_pretrained(args.model)
-    rows = [list(map(list, row)) for row in ROWS]
-    dpo.store_reference(args, model, rows)
-    assert torch.allclose(dpo.reference_logprobs(args, model, rows), dpo.pair_logprobs(model, rows, False), rtol=1e-5)
-    with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(0.5)
-    again = [list(map(list, row)) for row in ROWS]
-    dpo.store_reference(args, model, again)
-    assert not torch.allclose(dpo.reference_logprobs(args, model, again), dpo.reference_logprobs(args, model, rows))
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(world, size):
+    whole = first_gradient(world("whole", micro_batch_size=8, max_steps=1))
+    parts = first_gradient(world("parts", micro_batch_size=size, max_steps=1))
+    for name, gradient in whole.items():
+        assert (gradient - parts[name]).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
-@pytest.mark.parametrize(
-    "flags", [{}, {"online_reference": True}, pytest.param({"lora_rank": 2}, marks=needs_peft)], ids=str
-)
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(world, flags):
+def test_the_gradient_is_clipped_to_norm_one(world):
+    args = world(max_steps=1, beta=20.0)
+    norm = torch.cat([gradient.flatten() for gradient in first_gradient(args).values()]).norm().item()
+    assert norm == pytest.approx(1, rel=1e-3) and metric(args, "grad_norm")[1] > 2
+
+
+def test_gradient_checkpointing_changes_nothing_and_samples_still_come(world):
+    plain, recomputed = world("plain"), world("recomputed", gradient_checkpointing=True)
+    run(plain), run(recomputed)
+    assert metric(recomputed, "loss") == pytest.approx(metric(plain, "loss"), rel=1e-5)
+
+
+@pytest.mark.parametrize("flags", [{}, {"lora_rank": 2}, {"micro_batch_size": 4}], ids=str)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(world, monkeypatch, tmp_path, flags):
     whole = run(world("whole", **flags))
-    saved = {}
     write = dpo.save_checkpoint
 
-    def keep(run_dir, args, **state):
-        write(run_dir, args, **state)
-        (run_dir / f"{state['step']}.pt").write_bytes((run_dir / "checkpoint.pt").read_bytes())
+    def keep(accelerator, run_dir, args, step):
+        write(accelerator, run_dir, args, step)
+        shutil.copytree(run_dir / "checkpoint", tmp_path / "copies" / str(step) / "checkpoint")
 
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(dpo, "save_checkpoint", keep)
-        dpo.main(world("parts", save_every=3, **flags))
-    resumed = world("parts", resume=str(dpo.Path(world("parts").run_dir) / "3.pt"), **flags)
-    saved = run(resumed)
-    assert all(torch.equal(value, saved[name]) for name, value in whole.items())
-    assert metric(resumed, "rewards/margins")[6] != 0
+        assert same(run(world("parts", save_every=3, **flags)), whole)
+    assert same(resume(monkeypatch, tmp_path / "copies" / "3"), whole)
+    assert list(scalars(tmp_path / "copies" / "3", "loss"))[-1][0] == 6
+    if flags.get("lora_rank"):
+        names = load_file(tmp_path / "copies" / "3" / "checkpoint" / "model.safetensors")
+        assert names and all("lora" in name for name in names)
 
 
-# --- LoRA ---
+def test_flags_given_on_resume_count_and_args_json_says_what_ran(world, monkeypatch):
+    args = world(save_every=3)
+    run(args)
+    folder = dpo.Path(args.run_dir)
+    resume(monkeypatch, folder / "checkpoint", "--max-steps", 8, "--beta", 2.0)
+    assert json.loads((folder / "args.json").read_text())["beta"] == 2.0
+    assert list(metric(args, "loss")) == [1, 3, 6, 8]
+    shutil.move(folder / "checkpoint", folder / "checkpoint.old")  # a crash between two renames
+    resume(monkeypatch, folder)
+    assert list(metric(args, "loss")) == [1, 3, 6, 8]
 
 
-@needs_peft
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
-def test_lora_trains_adapters_only_and_saves_a_plain_model_that_has_them_merged(arch, tmp_path, world, monkeypatch):
-    make_model(tmp_path / "model", arch)
-    kept = []
-    prepare = dpo.prepare_model
-    monkeypatch.setattr(dpo, "prepare_model", lambda *a: kept.append(prepare(*a)) or kept[-1])
-    args = world(lora_rank=2, learning_rate=0.01)
-    dpo.main(args)
-    (policy,) = kept
-    assert {name.split(".")[-3] for name, p in policy.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-    start = AutoModelForCausalLM.from_pretrained(args.model)
-    merged = AutoModelForCausalLM.from_pretrained(f"{args.run_dir}/model")
-    assert type(merged) is type(start) and merged.state_dict().keys() == start.state_dict().keys()
+def test_a_checkpoint_runs_no_code(world, monkeypatch):
+    args = world()
+    run(args)
+    loads, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: loads.append(k.get("weights_only")) or load(*a, **k))
+    resume(monkeypatch, args.run_dir)
+    assert loads and all(loads)
+
+
+def test_two_processes_compute_the_updates_of_one(world, tmp_path):
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(world()).items()
+             if name in ("model", "dataset", "device", "max_length", "batch_size", "learning_rate", "max_steps")]
+    for processes in (1, 2):
+        done = start("dpo", *flags, "--micro-batch-size", 4, "--run-dir", tmp_path / str(processes), processes=processes)
+        assert done.returncode == 0, done.stderr
+    for tag in ("loss", "grad_norm", "eval/loss", "rewards/chosen", "eval/rewards/margins"):
+        one, two = (dict(scalars(tmp_path / folder, tag)) for folder in "12")
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-5), tag
+    one, two = (load_file(tmp_path / folder / "model" / "model.safetensors") for folder in "12")
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_first_and_the_printed_command_goes_on(world, tmp_path, number):
+    flags = ["--model", tmp_path / "model", "--dataset", tmp_path / "data", "--max-length", 64, "--run-dir", tmp_path / "r"]
+    world()
+    process = subprocess.Popen(command("dpo", *flags, "--batch-size", 8, "--max-steps", 100_000), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    deadline = time.time() + 100
+    while not list((tmp_path / "r").glob("events*")) and time.time() < deadline:
+        time.sleep(0.1)
+    time.sleep(3)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    last = err.strip().splitlines()[-1]
+    step = json.loads((tmp_path / "r" / "checkpoint" / "state.json").read_text())["step"]
+    assert step > 0 and last.startswith(f"stopped at update {step}; to go on: python ")
+    assert last.endswith(f"dpo.py --resume {tmp_path / 'r'}") and "Traceback" not in err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(world):
+    args = world(learning_rate=1e30, warmup=0.0)
+    with pytest.raises(SystemExit, match="nan or inf"):
+        run(args)
+    assert not (dpo.Path(args.run_dir) / "model").exists()
+
+
+def test_a_directory_that_holds_a_run_is_refused(world):
+    args = world()
+    run(args)
+    with pytest.raises(SystemExit, match="holds a run"):
+        run(args)
+
+
+def test_default_run_directories_differ_and_the_rate_is_one_for_pretrained_models(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for rank in (0, 2):
+        args = world(max_steps=1, learning_rate=0.0, lora_rank=rank)
+        args.run_dir = ""
+        AcceleratorState._reset_state(reset_partial_state=True)
+        dpo.main(args)
+    out = capsys.readouterr().out
+    assert "learning rate: 1e-06" in out and "learning rate: 1e-05" in out
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+# --- models ---
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_lora_trains_adapters_only_and_saves_them_or_merged_weights(world, tmp_path, merge):
+    args = world(lora_rank=2, learning_rate=0.01, merge_lora=merge)
+    saved = run(args)
+    folder = dpo.Path(args.run_dir) / "model"
+    assert (folder / "adapter_config.json").exists() != merge
+    assert all("lora" in name for name in saved) != merge
+    base = AutoModelForCausalLM.from_pretrained(args.model)
+    trained, _ = dpo.load_model(dpo.transformers.AutoModelForCausalLM, str(folder), 64)  # base and adapter, merged
     ids = torch.tensor([[3, 4, 5, 6, 7]])
     with torch.no_grad():
-        assert torch.allclose(merged(ids).logits, policy(ids).logits, atol=1e-4)
-        assert not torch.allclose(merged(ids).logits, start(ids).logits, atol=1e-2)
-        with policy.disable_adapter():  # the reference
-            assert torch.equal(policy(ids).logits, start(ids).logits)
+        assert not torch.allclose(trained(ids).logits, base(ids).logits, atol=1e-2)
+    assert metric(args, "eval/rewards/margins")[6] > 0
 
 
-def test_lora_without_peft_is_refused(world, monkeypatch, capsys):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
-    with pytest.raises(SystemExit):
-        dpo.main(world(lora_rank=2))
-    assert capsys.readouterr().err == "error: --lora-rank needs the package peft\n"
+def test_an_adapter_as_model_is_base_plus_adapter(world, tmp_path):
+    merged = run(world("merged", lora_rank=2, learning_rate=0.01, merge_lora=True))
+    run(world("adapter", lora_rank=2, learning_rate=0.01))
+    model, _ = dpo.load_model(dpo.transformers.AutoModelForCausalLM, str(tmp_path / "adapter" / "model"), 64)
+    found = model.state_dict()
+    assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in merged.items())
 
 
-# --- batches ---
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_are_saved_in_the_dtype_in_which_they_came(world, tmp_path, dtype):
+    make_model(tmp_path / "model").to(dtype).save_pretrained(tmp_path / "model")
+    assert {value.dtype for value in run(world(max_steps=1)).values()} == {dtype}
 
 
-@share
-def test_micro_batches_of_one_give_the_gradient_of_the_whole_batch(world, share_prompt):
-    flags = {"max_steps": 1, "max_grad_norm": math.inf, "share_prompt": share_prompt}
-    whole = first_gradient(world("whole", micro_batch_size=8, **flags))
-    ones = first_gradient(world("ones", micro_batch_size=1, **flags))
-    for name, gradient in whole.items():
-        assert (gradient - ones[name]).norm() <= 1e-5 * gradient.norm(), name
+def loads(folder, max_length=64):
+    return dpo.load_model(dpo.transformers.AutoModelForCausalLM, str(folder), max_length)
 
 
-def test_evaluate_pairs_do_not_depend_on_the_size_of_the_last_batch(world):
-    args = world()
-    model = AutoModelForCausalLM.from_pretrained(args.model)
-    rows = [list(map(list, row)) for row in [*ROWS, *ROWS[:3]]]
-    for row in rows:
-        row.append([-20.0, -21.0])
-    found = [dpo.evaluate_pairs(world(micro_batch_size=size), model, model, rows) for size in (7, 3, 1)]
-    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0] == pytest.approx(found[2], rel=1e-5)
+def test_models_that_would_be_silently_wrong_are_refused(tmp_path):
+    import transformers
+
+    tokenizer = word_tokenizer()
+    make_model(tmp_path / "whole", "qwen3")
+    with pytest.raises(SystemExit, match="128 positions"):
+        loads(tmp_path / "whole", 129)
+    with pytest.raises(SystemExit, match="no such folder"):
+        loads(tmp_path / "nothing")
+    scorer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole", num_labels=1)
+    scorer.save_pretrained(tmp_path / "scorer")
+    tokenizer.save_pretrained(tmp_path / "scorer")
+    with pytest.raises(SystemExit, match="lacks the weights .*lm_head.weight"):
+        loads(tmp_path / "scorer")
+    small = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
+    bert = transformers.BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **small)
+    mamba = transformers.MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=8)
+    for name, config in (("bert", bert), ("mamba", mamba)):
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        with pytest.raises(SystemExit, match="not causal, or keeps no cache"):
+            loads(tmp_path / name)
+    make_model(tmp_path / "endless", tokenizer=word_tokenizer(eos=None))
+    with pytest.raises(SystemExit, match="EOS None"):
+        loads(tmp_path / "endless")
+    make_model(tmp_path / "narrow")
+    bpe_tokenizer().save_pretrained(tmp_path / "narrow")
+    with pytest.raises(SystemExit, match="its tokenizer has"):
+        loads(tmp_path / "narrow")
 
 
-def test_truncation_keeps_a_token_of_each_completion_or_drops_the_pair_with_a_count(capsys):
-    rows = dpo.truncate([[[3] * 4, [5] * 6, [6]], [[3] * 9, [5, 1], [6, 1]], [[3], [4], [5]]], 8, "train")
-    assert rows == [[[3] * 4, [5] * 4, [6]], [[3], [4], [5]]]
-    assert "of 3 rows, 1 were cut to --max-length 8 tokens and 1 left out" in capsys.readouterr().out
+@pytest.mark.parametrize("arch", CONFIGS)
+def test_causal_architectures_pass_the_probe(arch, tmp_path):
+    make_model(tmp_path, arch)
+    model, _ = loads(tmp_path)
+    assert model.dtype == torch.float32
 
 
 # --- data ---
 
 
 @pytest.mark.parametrize("tokenizer", [word_tokenizer(), bpe_tokenizer()], ids=["words", "bytes"])
-def test_implicit_prompts_and_messages_give_the_rows_of_explicit_text(tokenizer, tmp_path):
+@pytest.mark.parametrize("change", [lambda row: row, as_messages], ids=["texts", "messages"])
+def test_an_implicit_prompt_gives_the_token_ids_of_an_explicit_one(tokenizer, change, tmp_path):
     def load(name, rows):
-        path = write_jsonl(tmp_path / f"{name}.jsonl", rows)
-        return dpo.load_pairs(dpo.Args(dataset=str(path)), tokenizer, "train")
+        return dpo.load_pairs(str(write_jsonl(tmp_path / f"{name}.jsonl", rows)), "train", tokenizer, 64)
 
-    explicit = preferences(6)
+    explicit = [change(row) for row in preferences(6)]
     implicit = [{column: row["prompt"] + row[column] for column in ("chosen", "rejected")} for row in explicit]
-    found, expected = load("implicit", implicit), load("explicit", explicit)
-    for (prompt, *texts), (explicit_prompt, *explicit_texts) in zip(found, expected):
+    repeated = [row | wholes for row, wholes in zip(explicit, implicit)]  # completions that repeat their prompt
+    expected = load("explicit", explicit)
+    assert load("repeated", repeated) == expected
+    for (prompt, *texts), (explicit_prompt, *explicit_texts) in zip(load("implicit", implicit), expected):
         assert [prompt + ids for ids in texts] == [explicit_prompt + ids for ids in explicit_texts]
-        assert prompt[: len(explicit_prompt)] == explicit_prompt  # with the words that both completions begin with
-
-    messages = [as_messages(row) for row in explicit]
-    whole = [{column: row["prompt"] + row[column] for column in ("chosen", "rejected")} for row in messages]
-    assert load("messages", messages) == load("whole", whole)
-    prompt, chosen, _ = load("messages", messages)[0]
-    assert tokenizer.decode(chosen).split()[:4] == explicit[0]["chosen"].split()[:4]
-    assert chosen[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in chosen[:-1]
+        assert prompt[: len(explicit_prompt)] == explicit_prompt and texts[0][0] != texts[1][0]
+    assert expected[0][1][-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in expected[0][1][:-1]
 
 
-@pytest.mark.parametrize(
-    "flags,message",
-    [
-        ({"beta": 0.0}, "--beta must be above 0"),
-        ({"beta": -1.0}, "--beta must be at least 0"),
-        ({"label_smoothing": 0.6}, "--label-smoothing must be between 0 and 0.5"),
-        ({"label_smoothing": 0.1, "loss": "ipo"}, "--label-smoothing is for --loss sigmoid"),
-        ({"lora_rank": -1}, "--lora-rank must be at least 0"),
-        ({"batch_size": 9}, "--batch-size 9 must be a multiple"),
-        ({"batch_size": 64}, "--batch-size 64 is more than the 32 rows"),
-    ],
-    ids=str,
-)
-def test_bad_flags_are_one_line_and_nothing_is_written(world, capsys, flags, message):
-    args = world(**flags)
-    with pytest.raises(SystemExit) as stop:
-        dpo.main(args)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1
-    assert not dpo.Path(args.run_dir).exists()
+def test_a_text_prompt_before_conversations_is_the_users_turn_as_in_ultrafeedback_binarized(tmp_path):
+    user, says = {"role": "user", "content": "review of plot :"}, lambda text: {"role": "assistant", "content": text}
+    tokenizer = word_tokenizer()
+    plain = {"prompt": [user], "chosen": [says("great .")], "rejected": [says("dull .")]}
+    h4 = {"prompt": "review of plot :", "chosen": [user, says("great .")], "rejected": [user, says("dull .")], "score": 8}
+    expected = dpo.load_pairs(str(write_jsonl(tmp_path / "plain.jsonl", [plain])), "train", tokenizer, 64)
+    assert dpo.load_pairs(str(write_jsonl(tmp_path / "h4.jsonl", [h4])), "train", tokenizer, 64) == expected
+
+
+def test_pairs_without_room_or_text_are_left_out_with_a_count_and_long_completions_cut(tmp_path, capsys):
+    rows = preferences(4)
+    rows[1]["prompt"] = "review " * 8
+    rows[2]["rejected"] = "  "
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    kept = dpo.load_pairs(str(path), "train", word_tokenizer(), 8)
+    assert "2 of 4 pairs left out" in capsys.readouterr().out and len(kept) == 2
+    assert all(len(prompt) + len(text) <= 8 and text for prompt, *texts in kept for text in texts)
 
 
 @pytest.mark.parametrize(
     "row,message",
     [
-        ({"prompt": "review", "chosen": "great"}, "dpo.py needs prompt and chosen and rejected, or chosen and rejected"),
-        ({"prompt": "review", "chosen": "great", "rejected": " "}, "row 1, column rejected: empty"),
-        ({"prompt": "review", "chosen": "great", "rejected": 3}, "column rejected: neither text nor a list"),
-        ({"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-          "rejected": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}, "row 1"),
+        ({"prompt": "review", "chosen": "great"}, "columns .*rename them"),
+        ({"prompt": "review", "chosen": "great", "rejected": 3}, "row 2, column rejected: 3 is not text"),
+        ({"prompt": "review", "chosen": None, "rejected": "b"}, "row 2, column chosen: None is not text"),
+        ({"prompt": "review", "chosen": "a", "rejected": '[{"role": "user"}]'}, "row 2, column rejected.*csv"),
+        ({"prompt": "review", "chosen": "a", "rejected": [{"role": "user", "content": "x"}]}, "row 2, column rejected"),
     ],
-    ids=["missing column", "empty completion", "a number", "no common prompt"],
+    ids=["missing column", "a number", "null", "messages as text", "mixed"],
 )  # fmt: skip
-def test_bad_pairs_are_named(tmp_path, capsys, row, message):
-    path = tmp_path / "bad.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    with pytest.raises(SystemExit):
-        dpo.load_pairs(dpo.Args(dataset=str(path)), word_tokenizer(), "train")
-    assert message in capsys.readouterr().err
+def test_bad_pairs_are_named(tmp_path, row, message):
+    good = {column: "x" for column in row}
+    with pytest.raises(SystemExit, match=message):
+        dpo.load_pairs(str(write_jsonl(tmp_path / "bad.jsonl", [good, row])), "train", word_tokenizer(), 64)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"beta": 0.0}, {"label_smoothing": 0.6}, {"label_smoothing": 0.1, "loss": "ipo"}, {"lora_rank": -1},
+     {"batch_size": 9}, {"micro_batch_size": 0}, {"max_length": 1}, {"epochs": 0}, {"learning_rate": -1.0}],
+    ids=str,
+)  # fmt: skip
+def test_flags_that_cannot_work_are_refused(world, flags):
+    with pytest.raises(ValueError, match="must be"):
+        world(**flags)
+
+
+def test_more_pairs_in_a_batch_than_in_the_data_are_refused(world):
+    with pytest.raises(SystemExit, match="32 pairs don't fill a batch"):
+        run(world(batch_size=64))
