@@ -36,6 +36,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -144,7 +145,7 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     """
     ids = [torch.tensor([*prompt, *completion]) for prompt, completion in rows]
     labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in rows]
-    ids = pad_sequence(ids, batch_first=True).to(device)  # (b, L)
+    ids = pad_sequence(ids, batch_first=True, padding_value=rows[0][1][-1]).to(device)  # (b, L)
     labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
     start = max(1, min(len(prompt) for prompt, _ in rows))
     logits = model(ids[:, :-1], logits_to_keep=ids.shape[1] - start, use_cache=False).logits  # (b, R, V)
@@ -340,8 +341,9 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
 
         lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
         model = get_peft_model(model, lora)
-        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        accelerator.register_save_state_pre_hook(lambda _, state, __: [w.pop(x) for w in state for x in frozen])
+        accelerator.register_save_state_pre_hook(
+            lambda _, states, __: [w.pop(x) for w in states for x in [*w] if "lora_" not in x]
+        )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(parameters, weight_decay=0.0, fused=True))
     step, total_steps = 0, args.max_steps or args.epochs * (len(train) // args.batch_size)
@@ -382,6 +384,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
+    start_step, start_time = step, time.perf_counter()
     bar = tqdm(total=total_steps, initial=step, unit="update", disable=not accelerator.is_main_process)
 
     while True:
@@ -432,7 +435,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             if not math.isfinite(found["loss"] + found["grad_norm"]):
                 raise SystemExit(f"\nthe loss became nan or inf before update {step}; {run_dir}/checkpoint is older")
             found["learning_rate"] = optimizer.param_groups[0]["lr"]
-            found["pairs_per_second"] = (step - bar.initial) * args.batch_size / bar.format_dict["elapsed"]
+            found["pairs_per_second"] = (step - start_step) * args.batch_size / (time.perf_counter() - start_time)
             bar.set_postfix_str(f"loss {found['loss']:.3f}, margin {found['rewards/margins']:.3f}", refresh=False)
             accelerator.log(found, step)
             metrics.clear()
@@ -440,7 +443,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             save_checkpoint(accelerator, run_dir, args, step)
         bar.update(1)
         if stop:
-            raise SystemExit(f"\nstopped at update {step}; to go on: python {sys.argv[0]} --resume {run_dir}")
+            bar.close()
+            raise SystemExit(f"stopped at update {step}; to go on: python {sys.argv[0]} --resume {run_dir}")
 
     bar.close()
     model = accelerator.unwrap_model(model)
