@@ -104,10 +104,9 @@ class Args:
 
 
 def load_model(loader: Any, name: str, max_length: int) -> tuple[nn.Module, Any]:
-    """Model, in float32 and without dropout, and tokenizer of a hub id, a folder or a peft adapter, which is merged.
+    """Model, in float32 and without dropout, and tokenizer of a hub id, a folder, or a peft adapter, which is merged.
 
-    Refused: missing weights, too few words or positions, and, by two passes, a model that is not causal or whose cache
-    gives something else. The model's config keeps the dtype in which the weights came.
+    Refused are missing weights, too few words or positions, and a model that is not causal or whose cache misleads.
     """
     if name[:1] in "/.~" and not Path(name).is_dir():
         raise SystemExit(f"--model {name}: no such folder")
@@ -129,7 +128,7 @@ def load_model(loader: Any, name: str, max_length: int) -> tuple[nn.Module, Any]
         has = f"its tokenizer has {words} tokens and EOS {eos}, and --max-length is {max_length}"
         raise SystemExit(f"--model {name} reads {V} tokens and {L} positions, but {has}")
     body, ids = model.float().eval().base_model, torch.arange(12)[None] % V
-    with torch.no_grad():
+    with torch.no_grad():  # twelve tokens in one pass, and in two
         whole, begin = body(ids).last_hidden_state, body(ids[:, :6], use_cache=True)
         rest = body(ids[:, 6:], past_key_values=begin.get("past_key_values")).last_hidden_state
     if (whole - torch.cat([begin.last_hidden_state, rest], 1)).abs().max() > 1e-3 * whole.std():
@@ -138,10 +137,9 @@ def load_model(loader: Any, name: str, max_length: int) -> tuple[nn.Module, Any]
 
 
 def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> Tensor:
-    """log π(y_t | x, y_<t) of the completions of rows [prompt, completion], 0 elsewhere: (b, R), in float32.
+    """log π(y_t | x, y_<t) of the completions of rows [prompt, completion] in float32, 0 elsewhere: (b, R).
 
-    The vocabulary head only sees the positions that predict tokens from `start` on, where the shortest prompt ends. A
-    row's first token is not scored, as nothing comes before it. Nothing reads the padding, which is on the right.
+    R counts from `start`, where the shortest prompt ends. A row's first token is not scored: nothing comes before it.
     """
     ids = [torch.tensor([*prompt, *completion]) for prompt, completion in rows]
     labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in rows]
@@ -181,9 +179,9 @@ def preference_loss(logprobs: Tensor, ref_logprobs: Tensor, beta: float, eps: fl
 
 
 def load_rows(name: str, split: str, *layouts: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Rows of a split with the columns of the first layout that it has; values are texts or lists of messages.
+    """Rows of a split, with the columns of the first layout that it has: texts or lists of messages.
 
-    Completions that all repeat their prompt are cut; a prompt that is text before messages is the user's first.
+    Completions that all repeat their prompt lose it; a prompt that is text before messages becomes the user's.
     """
     import datasets
 
@@ -200,9 +198,9 @@ def load_rows(name: str, split: str, *layouts: tuple[str, ...]) -> list[dict[str
             if not fits or type(value) is not type(rows[0][column]) or value[:7] in ("[{'role", '[{"role'):
                 found = f"--dataset {name}, split {split}, row {number}, column {column}: {value!r:.40}"
                 raise SystemExit(f"{found} is not text or messages as in row 1; mend it, in jsonl if csv lost it")
-    if "prompt" in layout and isinstance(rows[0]["prompt"], str) and isinstance(rows[0][layout[-1]], list):
-        rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-    for column in layout[1:] if "prompt" in layout else ():
+    for column in layout[1:] if layout[0] == "prompt" else ():
+        if isinstance(rows[0]["prompt"], str) and isinstance(rows[0][column], list):
+            rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
         if all(row[column][: len(row["prompt"])] == row["prompt"] for row in rows):
             rows = [row | {column: row[column][len(row["prompt"]) :]} for row in rows]
     return rows
@@ -210,28 +208,26 @@ def load_rows(name: str, split: str, *layouts: tuple[str, ...]) -> list[dict[str
 
 @functools.cache
 def text_ends(tokenizer: Any) -> tuple[list[int], str, str]:
-    """Ids that the tokenizer puts before a text (BOS or nothing); EOS; the token that ends a turn of the template."""
+    """Ids that the tokenizer puts before a text (BOS or nothing), EOS, and what ends a turn of its chat template."""
     start = [i for i in tokenizer("a").input_ids[:1] if i in (tokenizer.bos_token_id, tokenizer.cls_token_id)]
-    turn_end = tokenizer.eos_token
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2].strip()
-        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
-        turn_end = next((token for token in added if after.startswith(token)), turn_end)
-    return start, tokenizer.eos_token, turn_end
+    if not tokenizer.chat_template:
+        return start, tokenizer.eos_token, tokenizer.eos_token
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2].strip()
+    ends = [token.content for token in tokenizer.added_tokens_decoder.values() if after.startswith(token.content)]
+    return start, tokenizer.eos_token, max(ends, key=len, default=tokenizer.eos_token)
 
 
 def encode(tokenizer: Any, max_length: int, prompt: Any, *completions: Any) -> list[list[int]] | None:
-    """Token ids [prompt, completion, …] of texts or messages: the one place that decides where a prompt or answer ends.
+    """Token ids [prompt, completion, …] of texts or messages; None without room in max_length or an empty completion.
 
     They are tokenized as one text, since tokens may merge where they meet, and parted where the ids leave those of the
-    prompt alone, or each other when prompt is None. A prompt begins with the tokenizer's BOS, if any, once, and never
-    ends in EOS; a completion ends in one stop token, EOS or the template's end of turn, if max_length has room for it.
-    Returns None when there is no room at all, or a completion is empty.
+    prompt alone, or each other where prompt is None. A prompt begins with the tokenizer's BOS, if any, once, and never
+    ends in EOS. A completion ends in one stop token, where generation stops too: EOS, or the template's end of turn.
     """
-    start, eos, stop = text_ends(tokenizer)
+    (start, eos, stop), implicit = text_ends(tokenizer), prompt is None
+    texts = [completion if implicit else prompt + completion for completion in completions]
     ends = f"{re.escape(eos)}|{re.escape(stop)}"
-    texts, known = [completion if prompt is None else prompt + completion for completion in completions], prompt
     if isinstance(texts[0], list):
         render, start = functools.partial(tokenizer.apply_chat_template, tokenize=False), []
         prompt, texts = render(prompt, add_generation_prompt=True) if prompt else "", [render(text) for text in texts]
@@ -243,25 +239,21 @@ def encode(tokenizer: Any, max_length: int, prompt: Any, *completions: Any) -> l
         )
     found = [re.search(rf"({ends})(\s|{ends})*$", text[len(prompt) :]) for text in texts]
     texts = [text[: len(prompt) + end.start()] if end else text for text, end in zip(texts, found)]
-    if not all(text[len(prompt) :].strip() for text in texts):
+    ids = [start * (x[:1] != start) + x for x in tokenizer([prompt, *texts], add_special_tokens=False).input_ids]
+    P = len(os.path.commonprefix(ids[1:] if implicit else ids))
+    if P >= max_length or not all(text[len(prompt) :].strip() for text in texts):
         return None
-    ids = tokenizer([prompt, *texts], add_special_tokens=False).input_ids
-    ids = [x if x[:1] == start else start + x for x in ids]
-    P = len(os.path.commonprefix(ids if known is not None else ids[1:]))
     stops = [tokenizer.convert_tokens_to_ids(end[1] if end else stop) for end in found]
-    return (
-        [ids[1][:P], *([*x[P:], end][: max_length - P] for x, end in zip(ids[1:], stops))] if P < max_length else None
-    )
+    return [ids[1][:P], *([*x[P:], end][: max_length - P] for x, end in zip(ids[1:], stops))]
 
 
 def load_pairs(name: str, split: str, tokenizer: Any, max_length: int) -> list[list[Any]]:
     """Rows [prompt ids, chosen ids, rejected ids] of a split; without a prompt column, it is what both begin with."""
     rows = load_rows(name, split, ("prompt", "chosen", "rejected"), ("chosen", "rejected"))
     rows = [encode(tokenizer, max_length, row.get("prompt"), row["chosen"], row["rejected"]) for row in rows]
-    kept = [row for row in rows if row]
-    if len(kept) < len(rows):
-        print(f"split {split}: {len(rows) - len(kept)} of {len(rows)} pairs left out: no room, or an empty completion")
-    return kept
+    if None in rows:
+        print(f"split {split}: {rows.count(None)} of {len(rows)} rows left out: no room, or an empty completion")
+    return [row for row in rows if row]
 
 
 def batch_at(rows: list[Any], step: int, batch_size: int, seed: int) -> list[Any]:
@@ -342,7 +334,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
         model = get_peft_model(model, lora)
         accelerator.register_save_state_pre_hook(
-            lambda _, states, __: [w.pop(x) for w in states for x in [*w] if "lora_" not in x]
+            lambda _, w, __: [x.pop(k) for x in w for k in [*x] if "lora_" not in k]
         )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(parameters, weight_decay=0.0, fused=True))
@@ -392,8 +384,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         if step % (args.eval_every or total_steps) == 0 or step >= total_steps:
             model.eval()
             found, texts = defaultdict(list), []
-            with torch.no_grad():
-                for part in micro_batches(held_out, args.micro_batch_size):
+            for part in micro_batches(held_out, args.micro_batch_size):
+                with torch.no_grad():
                     for name, values in measure(part[own]).items():
                         found[f"eval/{name}"].append(values)
             for prompt, completion, *_ in (held_out or train)[:4]:

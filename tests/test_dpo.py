@@ -501,7 +501,7 @@ def test_pairs_without_room_or_text_are_left_out_with_a_count_and_long_completio
     rows[2]["rejected"] = "  "
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     kept = dpo.load_pairs(str(path), "train", word_tokenizer(), 8)
-    assert "2 of 4 pairs left out" in capsys.readouterr().out and len(kept) == 2
+    assert "2 of 4 rows left out" in capsys.readouterr().out and len(kept) == 2
     assert all(len(prompt) + len(text) <= 8 and text for prompt, *texts in kept for text in texts)
 
 
