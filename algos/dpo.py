@@ -136,8 +136,8 @@ def load_model(loader: Any, name: str, max_length: int) -> tuple[nn.Module, Any]
     return model, tokenizer
 
 
-def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> Tensor:
-    """log π(y_t | x, y_<t) of the completions of rows [prompt, completion] in float32, 0 elsewhere: (b, R).
+def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """log π(y_t | x, y_<t) of the completions of rows [prompt, completion], in float32, and their mask: (b, R) each.
 
     R counts from `start`, where the shortest prompt ends. A row's first token is not scored: nothing comes before it.
     """
@@ -147,13 +147,14 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
     start = max(1, min(len(prompt) for prompt, _ in rows))
     logits = model(ids[:, :-1], logits_to_keep=ids.shape[1] - start, use_cache=False).logits  # (b, R, V)
-    return -F.cross_entropy(logits.float().transpose(1, 2), labels[:, start:], reduction="none")
+    logprobs = -F.cross_entropy(logits.float().transpose(1, 2), labels[:, start:], reduction="none")  # 0 off the mask
+    return logprobs, labels[:, start:] != -100
 
 
 def pair_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> Tensor:
     """log π(y|x) = Σ_t log π(y_t | x, y_<t) of both completions of rows [prompt, chosen, rejected, …]: (2, b)."""
     pairs = [[prompt, chosen] for prompt, chosen, *_ in rows] + [[prompt, rejected] for prompt, _, rejected, *_ in rows]
-    return completion_logprobs(model, pairs, device).sum(1).view(2, -1)
+    return completion_logprobs(model, pairs, device)[0].sum(1).view(2, -1)
 
 
 # --- algorithm ---

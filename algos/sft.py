@@ -1,789 +1,411 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "datasets>=5.0",
-#     "numpy>=2.4",
-#     "tensorboard>=2.21",
-#     "torch>=2.13.0",
-#     "tqdm>=4.70",
-#     "transformers>=5.20",
-#     "tyro>=1.0.17",
+#     "accelerate>=1.15", "datasets>=5.0", "peft>=0.21", "tensorboard>=2.21", "torch>=2.13.0", "tqdm>=4.70",
+#     "transformers>=5.20", "tyro>=1.0.17",
 # ]
 # ///
 """Supervised fine-tuning (SFT): make a language model likely to write what a data set contains.
 
 The first of RLHF's three steps, and plain maximum likelihood: raise log π(y_t | x, y_<t) of every token of the
 completions. Its result is the reference policy π_ref that RLHF and DPO start from and are held to.
+Paper: Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT), step 1 in section 3.5.
 
-Paper: Ouyang et al. 2022, "Training language models to follow instructions with human feedback", arXiv 2203.02155,
-step 1 (section 3.5).
+    python algos/sft.py                           # the small language world from random weights: to a held-out loss
+                                                  # of 1.13 nats per token in a minute; the grammar's own is 1.117
+    accelerate launch algos/sft.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --bf16 --micro-batch-size 4 \\
+        --batch-size 16 --gradient-checkpointing
 
-    python algos/sft.py                           # the small language world from random weights: to a held-out
-                                                  # loss of 1.126 nats per token, the grammar's is 1.117; a minute
-    python algos/sft.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --learning-rate 1e-5 --dtype bfloat16 \\
-        --batch-size 16 --micro-batch-size 4 --gradient-checkpointing
-
-The data set has the columns `prompt` and `completion` (the loss covers the completion), `messages` or `text` (it covers
-every token). Texts and lists of {"role", "content"} messages both do; messages pass through the chat template.
-
-Letters: B sequences of a batch, b of a micro-batch, P tokens of a prompt, R of a response, L of a row (P + R), V words
-of the vocabulary.
-
-Logged every 10 updates, as means since the last time: loss (nats per token), grad_norm (before clipping),
-learning_rate, tokens_per_second (tokens with a loss); eval/loss is the held-out loss per token, over all tokens of the
-split, and eval/perplexity its exponential. samples holds greedy completions before and after training, as text.
+Data: columns `prompt` and `completion`, of which the completion gets a loss, or `messages` or `text`, of which every
+token does; texts or lists of {"role", "content"} messages. Letters: B rows, R tokens of completions, L of whole rows,
+V words. Logged are means over the interval; loss is in nats per token.
 
 Differs from the paper:
  1. One loss per token, averaged over the tokens of the whole batch; no mixing of prompts by source.
- 2. AdamW without weight decay; dropout is off, as in the scripts that continue from this model.
+ 2. AdamW without weight decay, a cosine schedule, the gradient's norm clipped to 1, no dropout.
  3. A batch never mixes two epochs: the rows that do not fill one are left out of that epoch.
 """
 
-from __future__ import annotations
-
-import contextlib
+import argparse
 import functools
-import importlib.util
-import io
 import json
-import logging
 import math
 import os
+import re
 import shutil
+import signal
 import sys
 import time
-import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 import tyro
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker, WandBTracker
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-if TYPE_CHECKING:  # imported where they are used: --help need not wait for them
-    import datasets
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+SCRIPT = Path(__file__).stem
 ASSETS = Path(__file__).resolve().parent.parent / "benchmark" / "assets"  # the small language world
+LOG_EVERY = 10  # updates
 
 
 @dataclass
 class Args:
     # run
-    seed: int = 1
-    """seed of the order of rows, and of the weights with --from-scratch"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU when there is one"""
-    run_dir: str = ""
-    """where the run is written; by default runs/<task>__<script>__<seed>__<timestamp>"""
-    resume: str = ""
-    """checkpoint.pt to continue; flags not given again are taken from it"""
-    save_every: int = 200
-    """updates between checkpoints; 0: only at the end"""
-    eval_every: int = 200
-    """updates between evaluations on --eval-split; 0: only before and after training"""
-    track: bool = False
-    """mirror the logs to Weights & Biases"""
-    compile: bool = False
-    """torch.compile the model"""
-    fsdp: bool = False
-    """shard weights, gradients and optimiser over the processes of torchrun (FSDP2)"""
-
+    seed: int = 1  # of the order of rows, and of the weights with --from-scratch
+    device: Literal["auto", "cpu"] = "auto"  # auto takes GPUs where there are some
+    run_dir: str = ""  # where the run is written; by default runs/<task>__<script>__<seed>__<time>
+    resume: str = ""  # run directory or checkpoint to continue, with its flags where none are given
+    save_every: int = 200  # updates between checkpoints; 0: only at the end
+    eval_every: int = 200  # updates between evaluations; 0: only before and after training
+    track: bool = False  # mirror the logs to Weights & Biases
     # task
-    model: str = str(ASSETS / "base")
-    """hub id or folder of the model to start from, with its tokenizer"""
-    from_scratch: bool = False
-    """train the configuration of --model from random weights"""
-    dataset: str = str(ASSETS / "reviews")
-    """hub id, folder or jsonl, json, csv or parquet file with text, messages, or prompt and completion"""
-    train_split: str = "train"
-    """split to train on; slices such as train[:95%] work"""
-    eval_split: str = "test"
-    """held-out split; '' for no evaluation"""
-    max_length: int = 512
-    """longest row in tokens: longer completions are cut, rows whose prompt fills it are left out"""
-
+    model: str = str(ASSETS / "base")  # hub id, folder or peft adapter of the model to start from
+    from_scratch: bool = False  # draw its weights anew
+    dataset: str = str(ASSETS / "reviews")  # hub id, folder or jsonl, json, csv or parquet file
+    train_split: str = "train"  # split to train on; slices such as train[:95%] work
+    eval_split: str = "test"  # held-out split; '' for none
+    max_length: int = 512  # longest row in tokens: longer completions are cut, rows whose prompt fills it left out
     # optimisation
-    learning_rate: float = 3e-3
-    """step size of AdamW after the warm-up; about 1e-5 for pretrained models"""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """how the learning rate falls to 0 after the warm-up"""
-    warmup: float = 0.1
-    """share of the updates over which the learning rate rises"""
-    batch_size: int = 32
-    """B: rows of an update, over all processes"""
-    micro_batch_size: int = 0
-    """rows of a forward pass, over all processes: less memory, same gradient; 0: the whole batch"""
-    epochs: int = 2
-    """passes over the data"""
-    max_steps: int = 0
-    """updates to train for, if not 0, instead of --epochs"""
-    max_grad_norm: float = 1.0
-    """largest global norm of the gradient; inf turns the clip off"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """precision of the forward pass (autocast); weights and log-probabilities stay float32"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, about a third slower"""
+    learning_rate: float = 0  # at its peak; 0: 3e-3 on the small world's model, 2e-5 on others
+    warmup: float = 0.1  # share of the updates over which the learning rate rises, before a half cosine to 0
+    batch_size: int = 32  # B: rows of an update, over all processes
+    micro_batch_size: int = 8  # b: rows of a forward pass, over all processes: less memory, same gradient
+    epochs: int = 2  # passes over the data
+    max_steps: int = 0  # updates to train for, if not 0, instead of --epochs
+    bf16: bool = False  # compute in bfloat16; weights and log-probabilities stay float32
+    gradient_checkpointing: bool = False  # compute activations twice: less memory, about a third slower
 
-    @property
-    def rows_per_pass(self) -> int:
-        """b: rows of a forward pass, over all processes."""
-        return self.micro_batch_size or self.batch_size
-
-
-def validate(args: Args) -> None:
-    """Check what a user can get wrong before any work: one line and exit status 2 for the first fault."""
-    check_ranges(args, 1, math.inf, "max_length", "batch_size", "epochs")
-    check_ranges(args, 0, math.inf, "save_every", "eval_every", "learning_rate", "micro_batch_size", "max_steps")
-    check_ranges(args, 0, math.inf, "max_grad_norm")
-    check_ranges(args, 0, 1, "warmup")
-    check_batches(args)
-    check_run(args, "model", "dataset", "train_split", "batch_size")
-    check_assets("model", args.model, "dataset", args.dataset)
+    def __post_init__(self) -> None:
+        if min(self.micro_batch_size, self.epochs, self.max_length - 1) < 1 or self.batch_size % self.micro_batch_size:
+            raise ValueError("batch-size must be a multiple of micro-batch-size, epochs at least 1, max-length 2")
+        if min(self.save_every, self.eval_every, self.max_steps, self.learning_rate, self.warmup) < 0:
+            raise ValueError("save-every, eval-every, max-steps, learning-rate and warmup must be at least 0")
 
 
 # --- model ---
 
 
-def response_logits(model: PreTrainedModel, ids: Tensor, start: int) -> Tensor:
-    """Logits that predict the tokens from position `start` on: ids (b, L) to (b, L - start, V).
+def load_model(loader: Any, name: str, max_length: int) -> tuple[nn.Module, Any]:
+    """Model, in float32 and without dropout, and tokenizer of a hub id, a folder, or a peft adapter, which is merged.
 
-    They come from the positions one before; the vocabulary head is applied to these only. Rows are padded on the
-    right, where causal attention needs no mask.
+    Refused are missing weights, too few words or positions, and a model that is not causal or whose cache misleads.
     """
-    return model(ids[:, :-1], logits_to_keep=ids.shape[1] - start, use_cache=False).logits
+    if name[:1] in "/.~" and not Path(name).is_dir():
+        raise SystemExit(f"--model {name}: no such folder")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    adapter = transformers.utils.find_adapter_config_file(name)
+    base = json.loads(Path(adapter).read_text())["base_model_name_or_path"] if adapter else name
+    config = transformers.AutoConfig.from_pretrained(base)
+    dropout = {key: 0.0 for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
+    model, info = loader.from_pretrained(base, dtype="auto", output_loading_info=True, **dropout)
+    if info["missing_keys"]:
+        raise SystemExit(f"--model {base} lacks the weights {sorted(info['missing_keys'])}")
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, name).merge_and_unload()
+    V, words, eos = model.get_input_embeddings().num_embeddings, len(tokenizer), tokenizer.eos_token
+    L = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if eos is None or words > V or max_length > L:
+        has = f"its tokenizer has {words} tokens and EOS {eos}, and --max-length is {max_length}"
+        raise SystemExit(f"--model {name} reads {V} tokens and {L} positions, but {has}")
+    body, ids = model.float().eval().base_model, torch.arange(12)[None] % V
+    with torch.no_grad():  # twelve tokens in one pass, and in two
+        whole, begin = body(ids).last_hidden_state, body(ids[:, :6], use_cache=True)
+        rest = body(ids[:, 6:], past_key_values=begin.get("past_key_values")).last_hidden_state
+    if (whole - torch.cat([begin.last_hidden_state, rest], 1)).abs().max() > 1e-3 * whole.std():
+        raise SystemExit(f"--model {name} is not causal, or keeps no cache that gives what a whole pass gives")
+    return model, tokenizer
+
+
+def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """log π(y_t | x, y_<t) of the completions of rows [prompt, completion], in float32, and their mask: (b, R) each.
+
+    R counts from `start`, where the shortest prompt ends. A row's first token is not scored: nothing comes before it.
+    """
+    ids = [torch.tensor([*prompt, *completion]) for prompt, completion in rows]
+    labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in rows]
+    ids = pad_sequence(ids, batch_first=True, padding_value=rows[0][1][-1]).to(device)  # (b, L)
+    labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
+    start = max(1, min(len(prompt) for prompt, _ in rows))
+    logits = model(ids[:, :-1], logits_to_keep=ids.shape[1] - start, use_cache=False).logits  # (b, R, V)
+    logprobs = -F.cross_entropy(logits.float().transpose(1, 2), labels[:, start:], reduction="none")  # 0 off the mask
+    return logprobs, labels[:, start:] != -100
 
 
 # --- algorithm ---
 
 
-def response_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """log π(y_t | x, y_<t) of each response token: logits (b, R, V) and ids (b, R) to (b, R), in float32."""
-    return -F.cross_entropy(logits.float().transpose(1, 2), ids, reduction="none")
+def sft_loss(logprobs: Tensor, count: int) -> Tensor:
+    """-Σ log π(y_t | x, y_<t) / count, the part of these rows (b, R) in the mean over the tokens of a whole batch."""
+    return -logprobs.sum() / count
 
 
-def masked_mean(x: Tensor, mask: Tensor, count: Tensor) -> Tensor:
-    """Sum of x where mask is 1, over count. With count from the whole minibatch, shares of it add up to its mean."""
-    return (x * mask).sum() / count
+# --- data ---
 
 
-def sft_loss(logprobs: Tensor, mask: Tensor, count: Tensor) -> Tensor:
-    """Negative log-likelihood per token, -1/count · Σ log π(y_t | x, y_<t) over tokens with mask 1, in nats.
+def load_rows(name: str, split: str, *layouts: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Rows of a split, with the columns of the first layout that it has: texts or lists of messages.
 
-    logprobs and mask are (b, R); count () is the number of such tokens in the whole batch, over all processes.
+    Completions that all repeat their prompt lose it; a prompt that is text before messages becomes the user's.
     """
-    return -masked_mean(logprobs, mask, count)
-
-
-def scheduled(peak: float, step: int, total_steps: int, warmup: float, schedule: str) -> float:
-    """Learning rate of update `step`: a line up to `peak` over the share `warmup` of all updates, then down to 0."""
-    rising = math.ceil(warmup * total_steps)
-    if step < rising:
-        return peak * (step + 1) / rising
-    progress = (step - rising) / (total_steps - rising)
-    return peak * {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}[schedule]
-
-
-# --- plumbing (same in every script; skip on first read) ---
-
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-SCRIPT = Path(__file__).stem
-LOG_EVERY = 10  # updates
-
-
-def error(message: str, status: int = 2) -> NoReturn:
-    """Tell the user in one line what is wrong and exit."""
-    if RANK == 0:
-        print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def say(message: str) -> None:
-    """Print a line above the progress bar, once for all processes."""
-    if RANK == 0:
-        tqdm.write(message)
-
-
-def parse_args() -> Args:
-    """Args from the command line, on top of those of the checkpoint when resuming."""
-
-    def parse(defaults: Args) -> Args:
-        box = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(box):
-                return tyro.cli(Args, default=defaults, description=__doc__.splitlines()[0])
-        except SystemExit as stop:
-            if stop.code:  # tyro draws a box of several lines
-                lines = [line.strip("│╭╮╰╯ ") for line in box.getvalue().splitlines()]
-                error(" ".join(";" if line.startswith("─") else line for line in lines[1:-1]))
-            raise
-
-    args = parse(Args())
-    if args.resume:
-        saved = load_checkpoint(args.resume)["args"]
-        if set(saved) != {field.name for field in fields(Args)}:
-            error(f"--resume {args.resume}: written by another version of {SCRIPT}.py")
-        args = parse(Args(**saved | {"resume": args.resume, "run_dir": str(Path(args.resume).parent)}))
-    return args
-
-
-def check_ranges(args: Args, low: float, high: float, *names: str) -> None:
-    """Refuse numbers outside [low, high], by flag name."""
-    for name in names:
-        if not low <= getattr(args, name) <= high:
-            range_ = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            error(f"--{name.replace('_', '-')} must be {range_}, not {getattr(args, name)}")
-
-
-def check_run(args: Args, *fixed: str) -> None:
-    """Refuse a missing device or package, a run directory that is taken, a checkpoint that does not fit.
-
-    `fixed` names flags that a resumed run cannot change.
-    """
-    check_ranges(args, 0, 2**31 - 1, "seed")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if args.device == "cuda" and not gpus:
-        error("--device cuda: torch finds no CUDA device; use --device cpu or auto")
-    if args.device != "cpu" and gpus and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
-        error(f"--device {args.device}: there are more processes than the {gpus} GPUs; use --device cpu or fewer")
-    if args.compile:
-        try:
-            torch.compile(lambda x: x + 1)(torch.ones(2, device="cuda" if args.device != "cpu" and gpus else "cpu"))
-        except Exception as fault:  # no C++ compiler, say
-            error(f"--compile: torch.compile does not work here ({' '.join(str(fault).split())[:200]})")
-    if args.track:
-        check_package("track", "wandb")
-    if args.resume:
-        saved = load_checkpoint(args.resume)["args"]
-        for name in fixed:
-            if getattr(args, name) != saved[name]:
-                error(f"--resume {args.resume}: made with {name} {saved[name]}, not {getattr(args, name)}")
-    run_dir = Path(args.run_dir)
-    if args.run_dir and (run_dir / "args.json").exists():
-        if not args.resume or Path(args.resume).resolve().parent != run_dir.resolve():
-            error(f"--run-dir {run_dir} already holds a run: choose another, or --resume {run_dir}/checkpoint.pt")
-
-
-def check_package(flag: str, *packages: str) -> None:
-    """Refuse a flag whose packages are not installed."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            error(f"--{flag} needs the package {package}")
-
-
-def check_batches(args: Args) -> None:
-    """Refuse batches that don't divide into micro-batches and over the processes, or --fsdp without processes."""
-    if args.batch_size % args.rows_per_pass or args.rows_per_pass % WORLD_SIZE:
-        error(f"--batch-size {args.batch_size} must be a multiple of --micro-batch-size {args.rows_per_pass}, "
-              f"and that of the {WORLD_SIZE} processes")
-    if args.fsdp and WORLD_SIZE == 1:
-        error("--fsdp shards over several processes: start the script with torchrun --nproc-per-node N")
-
-
-def check_rows(args: Args, train: list[Any], held_out: list[Any]) -> None:
-    """Refuse splits that don't fill a batch or don't give each process a row."""
-    if len(train) < args.batch_size:
-        error(f"--batch-size {args.batch_size} is more than the {len(train)} rows of --train-split {args.train_split}")
-    if args.eval_split and len(held_out) < WORLD_SIZE:
-        error(f"--eval-split {args.eval_split} has {len(held_out)} rows for {WORLD_SIZE} processes")
-
-
-def check_assets(*names_and_values: str) -> None:
-    """Refuse defaults that lie in the shipped assets when the script was copied away from them."""
-    flags = [f"--{name.replace('_', '-')}" for name in names_and_values[::2]]
-    if any(value.startswith(str(ASSETS)) and not Path(value).exists() for value in names_and_values[1::2]):
-        error(f"the small language world is not beside this copy of {SCRIPT}.py: give {' and '.join(flags)}")
-
-
-def quiet() -> None:
-    """Leave the terminal to the script: no progress bars, retries and advice of the libraries."""
     import datasets
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises as an error, too
-    datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="torch|transformers")
-
-
-def load_pretrained(loader: Any, flag: str, name: str, **options: Any) -> Any:
-    """What `loader.from_pretrained` makes of a hub id or folder, without ever running code that comes with it."""
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        error(f"--{flag} {name}: no such folder")
-    try:
-        return loader.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as fault:  # a dozen types, from the network, the files and their contents
-        reason = " ".join(str(fault).split())[:200]
-        if "trust_remote_code" in str(fault):
-            reason = "it needs Python code from its repository, which is never run here"
-        elif "no file named" in reason:
-            reason = "the folder holds no weights"
-        error(f"--{flag} {name}: {reason}")
-
-
-def load_tokenizer(flag: str, name: str) -> PreTrainedTokenizerBase:
-    """Tokenizer of a model; it must have an end-of-sequence token."""
-    tokenizer = load_pretrained(transformers.AutoTokenizer, flag, name)
-    if tokenizer.eos_token_id is None:
-        error(f"--{flag} {name}: its tokenizer has no EOS token, so completions could not end; set eos_token in it")
-    return tokenizer
-
-
-def check_model(flag: str, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-    """Refuse a model that can't read the tokenizer's ids or rows of `length` tokens."""
-    config = model.config.get_text_config()
-    if len(tokenizer) > config.vocab_size:
-        error(f"--{flag} {name}: {len(tokenizer)} tokens in the tokenizer, but {config.vocab_size} in the model")
-    positions = getattr(config, "max_position_embeddings", None) or math.inf
-    if length > positions:
-        error(f"--{flag} {name}: reads {positions} tokens at most, less than the {length} asked for (--max-length)")
-
-
-def prepare_model(args: Args, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Put the model on the device in evaluation mode, which is without dropout; checkpoint, compile, shard it."""
-    model.to(device).eval()
-    block = transformers.modeling_layers.GradientCheckpointingLayer
-    layers = [layer for layer in model.modules() if isinstance(layer, block)]
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        for layer in layers:
-            layer.training = True  # not its parts: this turns on checkpointing and no dropout
-    if args.compile:
-        model.compile(dynamic=True)
-    if args.fsdp:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        mesh = dist.device_mesh.init_device_mesh(device.type, (WORLD_SIZE,))
-        policy = MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if args.dtype == "bfloat16" else ())
-        for module in (*layers, model):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-            module.set_gradient_divide_factor(1.0)  # sums over processes, as without it
-            module.set_force_sum_reduction_for_comms(True)
-    return model
-
-
-def load_split(name: str, split: str) -> datasets.Dataset:
-    """A split of a data set, not empty; name is a hub id, a folder or a file."""
-    import datasets
-
-    where = f"--dataset {name}"
-    path, kinds = Path(name), {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    if not path.exists() and (name.startswith(("/", ".", "~")) or path.suffix in kinds):
-        error(f"{where}: no such file or folder")
-    if path.is_file() and path.suffix not in kinds:
-        error(f"{where}: files must end in {', '.join(kinds)}")
-    try:
-        files = {"path": kinds[path.suffix], "data_files": name} if path.is_file() else {"path": name}
-        data = datasets.load_dataset(**files, split=split)
-    except StopIteration:
-        error(f"{where} has no rows")
-    except Exception as fault:  # a dozen types, from the network, the files and their contents
-        for file in [path] if path.is_file() else sorted(path.rglob("*.jsonl")):
-            for number, line in enumerate(file.open("rb") if file.suffix == ".jsonl" else [], 1):
-                try:
-                    json.loads(line)
-                except ValueError:
-                    error(f"{where}: line {number} of {file.name} is not valid JSON")
-        advice = " (--eval-split '' for none)" if "split" in str(fault) else ""
-        error(f"{where}: {' '.join(str(fault).split())[:200]}{advice}")
-    if not len(data):
-        error(f"{where}, split {split} has no rows")
-    return data
-
-
-def load_rows(name: str, split: str, *layouts: tuple[str, ...]) -> dict[str, list[Any]]:
-    """Columns of the first layout that a split of a data set has, each a list of texts or of lists of messages.
-
-    Exits with the row at fault when one is empty or of another kind.
-    """
-    data, where = load_split(name, split), f"--dataset {name}, split {split}"
+    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
+    data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split)
     layout = next((layout for layout in layouts if set(layout) <= set(data.column_names)), None)
     if layout is None:
-        wanted = ", or ".join(" and ".join(layout) for layout in layouts)
-        error(f"{where} has the columns {', '.join(data.column_names)}; {SCRIPT}.py needs {wanted}")
-    try:
-        columns = {column: list(data[column]) for column in layout}
-    except UnicodeDecodeError:
-        error(f"{where}: texts must be UTF-8")
-    first = columns[layout[-1]][0]
-    for column, values in columns.items():
-        for number, value in enumerate(values, 1):
-            here = f"{where}, row {number}, column {column}"
-            if not is_messages(value) and not isinstance(value, str):
-                error(f"{here}: neither text nor a list of messages with role and content, but {str(value)[:50]!r}")
-            if is_messages(value) != is_messages(first):
-                error(f"{here}: texts and lists of messages are mixed in this data set")
-            last = value[-1]["content"] if is_messages(value) else value
-            if column != "prompt" and not last.strip():
-                error(f"{here}: empty")
-    return columns
-
-
-def is_messages(value: Any) -> bool:
-    """Whether a value is a conversation: a list, not empty, of {"role": str, "content": str, …}."""
-    return isinstance(value, list) and len(value) > 0 and all(
-        isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        for message in value
-    )
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[Any], generation_prompt: bool = False) -> list[list[int]]:
-    """Token ids of texts, or of conversations in the tokenizer's chat template (which has its own BOS and EOS)."""
-    if isinstance(texts[0], str):
-        return tokenizer(texts).input_ids
-    if not tokenizer.chat_template:
-        error("--dataset has messages, but the tokenizer of --model has no chat template")
-    try:
-        return tokenizer.apply_chat_template(texts, add_generation_prompt=generation_prompt, return_dict=False)
-    except Exception as fault:  # templates raise what they like
-        error(f"--dataset: the chat template of --model refuses a conversation ({' '.join(str(fault).split())[:150]})")
-
-
-def end_with_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Token ids with one EOS at the end: cut after the one that only blanks and EOS follow, else appended."""
-    tail = len(ids)
-    while tail and (ids[tail - 1] == tokenizer.eos_token_id or tokenizer.decode(ids[tail - 1]).isspace()):
-        tail -= 1
-    if tokenizer.eos_token_id in ids[tail:]:
-        return ids[: ids.index(tokenizer.eos_token_id, tail) + 1]
-    return [*ids, tokenizer.eos_token_id]
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: list[Any], *completions: list[Any]) -> list[list[list[int]]]:
-    """Token ids [prompt, completion, …] of each row; completions end with EOS.
-
-    Prompt and completion are tokenized as one text, since tokens may merge where they meet, and parted where the ids
-    leave those of the prompt alone.
-    """
-    alone = tokenize(tokenizer, prompts, generation_prompt=True)
-    whole = [tokenize(tokenizer, [x + y for x, y in zip(prompts, column)]) for column in completions]
-    rows = []
-    for prompt, *texts in zip(alone, *whole):
-        parted = len(os.path.commonprefix([prompt, *texts]))
-        rows.append([prompt[:parted], *(end_with_eos(tokenizer, ids[parted:]) for ids in texts)])
+        raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename them to one of {layouts}")
+    rows = data.select_columns(list(layout)).to_list()
+    for number, row in enumerate(rows, 1):
+        for column, value in row.items():
+            messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
+            fits = messages and all(isinstance(m.get(key), str) for m in messages for key in ("role", "content"))
+            if not fits or type(value) is not type(rows[0][column]) or value[:7] in ("[{'role", '[{"role'):
+                found = f"--dataset {name}, split {split}, row {number}, column {column}: {value!r:.40}"
+                raise SystemExit(f"{found} is not text or messages as in row 1; mend it, in jsonl if csv lost it")
+    for column in layout[1:] if layout[0] == "prompt" else ():
+        if isinstance(rows[0]["prompt"], str) and isinstance(rows[0][column], list):
+            rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+        if all(row[column][: len(row["prompt"])] == row["prompt"] for row in rows):
+            rows = [row | {column: row[column][len(row["prompt"]) :]} for row in rows]
     return rows
 
 
-def truncate(rows: list[list[list[int]]], max_length: int, split: str) -> list[list[list[int]]]:
-    """Cut completions so that each row fits in max_length tokens; leave out rows whose prompt leaves no room."""
-    kept = [[prompt, *(ids[: max_length - len(prompt)] for ids in texts)]
-            for prompt, *texts in rows if len(prompt) < max_length]
-    cut = sum(max(map(len, texts)) > max_length - len(prompt) for prompt, *texts in rows if len(prompt) < max_length)
-    if not kept:
-        error(f"--max-length {max_length}: no row of split {split} has a prompt shorter than that")
-    if cut or len(kept) < len(rows):
-        say(f"split {split}: of {len(rows)} rows, {cut} were cut to --max-length {max_length} tokens "
-            f"and {len(rows) - len(kept)} left out, as their prompt fills it")
-    return kept
+@functools.cache
+def text_ends(tokenizer: Any) -> tuple[list[int], str, str]:
+    """Ids that the tokenizer puts before a text (BOS or nothing), EOS, and what ends a turn of its chat template."""
+    start = [i for i in tokenizer("a").input_ids[:1] if i in (tokenizer.bos_token_id, tokenizer.cls_token_id)]
+    if not tokenizer.chat_template:
+        return start, tokenizer.eos_token, tokenizer.eos_token
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2].strip()
+    ends = [token.content for token in tokenizer.added_tokens_decoder.values() if after.startswith(token.content)]
+    return start, tokenizer.eos_token, max(ends, key=len, default=tokenizer.eos_token)
 
 
-@functools.lru_cache(maxsize=1)
-def permutation(size: int, seed: int) -> list[int]:
-    """Numbers from 0 to size - 1 in random order, the same for the same seed."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+def encode(tokenizer: Any, max_length: int, prompt: Any, *completions: Any) -> list[list[int]] | None:
+    """Token ids [prompt, completion, …] of texts or messages; None without room in max_length or an empty completion.
+
+    They are tokenized as one text, since tokens may merge where they meet, and parted where the ids leave those of the
+    prompt alone, or each other where prompt is None. A prompt begins with the tokenizer's BOS, if any, once, and never
+    ends in EOS. A completion ends in one stop token, where generation stops too: EOS, or the template's end of turn.
+    """
+    (start, eos, stop), implicit = text_ends(tokenizer), prompt is None
+    texts = [completion if implicit else prompt + completion for completion in completions]
+    ends = f"{re.escape(eos)}|{re.escape(stop)}"
+    if isinstance(texts[0], list):
+        render, start = functools.partial(tokenizer.apply_chat_template, tokenize=False), []
+        prompt, texts = render(prompt, add_generation_prompt=True) if prompt else "", [render(text) for text in texts]
+    else:
+        prompt, stop = prompt or "", eos
+    if not all(text.startswith(prompt) for text in texts):
+        raise SystemExit(
+            f"--dataset: the chat template changes the prompt once it has an answer:\n{prompt}\n{texts[0]}"
+        )
+    found = [re.search(rf"({ends})(\s|{ends})*$", text[len(prompt) :]) for text in texts]
+    texts = [text[: len(prompt) + end.start()] if end else text for text, end in zip(texts, found)]
+    ids = [start * (x[:1] != start) + x for x in tokenizer([prompt, *texts], add_special_tokens=False).input_ids]
+    P = len(os.path.commonprefix(ids[1:] if implicit else ids))
+    if P >= max_length or not all(text[len(prompt) :].strip() for text in texts):
+        return None
+    stops = [tokenizer.convert_tokens_to_ids(end[1] if end else stop) for end in found]
+    return [ids[1][:P], *([*x[P:], end][: max_length - P] for x, end in zip(ids[1:], stops))]
+
+
+def load_examples(name: str, split: str, tokenizer: Any, max_length: int) -> list[list[list[int]]]:
+    """Rows [prompt ids, completion ids] of a split; of `messages` and `text`, everything is the completion."""
+    rows = load_rows(name, split, ("prompt", "completion"), ("messages",), ("text",))
+    pairs = [(row.get("prompt", [] if "messages" in row else ""), [*row.values()][-1]) for row in rows]
+    rows = [encode(tokenizer, max_length, prompt, completion) for prompt, completion in pairs]
+    if None in rows:
+        print(f"split {split}: {rows.count(None)} of {len(rows)} rows left out: no room, or an empty completion")
+    return [row for row in rows if row]
 
 
 def batch_at(rows: list[Any], step: int, batch_size: int, seed: int) -> list[Any]:
     """Rows of update `step`, a function of the step, so that a resumed run needs no position in the data."""
     epoch, batch = divmod(step, len(rows) // batch_size)
-    order = permutation(len(rows), 1_000_003 * seed + epoch)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).tolist()
     return [rows[i] for i in order[batch * batch_size : (batch + 1) * batch_size]]
 
 
-def micro_batches(rows: list[Any], size: int) -> Iterator[list[Any]]:
-    """This process's share of micro-batches of about `size` rows; rows of like length meet, to save padding."""
+def micro_batches(rows: list[Any], size: int) -> list[list[Any]]:
+    """Rows in parts of `size` or a little more; rows of like length meet, to save padding."""
     rows = sorted(rows, key=lambda row: sum(map(len, row)))
-    parts = max(1, len(rows) // size)
-    for i in range(parts):
-        yield rows[i * len(rows) // parts : (i + 1) * len(rows) // parts][RANK::WORLD_SIZE]
+    parts = min(len(rows), max(1, len(rows) // size))
+    return [rows[i * len(rows) // parts : (i + 1) * len(rows) // parts] for i in range(parts)]
 
 
-def pad(sequences: list[list[int]], device: torch.device) -> Tensor:
-    """Token ids (b, L), filled up on the right with each row's last token: nothing reads it, so any token does."""
-    length = max(map(len, sequences))
-    return torch.tensor([ids + ids[-1:] * (length - len(ids)) for ids in sequences], device=device)
+# --- runs ---
 
 
-def collate(rows: list[list[list[int]]], device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Rows [prompt, completion] to ids (b, L), `start` where the shortest prompt ends, and a mask (b, L - start).
-
-    The mask is 1 on completion tokens. start is at least 1: nothing comes before a row's first token to predict it.
-    """
-    ids = pad([prompt + completion for prompt, completion in rows], device)
-    begin = torch.tensor([[len(prompt)] for prompt, _ in rows])
-    end = torch.tensor([[len(prompt) + len(completion)] for prompt, completion in rows])
-    start = max(1, int(begin.min()))
-    position = torch.arange(start, ids.shape[1])
-    return ids, ((begin <= position) & (position < end)).float().to(device), start
-
-
-def start_processes(device: str) -> torch.device:
-    """Join the other processes of torchrun, if any; returns this process's device."""
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if WORLD_SIZE > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+def parse_args() -> tuple[Args, dict[str, Any] | None]:
+    """Flags of the command line; when resuming, on top of those of the checkpoint, which comes with them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    path, default, saved = parser.parse_known_args()[0].resume, Args(), None
+    if path:
+        folders = path, path / "checkpoint", path / "checkpoint.old"  # the last if a crash came between two renames
+        path = next((folder for folder in folders if (folder / "state.json").exists()), path)
+        saved = json.loads((path / "state.json").read_text())
+        if saved["script"] != SCRIPT:
+            raise SystemExit(f"--resume {path}: written by {saved['script']}.py, not {SCRIPT}.py")
+        saved["path"], saved["args"]["run_dir"] = str(path), str(path.parent)  # wherever it lies now
+        default = Args(**saved["args"])
+    return tyro.cli(Args, default=default, description=__doc__.splitlines()[0]), saved
 
 
-def sum_over_processes(x: Tensor) -> Tensor:
-    """Add up a tensor over all processes, in place."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(x)
-    return x
+def save_checkpoint(accelerator: Accelerator, run_dir: Path, args: Args, step: int) -> None:
+    """Write all that a run needs to go on; a crash while writing leaves the former checkpoint whole."""
+    folder, new, old = (run_dir / f"checkpoint{suffix}" for suffix in ("", ".new", ".old"))
+    accelerator.save_state(new)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (new / "state.json").write_text(json.dumps({"script": SCRIPT, "args": asdict(args), "step": step}))
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def greedy_samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> list[str]:
-    """Greedy completions of prompts (token ids), 64 tokens at most."""
-    stops = model.generation_config.eos_token_id or []
-    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])}
-    texts = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt], device=model.device)
-        ids = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False,
-                             eos_token_id=list(stops), pad_token_id=tokenizer.eos_token_id,
-                             use_cache=not model.is_gradient_checkpointing)
-        texts.append(tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True))
-    return texts
+def means(accelerator: Accelerator, metrics: dict[str, list[Tensor]]) -> dict[str, float]:
+    """Mean of each metric, which came in pieces (n,), over all pieces of all processes."""
+    pieces = {name: torch.cat(values).float() for name, values in metrics.items()}
+    sums = accelerator.reduce({name: torch.stack([x.sum(), torch.ones_like(x).sum()]) for name, x in pieces.items()})
+    return {name: (total / count).item() for name, (total, count) in sums.items()}
 
 
-def sum_gradients(args: Args, parameters: list[nn.Parameter]) -> None:
-    """Add up the gradients of all processes; FSDP has done so."""
-    if not args.fsdp:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                sum_over_processes(parameter.grad)
-
-
-def full_tensor(x: Tensor) -> Tensor:
-    """A tensor that FSDP may have sharded, whole."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def get_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Weights and optimiser state, gathered from all processes, on the CPU of the first."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, moments = get_state_dict(model, optimizer, options=options)
-    return {"model": weights, "optimizer": moments}
-
-
-def set_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Put back what `get_state` returned."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
-    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-                   options=StateDictOptions(full_state_dict=True))
-
-
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor],
-               run_dir: Path) -> None:
-    """Write model and tokenizer to run_dir/model, a folder that transformers' from_pretrained opens."""
-    if RANK == 0:
-        shutil.rmtree(run_dir / "model.tmp", ignore_errors=True)
-        model.save_pretrained(run_dir / "model.tmp", state_dict=weights)
-        tokenizer.save_pretrained(run_dir / "model.tmp")
-        shutil.rmtree(run_dir / "model", ignore_errors=True)
-        os.replace(run_dir / "model.tmp", run_dir / "model")
-        say(f"run directory: {run_dir} (the model is in {run_dir / 'model'})")
-
-
-def open_run(args: Args, task: str, step: int, finished: bool) -> tuple[Path, Any]:
-    """Create the run directory with args.json; returns it and a TensorBoard writer that continues after `step`.
-
-    Other processes than the first write nothing; a finished run, which is only evaluated, logs nothing.
-    """
-    name = f"{task.replace('/', '_')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    silent = SimpleNamespace(add_scalar=lambda *_: None, add_text=lambda *_: None, close=lambda: None)
-    if RANK > 0:
-        return run_dir, silent
-    try:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.run_dir))
-        if finished:
-            return run_dir, silent
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-    except OSError as fault:
-        error(f"--run-dir {run_dir}: cannot write there ({fault.strerror})")
-    if args.track:
-        import wandb
-        wandb.init(project="algos", name=run_dir.name, config=asdict(args), dir=run_dir, sync_tensorboard=True)
-    return run_dir, SummaryWriter(run_dir, purge_step=step + 1 if args.resume else None)
-
-
-def log(writer: Any, group: str, metrics: dict[str, float], step: int) -> None:
-    """Write metrics to TensorBoard as group/name, or as name when the group is empty."""
-    for name, value in metrics.items():
-        writer.add_scalar(f"{group}/{name}".lstrip("/"), value, step)
-
-
-def passes(every: int, before: int, after: int) -> bool:
-    """Whether a multiple of `every` lies in (before, after]; never for 0."""
-    return every > 0 and after // every > before // every
-
-
-def load_checkpoint(path: str) -> dict[str, Any]:
-    """Read a checkpoint of this script on the CPU, without running code from it."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        script = state["script"]
-    except FileNotFoundError:
-        error(f"--resume {path}: no such file")
-    except Exception as fault:  # torch.load raises a dozen types on damaged files
-        error(f"--resume {path}: not a readable checkpoint ({type(fault).__name__})")
-    if script != SCRIPT:
-        error(f"--resume {path}: written by {script}.py, not {SCRIPT}.py")
-    return state
-
-
-def save_checkpoint(run_dir: Path, args: Args, **state: Any) -> None:
-    """Write all that a bit-exact continuation needs; a crash while writing leaves the former checkpoint whole."""
-    state |= {"script": SCRIPT, "args": asdict(args), "rng": torch.get_rng_state()}
-    if RANK == 0:
-        torch.save(state, run_dir / "checkpoint.tmp")
-        os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
-
-
-def check_finite(loss: float, step: int, run_dir: Path, bar: tqdm) -> None:
-    """Stop with exit status 1 when the loss is NaN or infinite: the weights are lost, the last checkpoint is not."""
-    if not math.isfinite(loss):
-        bar.close()
-        saved = run_dir / "checkpoint.pt"
-        last = f"the last good checkpoint is {saved}" if saved.exists() else "none was saved yet (--save-every)"
-        error(f"the loss became {loss} at step {step}; {last}", status=1)
-
-
-def load_examples(args: Args, tokenizer: PreTrainedTokenizerBase, split: str) -> list[list[list[int]]]:
-    """Rows [prompt ids, completion ids] of a split; with `text` and `messages` the prompt is empty."""
-    columns = load_rows(args.dataset, split, ("prompt", "completion"), ("messages",), ("text",))
-    if "completion" in columns:
-        rows = encode(tokenizer, columns["prompt"], columns["completion"])
-    else:
-        (texts,) = columns.values()
-        rows = [[[], end_with_eos(tokenizer, ids)] for ids in tokenize(tokenizer, texts)]
-    return truncate(rows, args.max_length, split)
-
-
-def held_out_loss(args: Args, model: PreTrainedModel, rows: list[list[list[int]]]) -> float:
-    """Loss per completion token over all rows, in nats."""
-    device = model.device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # -log-likelihood, tokens
-    for part in micro_batches(rows, args.rows_per_pass):
-        ids, mask, start = collate(part, device)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            logprobs = response_logprobs(response_logits(model, ids, start), ids[:, start:])
-        sums += torch.stack([-(logprobs * mask).sum(), mask.sum()])
-    nats, tokens = sum_over_processes(sums).tolist()
-    return nats / tokens
-
-
-def main(args: Args) -> None:
-    validate(args)
-    quiet()
-    device = start_processes(args.device)
+def main(args: Args, saved: dict[str, Any] | None = None) -> None:
+    args.learning_rate = args.learning_rate or (3e-3 if args.model == Args.model else 2e-5)
+    precision, parts = "bf16" if args.bf16 else "no", args.batch_size // args.micro_batch_size
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=precision, gradient_accumulation_steps=parts)
+    device, own = accelerator.device, slice(accelerator.process_index, None, accelerator.num_processes)
     torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer("model", args.model)
+    model, tokenizer = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
     if args.from_scratch:
-        config = load_pretrained(transformers.AutoConfig, "model", args.model)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    else:
-        model = load_pretrained(transformers.AutoModelForCausalLM, "model", args.model, dtype=torch.float32)
-    check_model("model", args.model, model, tokenizer, args.max_length)
-    train = load_examples(args, tokenizer, args.train_split)
-    held_out = load_examples(args, tokenizer, args.eval_split) if args.eval_split else []
-    check_rows(args, train, held_out)
-
-    model = prepare_model(args, model, device)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=0.0, fused=True)
-    total_steps = args.max_steps or args.epochs * (len(train) // args.batch_size)
-    step = 0
-    if args.resume:
-        saved = load_checkpoint(args.resume)
+        model = transformers.AutoModelForCausalLM.from_config(model.config).float()
+    train = load_examples(args.dataset, args.train_split, tokenizer, args.max_length)
+    held_out = load_examples(args.dataset, args.eval_split, tokenizer, args.max_length) if args.eval_split else []
+    if len(train) < args.batch_size or args.micro_batch_size % accelerator.num_processes:
+        raise SystemExit(f"{len(train)} rows don't fill a batch, or the processes cannot share a micro-batch evenly")
+    generation, stops = model.generation_config, tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
+    generation.eos_token_id = list({*stops, *torch.tensor(generation.eos_token_id or []).flatten().long().tolist()})
+    if model.num_parameters() < 10e6 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # small models only lose time to more
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    step, total_steps = 0, args.max_steps or args.epochs * (len(train) // args.batch_size)
+    warmup = math.ceil(args.warmup * total_steps)
+    if saved:
         step = saved["step"]
-        set_state(model, optimizer, saved)
-    run_dir, writer = open_run(args, Path(args.dataset).stem, step, finished=step >= total_steps)
+        accelerator.load_state(saved["path"])
 
-    def evaluate() -> None:
-        if held_out:
-            loss = held_out_loss(args, model, held_out)
-            log(writer, "eval", {"loss": loss, "perplexity": math.exp(loss)}, step)
-            say(f"update {step}: held-out loss {loss:.4f} nats per token")
+    name = f"{Path(args.dataset).stem}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = Path(*broadcast_object_list([args.run_dir or f"runs/{name}"]))
+    if accelerator.is_main_process:
+        if (run_dir / "args.json").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
+            raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        print(f"run directory: {run_dir}, learning rate: {args.learning_rate:g}")
+    accelerator.trackers = [TensorBoardTracker(run_dir.name, run_dir.parent, purge_step=step + 1)]
+    if args.track:
+        accelerator.trackers.append(WandBTracker("algos", name=run_dir.name, config=asdict(args)))
+    for tracker in accelerator.trackers:
+        tracker.start()
 
-    def show_samples() -> None:
-        prompts = [prompt or completion[:8] for prompt, completion in (held_out or train)[:4]]
-        texts = [f"{tokenizer.decode(prompt)} → {text}"
-                 for prompt, text in zip(prompts, greedy_samples(model, tokenizer, prompts))]
-        writer.add_text("samples", "\n\n".join(texts), step)
+    metrics = defaultdict(list)
+    caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
+    tokens, start_time = 0, time.perf_counter()
+    bar = tqdm(total=total_steps, initial=step, unit="update", disable=not accelerator.is_main_process)
 
-    history, tokens = [], torch.zeros((), device=device)  # loss and gradient norm per update; completion tokens
-    bar = tqdm(total=total_steps, initial=step, unit="update", disable=RANK > 0)
-    if step == 0:
-        evaluate()
-        show_samples()
-    start_time = time.perf_counter()
+    while True:
+        # ===== evaluate =====
+        if step % (args.eval_every or total_steps) == 0 or step >= total_steps:
+            model.eval()
+            found, texts = defaultdict(list), []
+            for part in micro_batches(held_out, args.micro_batch_size):
+                with torch.no_grad():
+                    logprobs, mask = completion_logprobs(model, part[own], device)
+                found["eval/loss"].append(-logprobs[mask])
+            for prompt, completion, *_ in (held_out or train)[:4]:
+                ids = torch.tensor([prompt or completion[:8]], device=device)
+                ids = accelerator.unwrap_model(model).generate(ids, max_new_tokens=64, do_sample=False)
+                texts += tokenizer.batch_decode(ids)
+            found = means(accelerator, found)
+            if held_out:
+                found["eval/perplexity"] = torch.tensor(found["eval/loss"]).exp().item()
+            accelerator.log(found | {"samples": "\n\n".join(texts)}, step)
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in [*found.items()][:3])
+            accelerator.print(f"\nupdate {step}: {shown}")
+            model.train()
+        if step >= total_steps:
+            break
 
-    while step < total_steps:
         # ===== collect =====
-        batch = batch_at(train, step, args.batch_size, args.seed)
-
-        # ===== compute targets =====
-        parts = [collate(part, device) for part in micro_batches(batch, args.rows_per_pass)]
-        count = sum_over_processes(sum(mask.sum() for _, mask, _ in parts))
+        batch = micro_batches(batch_at(train, step, args.batch_size, args.seed), args.micro_batch_size)
+        count = sum(
+            len(completion) - (not prompt) for part in batch for prompt, completion in part
+        )  # tokens with a loss
 
         # ===== update =====
-        optimizer.param_groups[0]["lr"] = scheduled(args.learning_rate, step, total_steps, args.warmup, args.schedule)
-        optimizer.zero_grad()
-        total_loss = torch.zeros((), device=device)
-        for ids, mask, start in parts:
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                logprobs = response_logprobs(response_logits(model, ids, start), ids[:, start:])
-            loss = sft_loss(logprobs, mask, count)
-            loss.backward()
-            total_loss += loss.detach()
-        sum_gradients(args, parameters)
-        grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))
-        optimizer.step()
-        history.append(torch.stack([sum_over_processes(total_loss), grad_norm]))
+        progress = max(0, step - warmup) / max(1, total_steps - warmup)
+        rate = min((step + 1) / max(1, warmup), (1 + math.cos(math.pi * progress)) / 2)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * rate
+        for part in batch:
+            with accelerator.accumulate(model):
+                logprobs, mask = completion_logprobs(model, part[own], device)
+                # accelerate divides by the micro-batches and takes the mean over processes: undone here
+                accelerator.backward(sft_loss(logprobs, count) * len(batch) * accelerator.num_processes)
+                if accelerator.sync_gradients:
+                    metrics["grad_norm"].append(accelerator.clip_grad_norm_(model.parameters(), 1.0).view(1))
+                optimizer.step()
+                optimizer.zero_grad()
+            metrics["loss"].append(-logprobs[mask].detach())
         step, tokens = step + 1, tokens + count
 
         # ===== log and save =====
+        stop = accelerator.reduce(torch.tensor(len(caught), device=device)) > 0  # of any process
+        save_now = stop or step == total_steps or args.save_every and step % args.save_every == 0
+        if save_now or step == 1 or step % LOG_EVERY == 0:
+            found = means(accelerator, metrics)
+            if not math.isfinite(found["loss"] + found["grad_norm"]):
+                raise SystemExit(f"\nthe loss became nan or inf before update {step}; {run_dir}/checkpoint is older")
+            found["learning_rate"] = optimizer.param_groups[0]["lr"]
+            found["tokens_per_second"] = tokens / (time.perf_counter() - start_time)
+            bar.set_postfix_str(f"loss {found['loss']:.3f}", refresh=False)
+            accelerator.log(found, step)
+            metrics.clear()
+        if save_now:
+            save_checkpoint(accelerator, run_dir, args, step)
         bar.update(1)
-        save = step == total_steps or passes(args.save_every, step - 1, step)
-        if save or step == 1 or passes(LOG_EVERY, step - 1, step):
-            loss, norm = torch.stack(history).mean(0).tolist()
-            check_finite(loss + norm, step, run_dir, bar)
-            speed = tokens.item() / (time.perf_counter() - start_time)
-            log(writer, "", {"loss": loss, "grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"],
-                             "tokens_per_second": speed}, step)
-            bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s", refresh=False)
-            history = []
-        if save:
-            save_checkpoint(run_dir, args, step=step, **get_state(model, optimizer))
-        if step < total_steps and passes(args.eval_every, step - 1, step):
-            evaluate()
+        if stop:
+            bar.close()
+            raise SystemExit(f"stopped at update {step}; to go on: python {sys.argv[0]} --resume {run_dir}")
 
     bar.close()
-    evaluate()
-    show_samples()
-    save_model(model, tokenizer, get_state(model, optimizer)["model"], run_dir)
-    writer.close()
+    model = accelerator.unwrap_model(model)
+    model = model.to(model.config.dtype)
+    state = accelerator.get_state_dict(model)
+    model.save_pretrained(run_dir / "model", is_main_process=accelerator.is_main_process, state_dict=state)
+    tokenizer.save_pretrained(run_dir / "model")
 
 
 if __name__ == "__main__":
-    main(parse_args())
-    if WORLD_SIZE > 1:
-        sys.stdout.flush()
-        os._exit(0)  # an interpreter that ends in the usual way may meet gloo's threads, still at work, and abort
+    main(*parse_args())
