@@ -1,48 +1,79 @@
 """sft.py: which tokens have a loss, how texts become tokens, and in which order rows come."""
 
+import json
 import random
-from types import SimpleNamespace
+import shutil
+import signal
 
 import pytest
 import sft
 import tiny
 import torch
+from accelerate.state import AcceleratorState
+from helpers import run as start
+from helpers import scalars
+from safetensors.torch import load_file
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
-SENTENCE = "the acting was very great ."
+SENTENCE, CPU = "the acting was very great .", torch.device("cpu")
+PAIRS = [("review of plot :", f" {SENTENCE}"), ("the film :", " the plot was bad ."), ("review :", " " + SENTENCE * 2)]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.make_model(tmp_path_factory.mktemp("model"))
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """Each run in this process has an Accelerator of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.word_tokenizer()
+@pytest.fixture
+def world(tmp_path):
+    """Args of a run on a tiny model and 32 + 7 rows."""
+    tiny.make_model(tmp_path / "model")
+    tiny.write_jsonl(tmp_path / "data" / "train.jsonl", tiny.completions(32))
+    tiny.write_jsonl(tmp_path / "data" / "test.jsonl", tiny.completions(7))
+
+    def args(run_dir="run", **changed) -> sft.Args:
+        defaults = {"model": str(tmp_path / "model"), "dataset": str(tmp_path / "data"), "device": "cpu"}
+        flags = {"run_dir": str(tmp_path / run_dir), "max_length": 64, "batch_size": 8, "learning_rate": 1e-3}
+        return sft.Args(**defaults | flags | {"max_steps": 6, "save_every": 0} | changed)
+
+    return args
+
+
+def run(args, saved=None):
+    """Run the script in this process; the weights that it saved."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    sft.main(args, saved)
+    return load_file(f"{args.run_dir}/model/model.safetensors")
+
+
+def metric(args, tag):
+    """A logged metric by step."""
+    return dict(scalars(sft.Path(args.run_dir), tag))
 
 
 def rows_of(tokenizer, pairs):
-    """Rows [prompt ids, completion ids] of (prompt, completion) texts."""
-    prompts, completions = zip(*pairs)
-    return sft.encode(tokenizer, list(prompts), list(completions))
+    """Rows [prompt ids, completion ids] of (prompt, completion) texts or messages."""
+    return [sft.encode(tokenizer, 512, prompt, completion) for prompt, completion in pairs]
 
 
 def loss_of(model, rows):
     """The script's loss of one batch."""
-    ids, mask, start = sft.collate(rows, torch.device("cpu"))
-    logprobs = sft.response_logprobs(sft.response_logits(model, ids, start), ids[:, start:])
-    return sft.sft_loss(logprobs, mask, mask.sum())
+    logprobs, mask = sft.completion_logprobs(model, rows, CPU)
+    return sft.sft_loss(logprobs, mask.sum())
 
-
-PAIRS = [("review of plot :", f" {SENTENCE}"), ("the film :", " the plot was bad ."), ("review :", " " + SENTENCE * 2)]
 
 # --- the loss ---
 
 
 @pytest.mark.parametrize("arch", tiny.CONFIGS)
-def test_the_loss_is_that_of_a_loop_over_completion_tokens_in_float64(tmp_path, arch, tokenizer):
-    model = tiny.make_model(tmp_path, arch, tokenizer)
-    rows = rows_of(tokenizer, PAIRS)
+def test_the_loss_is_that_of_a_loop_over_completion_tokens_in_float64(tmp_path, arch):
+    model = tiny.make_model(tmp_path, arch)
+    rows = rows_of(tiny.word_tokenizer(), PAIRS)
     loss = loss_of(model, rows).item()
     model.double()
     total, count = 0.0, 0
@@ -53,89 +84,127 @@ def test_the_loss_is_that_of_a_loop_over_completion_tokens_in_float64(tmp_path, 
     assert loss == pytest.approx(total / count, rel=1e-5)
 
 
-def test_a_model_that_knows_nothing_has_a_loss_of_ln_v(tmp_path, tokenizer):
+def test_a_model_that_knows_nothing_has_a_loss_of_ln_v(tmp_path):
     model = tiny.make_model(tmp_path)
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    assert loss_of(model, rows_of(tokenizer, PAIRS)).item() == pytest.approx(torch.tensor(len(tokenizer)).log().item())
+    expected = torch.tensor(float(len(tiny.word_tokenizer()))).log().item()
+    assert loss_of(model, rows_of(tiny.word_tokenizer(), PAIRS)).item() == pytest.approx(expected)
 
 
-def test_tokens_of_the_prompt_have_no_gradient_and_the_eos_has_one_even_where_it_pads(model):
+def test_tokens_of_the_prompt_have_no_gradient_and_the_eos_has_one_even_where_it_pads(tmp_path):
     tokenizer = tiny.word_tokenizer(pad="<eos>")
+    model, kept = tiny.make_model(tmp_path, tokenizer=tokenizer), []
+    model.register_forward_hook(lambda _, __, output: (output.logits.retain_grad(), kept.append(output.logits))[0])
     rows = rows_of(tokenizer, PAIRS)
-    ids, mask, start = sft.collate(rows, torch.device("cpu"))
-    logits = sft.response_logits(model, ids, start).detach().requires_grad_()
-    sft.sft_loss(sft.response_logprobs(logits, ids[:, start:]), mask, mask.sum()).backward()
-    for i, (prompt, completion) in enumerate(rows):
-        with_gradient = logits.grad[i].abs().sum(-1) > 0
-        first, end = len(prompt) - start, len(prompt) + len(completion) - start
-        assert with_gradient.tolist() == [first <= t < end for t in range(len(with_gradient))]
+    loss_of(model, rows).backward()
+    start = min(len(prompt) for prompt, _ in rows)
+    for gradient, (prompt, completion) in zip(kept[0].grad, rows):
+        touched = (gradient.abs().sum(-1) > 0).nonzero().flatten() + start
+        assert touched.tolist() == list(range(len(prompt), len(prompt) + len(completion)))
         assert completion[-1] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("arch", tiny.CONFIGS)
-def test_padding_changes_nothing_even_with_nan_in_its_embedding(tmp_path, arch, tokenizer):
-    model = tiny.make_model(tmp_path, arch, tokenizer)
-    rows = rows_of(tokenizer, PAIRS)
-    alone = [loss_of(model, [row]).item() * len(row[1]) for row in rows]
-    with torch.no_grad():
-        model.get_input_embeddings().weight[tokenizer.pad_token_id] = float("nan")
-        if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
-            model.get_output_embeddings().weight = torch.nn.Parameter(
-                model.get_input_embeddings().weight.nan_to_num(0.1)
-            )
-            alone = [loss_of(model, [row]).item() * len(row[1]) for row in rows]
-    together = loss_of(model, rows).item() * sum(len(completion) for _, completion in rows)
-    assert together == pytest.approx(sum(alone), rel=1e-5)
+def test_a_batch_is_the_sum_of_its_rows(tmp_path, arch):
+    model, rows = tiny.make_model(tmp_path, arch), rows_of(tiny.word_tokenizer(), PAIRS)
+    alone = sum(loss_of(model, [row]).item() * len(row[1]) for row in rows)
+    assert loss_of(model, rows).item() * sum(len(completion) for _, completion in rows) == pytest.approx(alone, rel=1e-5)
 
 
-def test_text_without_a_prompt_has_a_loss_on_every_token_but_the_first(tokenizer):
-    rows = [[[], sft.end_with_eos(tokenizer, tokenizer(SENTENCE).input_ids)]]
-    ids, mask, start = sft.collate(rows, torch.device("cpu"))
-    assert (start, mask.tolist()) == (1, [[1.0] * 6]) and ids.shape == (1, 7)
-
-
-def test_the_gradient_of_micro_batches_is_that_of_the_batch(tmp_path, tokenizer):
-    model = tiny.make_model(tmp_path)
-    rows = rows_of(tokenizer, [tuple(row.values()) for row in tiny.completions(8)])
-    gradients = []
-    for size in (8, 1, 3):
-        model.zero_grad()
-        count = torch.tensor(float(sum(len(completion) for _, completion in rows)))
-        for part in sft.micro_batches(rows, size):
-            ids, mask, start = sft.collate(part, torch.device("cpu"))
-            sft.sft_loss(
-                sft.response_logprobs(sft.response_logits(model, ids, start), ids[:, start:]), mask, count
-            ).backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-    assert torch.allclose(gradients[0], gradients[1], atol=1e-6) and torch.allclose(
-        gradients[0], gradients[2], atol=1e-6
-    )
-
-
-@pytest.mark.parametrize("size", [1, 4, 5, 11, 0])
-def test_the_held_out_loss_is_that_of_one_batch_whatever_the_last_one_holds(model, tokenizer, size):
-    rows = rows_of(tokenizer, [tuple(row.values()) for row in tiny.completions(11)])
-    args = SimpleNamespace(rows_per_pass=size or 64, dtype="float32")
-    assert sft.held_out_loss(args, model, rows) == pytest.approx(loss_of(model, rows).item(), rel=1e-6)
+def test_text_without_a_prompt_has_a_loss_on_every_token_but_the_first(tmp_path):
+    (row,) = rows_of(tiny.word_tokenizer(), [("", SENTENCE)])
+    _, mask = sft.completion_logprobs(tiny.make_model(tmp_path), [row], CPU)
+    assert row[0] == [] and mask.tolist() == [[True] * 6]
 
 
 # --- from text to tokens ---
 
 
-TOKENIZERS = {
-    "words": tiny.word_tokenizer,
-    "words, pad is eos": lambda: tiny.word_tokenizer(pad="<eos>"),
-    "bpe": tiny.bpe_tokenizer,
-    "bpe with bos": lambda: tiny.bpe_tokenizer(bos=True, template=tiny.LLAMA_STYLE),
+def stop_template(end, tail="\n"):
+    """A chat template whose turns end with `end` and then `tail`."""
+    return ("{{ bos_token }}{% for m in messages %}<turn>{{ m.role }} {{ m.content }}" + end + tail + "{% endfor %}"
+            "{% if add_generation_prompt %}<turn>assistant {% endif %}")  # fmt: skip
+
+
+def gemma_like(tail="\n", decoder="bpe"):
+    """Turns end in <end_of_turn>, the tokenizer's EOS is another token, and blanks follow the end of a turn."""
+    tokenizer = tiny.bpe_tokenizer(template=stop_template("<|im_end|>", tail))
+    tokenizer.eos_token = "</s>"
+    return tokenizer
+
+
+def metaspace(**special):
+    """A word-level tokenizer whose blanks are ▁, as SentencePiece's."""
+    words = ["<pad>", "</s>", "<unk>", "<s>", "<end>", "▁", *[f"▁{word}" for word in tiny.WORDS], *tiny.WORDS]
+    backend = Tokenizer(models.Unigram([(word, -1.0 - i / 100) for i, word in enumerate(words)], unk_id=2))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.add_special_tokens([AddedToken(word, special=True) for word in words[:5]])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %} {{ m.content }} <end> {% endfor %}"
+    return tokenizer
+
+
+def appends_eos():
+    """A tokenizer that puts BOS before and EOS after every text, as Llama's with add_eos_token."""
+    tokenizer = tiny.word_tokenizer(bos_token="<bos>")
+    ends = [("<bos>", 3), ("<eos>", 1)]
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=ends)
+    return tokenizer
+
+
+TOKENIZERS = {  # tokenizer, and the token that ends a turn of its template
+    "words": (tiny.word_tokenizer, "<eos>"),
+    "words, pad is eos": (lambda: tiny.word_tokenizer(pad="<eos>"), "<eos>"),
+    "appends eos": (appends_eos, "<eos>"),
+    "chatml": (tiny.bpe_tokenizer, "<|im_end|>"),
+    "llama style with bos": (lambda: tiny.bpe_tokenizer(bos=True, template=tiny.LLAMA_STYLE), "</s>"),
+    "turns end in another token": (gemma_like, "<|im_end|>"),
+    "and eos follows it": (lambda: gemma_like("\n</s>\n"), "<|im_end|>"),
+    "metaspace": (metaspace, "<end>"),
 }
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_chat_completion_ends_once_in_the_token_at_which_generation_stops(name):
+    make, stop = TOKENIZERS[name]
+    tokenizer = make()
+    row = tiny.as_messages({"prompt": "review of plot :", "completion": SENTENCE})
+    ((prompt, completion),) = rows_of(tokenizer, [row.values()])
+    ends = tokenizer.convert_tokens_to_ids([stop, tokenizer.eos_token])
+    assert [i for i in completion if i in ends] == completion[-1:] == ends[:1]
+    assert prompt[-1] not in ends or name == "metaspace"  # whose template marks no assistant
+    assert tokenizer.decode(completion[:-1]).split() == SENTENCE.split()
+    if tokenizer.bos_token_id is not None and tokenizer.bos_token in tokenizer.chat_template.replace("bos_token", "<s>"):
+        assert (prompt + completion).count(tokenizer.bos_token_id) <= 1
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_text_completion_ends_in_eos_and_its_prompt_does_not(name):
+    tokenizer = TOKENIZERS[name][0]()
+    ((prompt, completion),) = rows_of(tokenizer, [("review of plot :", f" {SENTENCE}")])
+    assert completion.count(tokenizer.eos_token_id) == 1 and completion[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in prompt
+    has_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    assert prompt.count(tokenizer.bos_token_id) == int(has_bos) and (not has_bos or prompt[0] == tokenizer.bos_token_id)
+
+
+def test_texts_that_were_rendered_beforehand_get_no_second_bos_or_stop():
+    tokenizer = tiny.bpe_tokenizer(bos=True, template=tiny.LLAMA_STYLE)
+    ((prompt, completion),) = rows_of(tokenizer, [("<s>[user] plot :", f" {SENTENCE}</s>\n")])
+    assert prompt.count(0) == 1 and completion.count(tokenizer.eos_token_id) == 1
+    assert completion[-1] == tokenizer.eos_token_id
+    ((_, completion),) = rows_of(gemma_like(), [("<turn>user plot", f" {SENTENCE}<|im_end|>\n")])
+    assert gemma_like().convert_ids_to_tokens(completion[-1]) == "<|im_end|>"  # its turn's end, not EOS after it
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_prompt_ids_are_a_prefix_and_all_ids_spell_the_text_wherever_it_is_parted(bos):
     tokenizer, rng = tiny.bpe_tokenizer(bos), random.Random(1)
     texts = [SENTENCE, "Question: what? Answer: 42 is right.", "the acting was great . the  plot\nwas not dull ."]
-    pairs = [(text[:i], text[i:]) for text in texts for i in range(1, len(text))] * 2
+    pairs = [(text[:i], text[i:]) for text in texts for i in range(1, len(text))]
     rng.shuffle(pairs)
     merged = 0
     for (prompt, completion), (prompt_ids, ids) in zip(pairs, rows_of(tokenizer, pairs)):
@@ -147,55 +216,35 @@ def test_prompt_ids_are_a_prefix_and_all_ids_spell_the_text_wherever_it_is_parte
     assert 0 < merged < len(pairs)  # both cases came up
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("chat", [False, True])
-def test_bos_and_eos_come_once(name, chat):
-    tokenizer = TOKENIZERS[name]()
-    row = {"prompt": "review of plot :", "completion": f" {SENTENCE}"}
-    if chat:
-        row = tiny.as_messages(row)
-    ((prompt, completion),) = sft.encode(tokenizer, [row["prompt"]], [row["completion"]])
-    turns = 1 if "<|im_end|>" == tokenizer.eos_token and chat else 0  # ChatML closes the user's turn as well
-    assert completion.count(tokenizer.eos_token_id) == 1 and completion[-1] == tokenizer.eos_token_id
-    assert prompt.count(tokenizer.eos_token_id) == turns
-    if tokenizer.bos_token_id is not None:
-        expected = 1 if "bos" in name else 0
-        assert (prompt + completion).count(tokenizer.bos_token_id) == expected
-        assert (prompt + completion)[:expected] == [tokenizer.bos_token_id] * expected
+def test_a_template_that_changes_the_prompt_once_an_answer_follows_is_refused_with_both_texts():
+    tokenizer = tiny.word_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{% elif m.role == 'user' %} user :"
+        "{% if loop.last %} {{ messages[0].content }}{% endif %} {{ m.content }}{% else %} {{ m.content }} <eos>{% endif %}{% endfor %}"
+    )
+    prompt = [{"role": "system", "content": "not dull"}, {"role": "user", "content": "plot"}]
+    with pytest.raises(SystemExit, match="changes the prompt.*\n.*not dull plot\n.*plot great"):
+        sft.encode(tokenizer, 64, prompt, [{"role": "assistant", "content": "great"}])
 
 
-def test_a_conversation_is_the_chat_template_and_its_completion_the_answer_alone():
-    tokenizer = tiny.bpe_tokenizer()
-    row = tiny.as_messages({"prompt": "the plot", "completion": SENTENCE})
-    ((prompt, completion),) = sft.encode(tokenizer, [row["prompt"]], [row["completion"]])
-    assert tokenizer.decode(prompt) == "<|im_start|>user\nthe plot<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(completion) == f"{SENTENCE}<|im_end|>"
+def test_columns_of_each_layout_are_read_and_completions_may_repeat_their_prompt(tmp_path):
+    tokenizer, rows = tiny.word_tokenizer(), tiny.completions(4)
+
+    def load(name, rows):
+        return sft.load_examples(str(tiny.write_jsonl(tmp_path / f"{name}.jsonl", rows)), "train", tokenizer, 64)
+
+    expected = load("plain", rows)
+    assert load("repeated", [row | {"completion": row["prompt"] + row["completion"]} for row in rows]) == expected
+    assert load("text", [{"text": row["prompt"] + row["completion"]} for row in rows]) == [[[], p + c] for p, c in expected]
+    chat = [tiny.as_messages(row) for row in rows]
+    messages = load("messages", [{"messages": row["prompt"] + row["completion"]} for row in chat])
+    assert messages == [[[], p + c] for p, c in load("chat", chat)]
+    some = [{"prompt": "the", "completion": "the film ."}, {"prompt": "the", "completion": "plot ."}]
+    assert tokenizer.decode(load("some", some)[0][1]) == "film . <eos>" or load("some", some)[0][1][0] != expected
+    assert len(load("some", some)) == 2
 
 
-def test_one_eos_ends_a_completion(tokenizer):
-    word, eos = tokenizer("plot").input_ids[0], tokenizer.eos_token_id
-    bpe = tiny.bpe_tokenizer()
-    newline, stop = bpe("\n").input_ids, bpe.eos_token_id
-    assert sft.end_with_eos(tokenizer, [word]) == [word, eos]
-    assert sft.end_with_eos(tokenizer, [word, eos]) == [word, eos]
-    assert sft.end_with_eos(tokenizer, [word, eos, eos]) == [word, eos]
-    assert sft.end_with_eos(tokenizer, [eos, word]) == [eos, word, eos]
-    assert sft.end_with_eos(bpe, [60, stop, *newline]) == [60, stop]
-    assert sft.end_with_eos(bpe, [60, *newline]) == [60, *newline, stop]
-    assert sft.end_with_eos(tokenizer, []) == [eos]
-
-
-def test_rows_are_cut_to_the_limit_and_left_out_when_the_prompt_fills_it(capsys):
-    rows = [[[1, 2], [3, 4, 5]], [[1, 2, 3, 4], [5]], [[1], [2, 3]]]
-    assert sft.truncate(rows, 4, "train") == [[[1, 2], [3, 4]], [[1], [2, 3]]]
-    assert "of 3 rows, 1 were cut to --max-length 4 tokens and 1 left out" in capsys.readouterr().out
-    assert sft.truncate(rows, 5, "train") == rows and capsys.readouterr().out == ""
-    with pytest.raises(SystemExit) as stop:
-        sft.truncate(rows, 1, "train")
-    assert stop.value.code == 2
-
-
-# --- batches and the schedule ---
+# --- batches ---
 
 
 def test_each_epoch_is_another_permutation_of_the_rows():
@@ -208,27 +257,81 @@ def test_each_epoch_is_another_permutation_of_the_rows():
     assert sft.batch_at(rows, 4, 3, seed=1) == epochs[1][3:6] and sft.batch_at(rows, 4, 3, seed=2) != epochs[1][3:6]
 
 
-@pytest.mark.parametrize("processes,rows,size", [(1, 10, 4), (2, 10, 4), (2, 11, 2), (3, 3, 64), (4, 9, 4)])
-def test_micro_batches_give_each_row_to_one_process(monkeypatch, processes, rows, size):
-    rows = [[[1] * (i % 3), [2] * (1 + i * i % 7), [i]] for i in range(rows)]
-    shares = []
-    for rank in range(processes):
-        monkeypatch.setattr(sft, "RANK", rank)
-        monkeypatch.setattr(sft, "WORLD_SIZE", processes)
-        shares.append(list(sft.micro_batches(rows, size)))
-    assert len({len(share) for share in shares}) == 1 and all(part for share in shares for part in share)
-    seen = sorted(row[2][0] for share in shares for part in share for row in part)
-    assert seen == list(range(len(rows)))
-    assert all(sum(len(share[i]) for share in shares) < 2 * size for i in range(len(shares[0])))
+@pytest.mark.parametrize("rows,size", [(10, 4), (11, 2), (3, 64), (9, 4), (0, 4), (8, 4)])
+def test_micro_batches_hold_each_row_once_and_rows_of_like_length_meet(rows, size):
+    rows = [[[1] * (i % 3), [2] * (1 + i * i % 7)] for i in range(rows)]
+    parts = sft.micro_batches(rows, size)
+    lengths = [sum(map(len, row)) for part in parts for row in part]
+    assert lengths == sorted(sum(map(len, row)) for row in rows) and all(0 < len(part) < 2 * size for part in parts)
+    assert len(parts) == len(rows) // size or len(rows) < size
 
 
-def test_the_learning_rate_rises_in_a_line_and_falls_to_zero():
-    rates = [sft.scheduled(1.0, step, 10, 0.2, "linear") for step in range(10)]
-    assert rates == pytest.approx([0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
-    assert sft.scheduled(2.0, 6, 10, 0.2, "cosine") == pytest.approx(1.0)
-    assert sft.scheduled(2.0, 9, 10, 0.0, "constant") == 2.0
-    assert sft.scheduled(2.0, 0, 10, 0.0, "cosine") == 2.0
+# --- runs ---
 
 
-def test_nothing_reads_the_padding_so_it_needs_no_token_of_its_own():
-    assert sft.pad([[1, 2, 3], [4]], torch.device("cpu")).tolist() == [[1, 2, 3], [4, 4, 4]]
+def test_the_loss_falls_and_the_held_out_loss_is_that_of_one_batch_of_all_rows(world):
+    args = world(max_steps=40, learning_rate=1e-2, micro_batch_size=2)
+    run(args)
+    model, tokenizer = sft.load_model(sft.transformers.AutoModelForCausalLM, f"{args.run_dir}/model", 64)
+    rows = sft.load_examples(args.dataset, "test", tokenizer, 64)
+    assert metric(args, "eval/loss")[40] == pytest.approx(loss_of(model, rows).item(), rel=1e-5)
+    assert metric(args, "eval/perplexity")[40] == pytest.approx(loss_of(model, rows).exp().item(), rel=1e-5)
+    assert metric(args, "eval/loss")[40] < 1 < metric(args, "loss")[1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_micro_batches_of_unequal_lengths_give_the_update_of_the_whole_batch(world, size):
+    run(world("whole", max_steps=1, micro_batch_size=8)), run(world("parts", max_steps=1, micro_batch_size=size))
+    whole, parts = (
+        torch.load(f"{world(name).run_dir}/checkpoint/optimizer.bin", weights_only=True)["state"]
+        for name in ("whole", "parts")
+    )
+    for name in whole:
+        a, b = whole[name]["exp_avg"], parts[name]["exp_avg"]
+        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-7, name
+    for tag in ("loss", "grad_norm"):
+        assert metric(world("parts"), tag)[1] == pytest.approx(metric(world("whole"), tag)[1], rel=1e-4)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit_in_the_middle_of_an_epoch(world, monkeypatch, tmp_path):
+    whole = run(world("whole"))
+    write = sft.save_checkpoint
+
+    def keep(accelerator, run_dir, args, step):
+        write(accelerator, run_dir, args, step)
+        shutil.copytree(run_dir / "checkpoint", tmp_path / "copies" / str(step) / "checkpoint")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "save_checkpoint", keep)
+        run(world("parts", save_every=3))
+    monkeypatch.setattr(sft.sys, "argv", ["sft.py", "--resume", str(tmp_path / "copies" / "3")])
+    resumed = run(*sft.parse_args())
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_two_processes_compute_the_updates_of_one(world, tmp_path):
+    world()
+    flags = ["--model", tmp_path / "model", "--dataset", tmp_path / "data", "--device", "cpu", "--max-length", 64]
+    flags += ["--batch-size", 8, "--micro-batch-size", 4, "--max-steps", 6, "--learning-rate", 1e-3]
+    for processes in (1, 2):
+        done = start("sft", *flags, "--run-dir", tmp_path / str(processes), processes=processes)
+        assert done.returncode == 0, done.stderr
+    for tag in ("loss", "grad_norm", "eval/loss"):
+        one, two = (dict(scalars(tmp_path / folder, tag)) for folder in "12")
+        assert two == pytest.approx(one, rel=1e-3), tag
+
+
+def test_from_scratch_draws_the_weights_by_the_seed(world):
+    a, b, c = (run(world(name, from_scratch=True, max_steps=1, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    given = load_file(f"{world().model}/model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(a[name], b[name]) and not torch.allclose(a[name], c[name], atol=1e-2)
+    assert not torch.allclose(a[name], given[name], atol=1e-2)
+
+
+def test_a_huge_loss_has_an_infinite_perplexity(world, monkeypatch):
+    monkeypatch.setattr(sft, "means", lambda *_: {"eval/loss": 2000.0, "loss": 1.0, "grad_norm": 1.0})
+    args = world(max_steps=1)
+    run(args)
+    assert metric(args, "eval/perplexity")[1] == float("inf")
+    assert json.loads((sft.Path(args.run_dir) / "args.json").read_text())["learning_rate"] == 1e-3
