@@ -360,9 +360,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
 
         # ===== collect =====
         batch = micro_batches(batch_at(train, step, args.batch_size, args.seed), args.micro_batch_size)
-        count = sum(
-            len(completion) - (not prompt) for part in batch for prompt, completion in part
-        )  # tokens with a loss
+        count = sum(len(completion) - (not prompt) for part in batch for prompt, completion in part)
 
         # ===== update =====
         progress = max(0, step - warmup) / max(1, total_steps - warmup)

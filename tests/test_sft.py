@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from helpers import run as start
 from helpers import scalars
 from safetensors.torch import load_file
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 SENTENCE, CPU = "the acting was very great .", torch.device("cpu")
@@ -127,18 +127,18 @@ def stop_template(end, tail="\n"):
             "{% if add_generation_prompt %}<turn>assistant {% endif %}")  # fmt: skip
 
 
-def gemma_like(tail="\n", decoder="bpe"):
+def gemma_like(tail="\n"):
     """Turns end in <end_of_turn>, the tokenizer's EOS is another token, and blanks follow the end of a turn."""
     tokenizer = tiny.bpe_tokenizer(template=stop_template("<|im_end|>", tail))
     tokenizer.eos_token = "</s>"
     return tokenizer
 
 
-def metaspace(**special):
-    """A word-level tokenizer whose blanks are ▁, as SentencePiece's."""
+def metaspace():
+    """A Unigram tokenizer whose blanks are ▁, as SentencePiece's."""
     words = ["<pad>", "</s>", "<unk>", "<s>", "<end>", "▁", *[f"▁{word}" for word in tiny.WORDS], *tiny.WORDS]
     backend = Tokenizer(models.Unigram([(word, -1.0 - i / 100) for i, word in enumerate(words)], unk_id=2))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     backend.add_special_tokens([AddedToken(word, special=True) for word in words[:5]])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
