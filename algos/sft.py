@@ -43,14 +43,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 import transformers
 import tyro
 from accelerate import Accelerator
-from accelerate.tracking import TensorBoardTracker, WandBTracker
+from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
@@ -96,10 +94,7 @@ class Args:
 
 
 def load_model(loader: Any, name: str, max_length: int) -> tuple[nn.Module, Any]:
-    """Model, in float32 and without dropout, and tokenizer of a hub id, a folder, or a peft adapter, which is merged.
-
-    Refused are missing weights, too few words or positions, and a model that is not causal or whose cache misleads.
-    """
+    """Model, float32 and without dropout, and tokenizer of a hub id, a folder or a peft adapter, which is merged."""
     if name[:1] in "/.~" and not Path(name).is_dir():
         raise SystemExit(f"--model {name}: no such folder")
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -129,17 +124,14 @@ def load_model(loader: Any, name: str, max_length: int) -> tuple[nn.Module, Any]
 
 
 def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """log π(y_t | x, y_<t) of the completions of rows [prompt, completion], in float32, and their mask: (b, R) each.
-
-    R counts from `start`, where the shortest prompt ends. A row's first token is not scored: nothing comes before it.
-    """
+    """log π(y_t | x, y_<t) of completions, in float32, and their mask, (b, R), from where the shortest prompt ends."""
     ids = [torch.tensor([*prompt, *completion]) for prompt, completion in rows]
     labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in rows]
-    ids = pad_sequence(ids, batch_first=True, padding_value=rows[0][1][-1]).to(device)  # (b, L)
-    labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
-    start = max(1, min(len(prompt) for prompt, _ in rows))
-    logits = model(ids[:, :-1], logits_to_keep=ids.shape[1] - start, use_cache=False).logits  # (b, R, V)
-    logprobs = -F.cross_entropy(logits.float().transpose(1, 2), labels[:, start:], reduction="none")  # 0 off the mask
+    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=rows[0][1][-1]).to(device)  # (b, L)
+    labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
+    start = max(1, min(len(prompt) for prompt, _ in rows))  # nothing comes before a row's first token to predict it
+    logits = model(ids[:, :-1], logits_to_keep=ids.shape[1] - start, use_cache=False).logits.float().transpose(1, 2)
+    logprobs = -nn.functional.cross_entropy(logits, labels[:, start:], reduction="none")  # (b, V, R) to (b, R)
     return logprobs, labels[:, start:] != -100
 
 
@@ -155,10 +147,7 @@ def sft_loss(logprobs: Tensor, count: int) -> Tensor:
 
 
 def load_rows(name: str, split: str, *layouts: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Rows of a split, with the columns of the first layout that it has: texts or lists of messages.
-
-    Completions that all repeat their prompt lose it; a prompt that is text before messages becomes the user's.
-    """
+    """Rows of a split, with the columns of the first layout that it has: texts or lists of messages."""
     import datasets
 
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
@@ -174,7 +163,7 @@ def load_rows(name: str, split: str, *layouts: tuple[str, ...]) -> list[dict[str
             if not fits or type(value) is not type(rows[0][column]) or value[:7] in ("[{'role", '[{"role'):
                 found = f"--dataset {name}, split {split}, row {number}, column {column}: {value!r:.40}"
                 raise SystemExit(f"{found} is not text or messages as in row 1; mend it, in jsonl if csv lost it")
-    for column in layout[1:] if layout[0] == "prompt" else ():
+    for column in layout[1:] if layout[0] == "prompt" else ():  # prompts of other kind, completions with their prompt
         if isinstance(rows[0]["prompt"], str) and isinstance(rows[0][column], list):
             rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
         if all(row[column][: len(row["prompt"])] == row["prompt"] for row in rows):
@@ -210,9 +199,7 @@ def encode(tokenizer: Any, max_length: int, prompt: Any, *completions: Any) -> l
     else:
         prompt, stop = prompt or "", eos
     if not all(text.startswith(prompt) for text in texts):
-        raise SystemExit(
-            f"--dataset: the chat template changes the prompt once it has an answer:\n{prompt}\n{texts[0]}"
-        )
+        raise SystemExit(f"--dataset: the chat template changes a prompt once it is answered:\n{prompt}\n{texts[0]}")
     found = [re.search(rf"({ends})(\s|{ends})*$", text[len(prompt) :]) for text in texts]
     texts = [text[: len(prompt) + end.start()] if end else text for text, end in zip(texts, found)]
     ids = [start * (x[:1] != start) + x for x in tokenizer([prompt, *texts], add_special_tokens=False).input_ids]
@@ -322,11 +309,9 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         print(f"run directory: {run_dir}, learning rate: {args.learning_rate:g}")
-    accelerator.trackers = [TensorBoardTracker(run_dir.name, run_dir.parent, purge_step=step + 1)]
-    if args.track:
-        accelerator.trackers.append(WandBTracker("algos", name=run_dir.name, config=asdict(args)))
-    for tracker in accelerator.trackers:
-        tracker.start()
+    logs = TensorBoardTracker(run_dir.name, run_dir.parent, purge_step=step + 1)
+    accelerator.log_with = [logs, *["wandb"] * args.track]
+    accelerator.init_trackers("algos", init_kwargs={"wandb": {"name": run_dir.name, "config": asdict(args)}})
 
     metrics = defaultdict(list)
     caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
@@ -352,8 +337,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             if held_out:
                 found["eval/perplexity"] = torch.tensor(found["eval/loss"]).exp().item()
             accelerator.log(found | {"samples": "\n\n".join(texts)}, step)
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in [*found.items()][:3])
-            accelerator.print(f"\nupdate {step}: {shown}")
+            accelerator.print(f"\nupdate {step}:", *(f"{name} {value:.4f}" for name, value in [*found.items()][:3]))
             model.train()
         if step >= total_steps:
             break

@@ -223,7 +223,7 @@ def test_a_template_that_changes_the_prompt_once_an_answer_follows_is_refused_wi
         "{% if loop.last %} {{ messages[0].content }}{% endif %} {{ m.content }}{% else %} {{ m.content }} <eos>{% endif %}{% endfor %}"
     )
     prompt = [{"role": "system", "content": "not dull"}, {"role": "user", "content": "plot"}]
-    with pytest.raises(SystemExit, match="changes the prompt.*\n.*not dull plot\n.*plot great"):
+    with pytest.raises(SystemExit, match="changes a prompt.*\n.*not dull plot\n.*plot great"):
         sft.encode(tokenizer, 64, prompt, [{"role": "assistant", "content": "great"}])
 
 
