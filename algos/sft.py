@@ -317,7 +317,6 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
-    tokens, start_time = 0, time.perf_counter()
     bar = tqdm(total=total_steps, initial=step, unit="update", disable=not accelerator.is_main_process)
 
     while True:
@@ -343,6 +342,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             break
 
         # ===== collect =====
+        begin = time.perf_counter()
         batch = micro_batches(batch_at(train, step, args.batch_size, args.seed), args.micro_batch_size)
         count = sum(len(completion) - (not prompt) for part in batch for prompt, completion in part)
 
@@ -360,17 +360,17 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
             metrics["loss"].append(-logprobs[mask].detach())
-        step, tokens = step + 1, tokens + count
+        step += 1
 
         # ===== log and save =====
         stop = accelerator.reduce(torch.tensor(len(caught), device=device)) > 0  # of any process
+        metrics["tokens_per_second"].append(torch.tensor([count / (time.perf_counter() - begin)], device=device))
         save_now = stop or step == total_steps or args.save_every and step % args.save_every == 0
         if save_now or step == 1 or step % LOG_EVERY == 0:
             found = means(accelerator, metrics)
             if not math.isfinite(found["loss"] + found["grad_norm"]):
                 raise SystemExit(f"\nthe loss became nan or inf before update {step}; {run_dir}/checkpoint is older")
             found["learning_rate"] = optimizer.param_groups[0]["lr"]
-            found["tokens_per_second"] = tokens / (time.perf_counter() - start_time)
             bar.set_postfix_str(f"loss {found['loss']:.3f}", refresh=False)
             accelerator.log(found, step)
             metrics.clear()

@@ -281,6 +281,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(world, size):
     parts = first_gradient(world("parts", micro_batch_size=size, max_steps=1))
     for name, gradient in whole.items():
         assert (gradient - parts[name]).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+    norms = [metric(world(name), "grad_norm")[1] for name in ("whole", "parts")]  # before clipping
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_the_gradient_is_clipped_to_norm_one(world):
