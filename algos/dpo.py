@@ -1,9 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "accelerate>=1.15", "datasets>=5.0", "peft>=0.21", "tensorboard>=2.21", "torch>=2.13.0", "tqdm>=4.70",
-#     "transformers>=5.20", "tyro>=1.0.17",
-# ]
+# dependencies = ["accelerate>=1.15", "datasets>=5.0", "peft>=0.21", "tensorboard>=2.21", "torch>=2.13", "tqdm>=4.70",
+# "transformers>=5.20", "tyro>=1.0.17"]
 # ///
 """Direct preference optimisation (DPO): learn from preferences between two completions, without a reward model.
 
@@ -59,7 +57,6 @@ LOG_EVERY = 10  # updates
 
 @dataclass
 class Args:
-    # run
     seed: int = 1  # of the order of pairs and of LoRA's first weights
     device: Literal["auto", "cpu"] = "auto"  # auto takes GPUs where there are some
     run_dir: str = ""  # where the run is written; by default runs/<task>__<script>__<seed>__<time>
@@ -67,13 +64,11 @@ class Args:
     save_every: int = 200  # updates between checkpoints; 0: only at the end
     eval_every: int = 200  # updates between evaluations; 0: only before and after training
     track: bool = False  # mirror the logs to Weights & Biases
-    # task
     model: str = str(ASSETS / "sft")  # hub id, folder or peft adapter of the model to start from, which is π_ref
     dataset: str = str(ASSETS / "preferences")  # hub id, folder or jsonl, json, csv or parquet file
     train_split: str = "train"  # split to train on; slices such as train[:95%] work
     eval_split: str = "test"  # held-out split; '' for none
     max_length: int = 512  # longest row in tokens: longer completions are cut, pairs whose prompt fills it left out
-    # optimisation
     learning_rate: float = 0  # at its peak; 0: 1e-4 on the small world's model, 1e-6 on others, 1e-5 there with LoRA
     warmup: float = 0.1  # share of the updates over which the learning rate rises, before a half cosine to 0
     batch_size: int = 32  # B: pairs of an update, over all processes
@@ -84,7 +79,6 @@ class Args:
     gradient_checkpointing: bool = False  # compute activations twice: less memory, about a third slower
     lora_rank: int = 0  # if not 0, train low-rank adapters of all linear layers, with α = 2·rank, and save these
     merge_lora: bool = False  # save the whole model, with the adapters merged
-    # algorithm
     beta: float = 0.5  # β: price of KL(π || π_ref) in the reward that the pairs are taken to come from (DPO Eq. 3)
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # sigmoid: DPO Eq. 7; ipo: IPO Eq. 17, with τ = β
     label_smoothing: float = 0  # ε: share of pairs whose label is taken to be wrong (cDPO)
