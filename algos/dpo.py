@@ -10,14 +10,12 @@ function of x. Put into the Bradley-Terry likelihood of the pairs, that reward l
 Papers: Rafailov et al. 2023, arXiv 2305.18290 (DPO); Azar et al. 2023, arXiv 2310.12036 (IPO); Mitchell 2023, "A note
 on DPO with noisy preferences" (cDPO).
 
-    python algos/dpo.py                           # the small language world: held-out loss 0.508 in about a minute
-    accelerate launch algos/dpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized --beta 0.1 \\
-        --bf16 --micro-batch-size 4 --gradient-checkpointing
+    python algos/dpo.py  # the small language world: held-out loss 0.508, where ln 2 = 0.693 is the start
+    accelerate launch algos/dpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized --beta 0.1 --bf16
 
-Data: columns `prompt`, `chosen`, `rejected`, or the last two alone, beginning with the prompt; texts or lists of
-{"role", "content"} messages. Letters: B pairs, R tokens of completions, L of whole rows, V words.
-Logged are means over the interval: rewards/* of the implicit reward β·log π/π_ref, accuracies of "chosen's is higher",
-logps/* of log π(y|x). Both of these usually fall, since the loss asks for their difference only.
+Data: columns `prompt`, `chosen`, `rejected`, or the last two alone, beginning with the prompt: texts or lists of
+{"role", "content"} messages. Letters: B pairs, R tokens of completions, L of whole rows, V words. Logged: rewards/* of
+the implicit reward β·log π/π_ref, and logps/* of log π(y|x), both of which usually fall: only their difference counts.
 
 Differs from the paper:
  1. AdamW without weight decay instead of RMSprop, a cosine schedule, the gradient's norm clipped to 1, no dropout.
@@ -34,11 +32,11 @@ import re
 import shutil
 import signal
 import sys
-import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -46,12 +44,13 @@ import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 ASSETS = Path(__file__).resolve().parent.parent / "benchmark" / "assets"  # the small language world
+LAYOUTS = [["prompt", "chosen", "rejected"], ["chosen", "rejected"]]  # columns of a data set
 LOG_EVERY = 10  # updates
 
 
@@ -95,27 +94,23 @@ class Args:
 # --- model ---
 
 
-def load_model(loader: Any, name: str, max_length: int) -> tuple[nn.Module, Any]:
-    """Model, float32 and without dropout, and tokenizer of a hub id, a folder or a peft adapter, which is merged."""
-    if name[:1] in "/.~" and not Path(name).is_dir():
-        raise SystemExit(f"--model {name}: no such folder")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple[nn.Module, Any]:
+    """Model in float32, without dropout, and tokenizer of a hub id, folder or peft adapter; num_labels=1 for a head."""
     adapter = transformers.utils.find_adapter_config_file(name)
     base = json.loads(Path(adapter).read_text())["base_model_name_or_path"] if adapter else name
-    config = transformers.AutoConfig.from_pretrained(base)
-    dropout = {key: 0.0 for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
-    model, info = loader.from_pretrained(base, dtype="auto", output_loading_info=True, **dropout)
-    if info["missing_keys"]:
+    config, tokenizer = transformers.AutoConfig.from_pretrained(base), transformers.AutoTokenizer.from_pretrained(name)
+    changes |= {key: 0.0 for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
+    model, info = loader.from_pretrained(base, dtype="auto", output_loading_info=True, **changes)
+    if info["missing_keys"] - ({"score.weight"} if "num_labels" in changes else set()):
         raise SystemExit(f"--model {base} lacks the weights {sorted(info['missing_keys'])}")
     if adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, name).merge_and_unload()
-    V, words, eos = model.get_input_embeddings().num_embeddings, len(tokenizer), tokenizer.eos_token
+    V, eos = model.get_input_embeddings().num_embeddings, tokenizer.eos_token
     L = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if eos is None or words > V or max_length > L:
-        has = f"its tokenizer has {words} tokens and EOS {eos}, and --max-length is {max_length}"
-        raise SystemExit(f"--model {name} reads {V} tokens and {L} positions, but {has}")
+    if eos is None or len(tokenizer) > V or max_length > L:
+        raise SystemExit(f"--model {name} has {V} embeddings for {len(tokenizer)} tokens, {L} positions, EOS {eos}: too few")
     body, ids = model.float().eval().base_model, torch.arange(12)[None] % V
     with torch.no_grad():  # twelve tokens in one pass, and in two
         whole, begin = body(ids).last_hidden_state, body(ids[:, :6], use_cache=True)
@@ -166,39 +161,13 @@ def preference_loss(logprobs: Tensor, ref_logprobs: Tensor, beta: float, eps: fl
 # --- data ---
 
 
-def load_rows(name: str, split: str, *layouts: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Rows of a split, with the columns of the first layout that it has: texts or lists of messages."""
-    import datasets
-
-    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
-    data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split)
-    layout = next((layout for layout in layouts if set(layout) <= set(data.column_names)), None)
-    if layout is None:
-        raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename them to one of {layouts}")
-    rows = data.select_columns(list(layout)).to_list()
-    for number, row in enumerate(rows, 1):
-        for column, value in row.items():
-            messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
-            fits = messages and all(isinstance(m.get(key), str) for m in messages for key in ("role", "content"))
-            if not fits or type(value) is not type(rows[0][column]) or value[:7] in ("[{'role", '[{"role'):
-                found = f"--dataset {name}, split {split}, row {number}, column {column}: {value!r:.40}"
-                raise SystemExit(f"{found} is not text or messages as in row 1; mend it, in jsonl if csv lost it")
-    for column in layout[1:] if layout[0] == "prompt" else ():  # prompts of other kind, completions with their prompt
-        if isinstance(rows[0]["prompt"], str) and isinstance(rows[0][column], list):
-            rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-        if all(row[column][: len(row["prompt"])] == row["prompt"] for row in rows):
-            rows = [row | {column: row[column][len(row["prompt"]) :]} for row in rows]
-    return rows
-
-
 @functools.cache
 def text_ends(tokenizer: Any) -> tuple[list[int], str, str]:
     """Ids that the tokenizer puts before a text (BOS or nothing), EOS, and what ends a turn of its chat template."""
     start = [i for i in tokenizer("a").input_ids[:1] if i in (tokenizer.bos_token_id, tokenizer.cls_token_id)]
-    if not tokenizer.chat_template:
-        return start, tokenizer.eos_token, tokenizer.eos_token
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2].strip()
+    text = tokenizer.apply_chat_template(turns, tokenize=False) if tokenizer.chat_template else "answer"
+    after = text.rpartition("answer")[2].strip()
     ends = [token.content for token in tokenizer.added_tokens_decoder.values() if after.startswith(token.content)]
     return start, tokenizer.eos_token, max(ends, key=len, default=tokenizer.eos_token)
 
@@ -207,33 +176,50 @@ def encode(tokenizer: Any, max_length: int, prompt: Any, *completions: Any) -> l
     """Token ids [prompt, completion, …] of texts or messages; None without room in max_length or an empty completion.
 
     They are tokenized as one text, since tokens may merge where they meet, and parted where the ids leave those of the
-    prompt alone, or each other where prompt is None. A prompt begins with the tokenizer's BOS, if any, once, and never
-    ends in EOS. A completion ends in one stop token, where generation stops too: EOS, or the template's end of turn.
+    prompt alone, or each other if several have no prompt. BOS comes at most once; a completion ends in one stop token.
     """
-    (start, eos, stop), implicit = text_ends(tokenizer), prompt is None
-    texts = [completion if implicit else prompt + completion for completion in completions]
-    ends = f"{re.escape(eos)}|{re.escape(stop)}"
-    if isinstance(texts[0], list):
+    start, *stops = text_ends(tokenizer)
+    texts = [completion if prompt is None else prompt + completion for completion in completions]
+    question = prompt or ""
+    if isinstance(prompt or texts[0], list):
         render, start = functools.partial(tokenizer.apply_chat_template, tokenize=False), []
-        prompt, texts = render(prompt, add_generation_prompt=True) if prompt else "", [render(text) for text in texts]
-    else:
-        prompt, stop = prompt or "", eos
-    if not all(text.startswith(prompt) for text in texts):
-        raise SystemExit(f"--dataset: the chat template changes a prompt once it is answered:\n{prompt}\n{texts[0]}")
-    found = [re.search(rf"({ends})(\s|{ends})*$", text[len(prompt) :]) for text in texts]
-    texts = [text[: len(prompt) + end.start()] if end else text for text, end in zip(texts, found)]
-    ids = [start * (x[:1] != start) + x for x in tokenizer([prompt, *texts], add_special_tokens=False).input_ids]
-    P = len(os.path.commonprefix(ids[1:] if implicit else ids))
-    if P >= max_length or not all(text[len(prompt) :].strip() for text in texts):
+        question, texts = render(prompt, add_generation_prompt=True) if prompt else "", [render(text) for text in texts]
+    if not all(text.startswith(question) for text in texts):
+        raise SystemExit(f"--dataset: the chat template changes a prompt once it is answered:\n{question}\n{texts[0]}")
+    stop = "|".join(map(re.escape, stops))
+    ends = [re.search(rf"({stop})(\s|{stop})*$", text[len(question) :]) for text in texts]
+    texts = [text[: len(question) + end.start()] if end else text for text, end in zip(texts, ends)]
+    ids = [start * (x[:1] != start) + x for x in tokenizer([question, *texts], add_special_tokens=False).input_ids]
+    P = len(os.path.commonprefix(ids[1:] if prompt is None and len(texts) > 1 else ids))
+    if P >= max_length or not all(text[len(question) :].strip() for text in texts):
         return None
-    stops = [tokenizer.convert_tokens_to_ids(end[1] if end else stop) for end in found]
-    return [ids[1][:P], *([*x[P:], end][: max_length - P] for x, end in zip(ids[1:], stops))]
+    last = tokenizer.convert_tokens_to_ids([end[1] if end else stops[0] for end in ends])
+    return [ids[-1][:P], *([*x[P:], end][: max_length - P] for x, end in zip(ids[1:], last))]
 
 
-def load_pairs(name: str, split: str, tokenizer: Any, max_length: int) -> list[list[Any]]:
-    """Rows [prompt ids, chosen ids, rejected ids] of a split; without a prompt column, it is what both begin with."""
-    rows = load_rows(name, split, ("prompt", "chosen", "rejected"), ("chosen", "rejected"))
-    rows = [encode(tokenizer, max_length, row.get("prompt"), row["chosen"], row["rejected"]) for row in rows]
+def load_rows(name: str, split: str, tokenizer: Any, max_length: int) -> list[list[list[int]]]:
+    """Token ids, by `encode`, of the columns of the first of LAYOUTS that a split has: texts or lists of messages."""
+    import datasets
+
+    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
+    data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split)
+    columns = next((layout for layout in LAYOUTS if set(layout) <= set(data.column_names)), None)
+    if not columns:
+        raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename them to one of {LAYOUTS}")
+    rows = data.select_columns(columns).to_list()
+    for number, row in enumerate(rows, 1):
+        for column, value in row.items():
+            messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
+            fits = messages and all(isinstance(m.get(key), str) for m in messages for key in ("role", "content"))
+            if not fits or type(value) is not type(rows[0][column]) or value[:7] in ("[{'role", '[{"role'):
+                found = f"--dataset {name}, split {split}, row {number}, column {column}: {value!r:.40}"
+                raise SystemExit(f"{found} is not text or messages as in row 1; mend it, in jsonl if csv lost it")
+    for column in columns[1:] if "prompt" in columns else ():  # prompts of other kind, completions with their prompt
+        if isinstance(rows[0]["prompt"], str) and isinstance(rows[0][column], list):
+            rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+        if all(row[column][: len(row["prompt"])] == row["prompt"] for row in rows):
+            rows = [row | {column: row[column][len(row["prompt"]) :]} for row in rows]
+    rows = [encode(tokenizer, max_length, row.pop("prompt", None), *row.values()) for row in rows]
     if None in rows:
         print(f"split {split}: {rows.count(None)} of {len(rows)} rows left out: no room, or an empty completion")
     return [row for row in rows if row]
@@ -253,62 +239,35 @@ def micro_batches(rows: list[Any], size: int) -> list[list[Any]]:
     return [rows[i * len(rows) // parts : (i + 1) * len(rows) // parts] for i in range(parts)]
 
 
-# --- runs ---
-
-
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
     """Flags of the command line; when resuming, on top of those of the checkpoint, which comes with them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path)
     path, default, saved = parser.parse_known_args()[0].resume, Args(), None
     if path:
-        folders = path, path / "checkpoint", path / "checkpoint.old"  # the last if a crash came between two renames
-        path = next((folder for folder in folders if (folder / "state.json").exists()), path)
+        path = path / "checkpoint" if (path / "checkpoint").is_dir() else path
         saved = json.loads((path / "state.json").read_text())
         if saved["script"] != SCRIPT:
             raise SystemExit(f"--resume {path}: written by {saved['script']}.py, not {SCRIPT}.py")
-        saved["path"], saved["args"]["run_dir"] = str(path), str(path.parent)  # wherever it lies now
+        saved["folder"], saved["args"]["run_dir"] = path / str(saved["step"]), str(path.parent)
         default = Args(**saved["args"])
     return tyro.cli(Args, default=default, description=__doc__.splitlines()[0]), saved
 
 
-def save_checkpoint(accelerator: Accelerator, run_dir: Path, args: Args, step: int) -> None:
-    """Write all that a run needs to go on; a crash while writing leaves the former checkpoint whole."""
-    folder, new, old = (run_dir / f"checkpoint{suffix}" for suffix in ("", ".new", ".old"))
-    accelerator.save_state(new)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (new / "state.json").write_text(json.dumps({"script": SCRIPT, "args": asdict(args), "step": step}))
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def means(accelerator: Accelerator, metrics: dict[str, list[Tensor]]) -> dict[str, float]:
-    """Mean of each metric, which came in pieces (n,), over all pieces of all processes."""
-    pieces = {name: torch.cat(values).float() for name, values in metrics.items()}
-    sums = accelerator.reduce({name: torch.stack([x.sum(), torch.ones_like(x).sum()]) for name, x in pieces.items()})
-    return {name: (total / count).item() for name, (total, count) in sums.items()}
-
-
 def main(args: Args, saved: dict[str, Any] | None = None) -> None:
-    if not args.learning_rate:
-        args.learning_rate = 1e-4 if args.model == Args.model else 1e-5 if args.lora_rank else 1e-6
-    precision, parts = "bf16" if args.bf16 else "no", args.batch_size // args.micro_batch_size
-    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=precision, gradient_accumulation_steps=parts)
-    device, own = accelerator.device, slice(accelerator.process_index, None, accelerator.num_processes)
+    args.learning_rate = args.learning_rate or (1e-4 if args.model == Args.model else 1e-5 if args.lora_rank else 1e-6)
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16" if args.bf16 else "no")
+    device, processes = accelerator.device, accelerator.num_processes
+    own = slice(accelerator.process_index, None, processes)  # of the rows of a micro-batch
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
-    train = load_pairs(args.dataset, args.train_split, tokenizer, args.max_length)
-    held_out = load_pairs(args.dataset, args.eval_split, tokenizer, args.max_length) if args.eval_split else []
-    if len(train) < args.batch_size or args.micro_batch_size % accelerator.num_processes:
+    train = load_rows(args.dataset, args.train_split, tokenizer, args.max_length)
+    held_out = load_rows(args.dataset, args.eval_split, tokenizer, args.max_length) if args.eval_split else []
+    if len(train) < args.batch_size or args.micro_batch_size % processes:
         raise SystemExit(f"{len(train)} pairs don't fill a batch, or the processes cannot share a micro-batch evenly")
     generation, stops = model.generation_config, tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
     generation.eos_token_id = list({*stops, *torch.tensor(generation.eos_token_id or []).flatten().long().tolist()})
-    if model.num_parameters() < 10e6 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # small models only lose time to more
+    torch.set_num_threads(1 if model.num_parameters() < 10e6 else torch.get_num_threads())  # small ones lose by more
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if args.lora_rank:
@@ -322,24 +281,21 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     step, total_steps = 0, args.max_steps or args.epochs * (len(train) // args.batch_size)
     warmup = math.ceil(args.warmup * total_steps)
-
     used = batch_at(train, 0, min(len(train), total_steps * args.batch_size), args.seed)
-    parts = micro_batches([*used, *held_out], args.micro_batch_size)
-    for part in tqdm(parts, "reference", leave=False, disable=not accelerator.is_main_process):
-        ref_logprobs = torch.zeros(len(part), 2, device=device)
+    for rows in tqdm(micro_batches([*used, *held_out], args.micro_batch_size), "reference", leave=False):
+        ref_logprobs = torch.zeros(len(rows), 2, device=device)
         with torch.no_grad():
-            ref_logprobs[own] = pair_logprobs(model, part[own], device).T  # of the starting weights, also when resuming
-        for row, values in zip(part, accelerator.reduce(ref_logprobs).tolist()):
+            ref_logprobs[own] = pair_logprobs(model, rows[own], device).T  # of the starting weights, also when resuming
+        for row, values in zip(rows, accelerator.reduce(ref_logprobs).tolist()):
             row.append(values)
     if saved:
         step = saved["step"]
-        accelerator.load_state(saved["path"], strict=not args.lora_rank)
-
-    name = f"{Path(args.dataset).stem}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(*broadcast_object_list([args.run_dir or f"runs/{name}"]))
+        accelerator.load_state(saved["folder"], strict=not args.lora_rank)
+    name = f"runs/{Path(args.dataset).stem}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = Path(*broadcast_object_list([args.run_dir or name]))
+    if (run_dir / "checkpoint/state.json").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
+        raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
     if accelerator.is_main_process:
-        if (run_dir / "args.json").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
-            raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         print(f"run directory: {run_dir}, learning rate: {args.learning_rate:g}")
@@ -347,84 +303,86 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     accelerator.log_with = [logs, *["wandb"] * args.track]
     accelerator.init_trackers("algos", init_kwargs={"wandb": {"name": run_dir.name, "config": asdict(args)}})
 
-    def measure(part: list[Any]) -> dict[str, Tensor]:
-        ref_logprobs = torch.tensor([row[3] for row in part], device=device).T
-        logprobs = pair_logprobs(model, part, device)
+    def measure(rows: list[Any]) -> dict[str, Tensor]:
+        ref_logprobs = torch.tensor([row[3] for row in rows], device=device).T
+        logprobs = pair_logprobs(model, rows, device)
         return preference_loss(logprobs, ref_logprobs, args.beta, args.label_smoothing, args.loss)
 
-    metrics = defaultdict(list)
+    metrics, stop = defaultdict(list), False
     caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
-    bar = tqdm(total=total_steps, initial=step, unit="update", disable=not accelerator.is_main_process)
-
+    quiet = None if accelerator.is_main_process else Path(os.devnull).open("w")
+    bar = tqdm(total=total_steps, initial=step, unit="update", file=quiet)
     while True:
         # ===== evaluate =====
         if step % (args.eval_every or total_steps) == 0 or step >= total_steps:
             model.eval()
             found, texts = defaultdict(list), []
-            for part in micro_batches(held_out, args.micro_batch_size):
+            for rows in micro_batches(held_out, args.micro_batch_size):
                 with torch.no_grad():
-                    for name, values in measure(part[own]).items():
-                        found[f"eval/{name}"].append(values)
+                    for name, values in measure(rows[own]).items():
+                        found[f"eval/{name}"].extend(values.tolist())
             for prompt, completion, *_ in (held_out or train)[:4]:
                 ids = torch.tensor([prompt or completion[:8]], device=device)
                 ids = accelerator.unwrap_model(model).generate(ids, max_new_tokens=64, do_sample=False)
                 texts += tokenizer.batch_decode(ids)
-            found = means(accelerator, found)
-            accelerator.log(found | {"samples": "\n\n".join(texts)}, step)
-            accelerator.print(f"\nupdate {step}:", *(f"{name} {value:.4f}" for name, value in [*found.items()][:3]))
+            means = {name: fmean(gather_object(values)) for name, values in found.items()}
+            accelerator.log(means | {"samples": "\n\n".join(texts)}, step)
+            accelerator.print(f"\nupdate {step}:", *(f"{name} {value:.4f}" for name, value in [*means.items()][:3]))
             model.train()
-        if step >= total_steps:
+        if stop or step >= total_steps:
             break
 
         # ===== collect =====
-        begin = time.perf_counter()
         batch = micro_batches(batch_at(train, step, args.batch_size, args.seed), args.micro_batch_size)
 
         # ===== update =====
-        progress = max(0, step - warmup) / max(1, total_steps - warmup)
-        rate = min((step + 1) / max(1, warmup), (1 + math.cos(math.pi * progress)) / 2)
-        optimizer.param_groups[0]["lr"] = args.learning_rate * rate
-        for part in batch:
-            with accelerator.accumulate(model):
-                found = measure(part[own])
-                accelerator.backward(found["loss"].mean())
-                if accelerator.sync_gradients:
-                    metrics["grad_norm"].append(accelerator.clip_grad_norm_(model.parameters(), 1.0).view(1))
-                optimizer.step()
-                optimizer.zero_grad()
+        cosine = (1 + math.cos(math.pi * max(0, step - warmup) / max(1, total_steps - warmup))) / 2
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / max(1, warmup), cosine)
+        optimizer.zero_grad()
+        for rows in batch:
+            found = measure(rows[own])
+            accelerator.backward(found["loss"].sum() * processes / args.batch_size)  # DDP takes the mean over processes
             for name, values in found.items():
                 metrics[name].append(values.detach())
+        metrics["grad_norm"].append(accelerator.clip_grad_norm_(model.parameters(), 1.0).view(1))
+        optimizer.step()
         step += 1
 
         # ===== log and save =====
         stop = accelerator.reduce(torch.tensor(len(caught), device=device)) > 0  # of any process
-        metrics["pairs_per_second"].append(
-            torch.tensor([args.batch_size / (time.perf_counter() - begin)], device=device)
-        )
         save_now = stop or step == total_steps or args.save_every and step % args.save_every == 0
         if save_now or step == 1 or step % LOG_EVERY == 0:
-            found = means(accelerator, metrics)
-            if not math.isfinite(found["loss"] + found["grad_norm"]):
+            means = {name: fmean(gather_object(torch.cat(values).tolist())) for name, values in metrics.items()}
+            if not math.isfinite(means["loss"] + means["grad_norm"]):
                 raise SystemExit(f"\nthe loss became nan or inf before update {step}; {run_dir}/checkpoint is older")
-            found["learning_rate"] = optimizer.param_groups[0]["lr"]
-            bar.set_postfix_str(f"loss {found['loss']:.3f}, margin {found['rewards/margins']:.3f}", refresh=False)
-            accelerator.log(found, step)
+            means["learning_rate"] = optimizer.param_groups[0]["lr"]
+            means["pairs_per_second"] = (step - bar.initial) * args.batch_size / bar.format_dict["elapsed"]
+            bar.set_postfix_str(f"loss {means['loss']:.3f}, margin {means['rewards/margins']:.3f}", refresh=False)
+            accelerator.log(means, step)
             metrics.clear()
         if save_now:
-            save_checkpoint(accelerator, run_dir, args, step)
+            folder = run_dir / "checkpoint"  # state.json names the folder of its tensors, and changes in one piece
+            accelerator.save_state(folder / str(step))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                (folder / "state.tmp").write_text(json.dumps({"script": SCRIPT, "args": asdict(args), "step": step}))
+                (folder / "state.tmp").replace(folder / "state.json")
+                for older in set(folder.glob("[0-9]*")) - {folder / str(step)}:
+                    shutil.rmtree(older)
         bar.update(1)
-        if stop:
-            bar.close()
-            raise SystemExit(f"stopped at update {step}; to go on: python {sys.argv[0]} --resume {run_dir}")
 
     bar.close()
+    if step < total_steps:
+        launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
+        raise SystemExit(f"stopped at update {step}; to go on: {launch} {sys.argv[0]} --resume {str(run_dir)!r}")
     model = accelerator.unwrap_model(model)
-    model = (model.merge_and_unload() if args.merge_lora else model).to(model.config.dtype)
-    state = accelerator.get_state_dict(model)
-    model.save_pretrained(run_dir / "model", is_main_process=accelerator.is_main_process, state_dict=state)
-    tokenizer.save_pretrained(run_dir / "model")
+    model = model.merge_and_unload() if args.merge_lora else model
+    weights = accelerator.get_state_dict(model.to(model.config.dtype))
+    if accelerator.is_main_process:
+        model.save_pretrained(run_dir / "model", state_dict=weights)
+        tokenizer.save_pretrained(run_dir / "model")
 
 
 if __name__ == "__main__":

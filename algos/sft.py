@@ -100,7 +100,7 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     V, eos = model.get_input_embeddings().num_embeddings, tokenizer.eos_token
     L = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if eos is None or len(tokenizer) > V or max_length > L:
-        raise SystemExit(f"--model {name}: {V} embeddings, {L} positions, EOS {eos} are too few for its tokens or rows")
+        raise SystemExit(f"--model {name} has {V} embeddings for {len(tokenizer)} tokens, {L} positions, EOS {eos}: too few")
     body, ids = model.float().eval().base_model, torch.arange(12)[None] % V
     with torch.no_grad():  # twelve tokens in one pass, and in two
         whole, begin = body(ids).last_hidden_state, body(ids[:, :6], use_cache=True)
@@ -264,8 +264,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
-    output = sys.stderr if accelerator.is_main_process else open(os.devnull, "w")
-    bar = tqdm(total=total_steps, initial=step, unit="update", file=output)
+    quiet = None if accelerator.is_main_process else Path(os.devnull).open("w")
+    bar = tqdm(total=total_steps, initial=step, unit="update", file=quiet)
     while True:
         # ===== evaluate =====
         if step % (args.eval_every or total_steps) == 0 or step >= total_steps:

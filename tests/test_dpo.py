@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import shutil
 import signal
 import subprocess
 import sys
@@ -68,6 +67,12 @@ def resume(monkeypatch, path, *flags):
     return run(*dpo.parse_args())
 
 
+def rewind(run_dir, step):
+    """Make an older checkpoint of a run the one it resumes from."""
+    path = run_dir / "checkpoint" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": step}))
+
+
 def metric(args: dpo.Args, tag: str) -> dict[int, float]:
     """A logged metric by step."""
     return dict(scalars(dpo.Path(args.run_dir), tag))
@@ -91,7 +96,7 @@ def loop(model, prompt, completion) -> float:
 def first_gradient(args: dpo.Args) -> dict[int, torch.Tensor]:
     """The gradient of the first update, clipped, from Adam's first moment."""
     run(args)
-    state = torch.load(f"{args.run_dir}/checkpoint/optimizer.bin", weights_only=True)["state"]
+    state = torch.load(f"{args.run_dir}/checkpoint/1/optimizer.bin", weights_only=True)["state"]
     return {name: moments["exp_avg"] * 10 for name, moments in state.items()}
 
 
@@ -300,20 +305,14 @@ def test_gradient_checkpointing_changes_nothing_and_samples_still_come(world):
 @pytest.mark.parametrize("flags", [{}, {"lora_rank": 2}, {"micro_batch_size": 4}], ids=str)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(world, monkeypatch, tmp_path, flags):
     whole = run(world("whole", **flags))
-    write = dpo.save_checkpoint
-
-    def keep(accelerator, run_dir, args, step):
-        write(accelerator, run_dir, args, step)
-        shutil.copytree(run_dir / "checkpoint", tmp_path / "copies" / str(step) / "checkpoint")
-
     with monkeypatch.context() as patch:
-        patch.setattr(dpo, "save_checkpoint", keep)
+        patch.setattr(dpo.shutil, "rmtree", lambda folder: None)  # older checkpoints stay
         assert same(run(world("parts", save_every=3, **flags)), whole)
-    assert same(resume(monkeypatch, tmp_path / "copies" / "3"), whole)
-    assert list(scalars(tmp_path / "copies" / "3", "loss"))[-1][0] == 6
-    if flags.get("lora_rank"):
-        names = load_file(tmp_path / "copies" / "3" / "checkpoint" / "model.safetensors")
-        assert names and all("lora" in name for name in names)
+    rewind(tmp_path / "parts", 3)
+    names = load_file(tmp_path / "parts" / "checkpoint" / "3" / "model.safetensors")
+    assert names and all("lora" in name for name in names) == bool(flags.get("lora_rank"))
+    assert same(resume(monkeypatch, tmp_path / "parts"), whole)
+    assert list(scalars(tmp_path / "parts", "loss"))[-1][0] == 6
 
 
 def test_flags_given_on_resume_count_and_args_json_says_what_ran(world, monkeypatch):
@@ -323,8 +322,7 @@ def test_flags_given_on_resume_count_and_args_json_says_what_ran(world, monkeypa
     resume(monkeypatch, folder / "checkpoint", "--max-steps", 8, "--beta", 2.0)
     assert json.loads((folder / "args.json").read_text())["beta"] == 2.0
     assert list(metric(args, "loss")) == [1, 3, 6, 8]
-    shutil.move(folder / "checkpoint", folder / "checkpoint.old")  # a crash between two renames
-    resume(monkeypatch, folder)
+    resume(monkeypatch, folder)  # a finished run: nothing to do
     assert list(metric(args, "loss")) == [1, 3, 6, 8]
 
 
@@ -365,7 +363,7 @@ def test_a_signal_saves_first_and_the_printed_command_goes_on(world, tmp_path, n
     last = err.strip().splitlines()[-1]
     step = json.loads((tmp_path / "r" / "checkpoint" / "state.json").read_text())["step"]
     assert step > 0 and last.startswith(f"stopped at update {step}; to go on: python ")
-    assert last.endswith(f"dpo.py --resume {tmp_path / 'r'}") and "Traceback" not in err
+    assert last.endswith(f"dpo.py --resume '{tmp_path / 'r'}'") and "Traceback" not in err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(world):
@@ -437,7 +435,7 @@ def test_models_that_would_be_silently_wrong_are_refused(tmp_path):
     make_model(tmp_path / "whole", "qwen3")
     with pytest.raises(SystemExit, match="128 positions"):
         loads(tmp_path / "whole", 129)
-    with pytest.raises(SystemExit, match="no such folder"):
+    with pytest.raises(OSError, match="Repo id .*nothing"):
         loads(tmp_path / "nothing")
     scorer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole", num_labels=1)
     scorer.save_pretrained(tmp_path / "scorer")
@@ -457,7 +455,7 @@ def test_models_that_would_be_silently_wrong_are_refused(tmp_path):
         loads(tmp_path / "endless")
     make_model(tmp_path / "narrow")
     bpe_tokenizer().save_pretrained(tmp_path / "narrow")
-    with pytest.raises(SystemExit, match="its tokenizer has"):
+    with pytest.raises(SystemExit, match="23 embeddings for 4"):
         loads(tmp_path / "narrow")
 
 
@@ -475,7 +473,7 @@ def test_causal_architectures_pass_the_probe(arch, tmp_path):
 @pytest.mark.parametrize("change", [lambda row: row, as_messages], ids=["texts", "messages"])
 def test_an_implicit_prompt_gives_the_token_ids_of_an_explicit_one(tokenizer, change, tmp_path):
     def load(name, rows):
-        return dpo.load_pairs(str(write_jsonl(tmp_path / f"{name}.jsonl", rows)), "train", tokenizer, 64)
+        return dpo.load_rows(str(write_jsonl(tmp_path / f"{name}.jsonl", rows)), "train", tokenizer, 64)
 
     explicit = [change(row) for row in preferences(6)]
     implicit = [{column: row["prompt"] + row[column] for column in ("chosen", "rejected")} for row in explicit]
@@ -493,8 +491,8 @@ def test_a_text_prompt_before_conversations_is_the_users_turn_as_in_ultrafeedbac
     tokenizer = word_tokenizer()
     plain = {"prompt": [user], "chosen": [says("great .")], "rejected": [says("dull .")]}
     h4 = {"prompt": "review of plot :", "chosen": [user, says("great .")], "rejected": [user, says("dull .")], "score": 8}
-    expected = dpo.load_pairs(str(write_jsonl(tmp_path / "plain.jsonl", [plain])), "train", tokenizer, 64)
-    assert dpo.load_pairs(str(write_jsonl(tmp_path / "h4.jsonl", [h4])), "train", tokenizer, 64) == expected
+    expected = dpo.load_rows(str(write_jsonl(tmp_path / "plain.jsonl", [plain])), "train", tokenizer, 64)
+    assert dpo.load_rows(str(write_jsonl(tmp_path / "h4.jsonl", [h4])), "train", tokenizer, 64) == expected
 
 
 def test_pairs_without_room_or_text_are_left_out_with_a_count_and_long_completions_cut(tmp_path, capsys):
@@ -502,7 +500,7 @@ def test_pairs_without_room_or_text_are_left_out_with_a_count_and_long_completio
     rows[1]["prompt"] = "review " * 8
     rows[2]["rejected"] = "  "
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    kept = dpo.load_pairs(str(path), "train", word_tokenizer(), 8)
+    kept = dpo.load_rows(str(path), "train", word_tokenizer(), 8)
     assert "2 of 4 rows left out" in capsys.readouterr().out and len(kept) == 2
     assert all(len(prompt) + len(text) <= 8 and text for prompt, *texts in kept for text in texts)
 
@@ -521,7 +519,7 @@ def test_pairs_without_room_or_text_are_left_out_with_a_count_and_long_completio
 def test_bad_pairs_are_named(tmp_path, row, message):
     good = {column: "x" for column in row}
     with pytest.raises(SystemExit, match=message):
-        dpo.load_pairs(str(write_jsonl(tmp_path / "bad.jsonl", [good, row])), "train", word_tokenizer(), 64)
+        dpo.load_rows(str(write_jsonl(tmp_path / "bad.jsonl", [good, row])), "train", word_tokenizer(), 64)
 
 
 @pytest.mark.parametrize(
