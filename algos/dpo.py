@@ -110,7 +110,7 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     V, eos = model.get_input_embeddings().num_embeddings, tokenizer.eos_token
     L = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if eos is None or len(tokenizer) > V or max_length > L:
-        raise SystemExit(f"--model {name} has {V} embeddings for {len(tokenizer)} tokens, {L} positions, EOS {eos}: too few")
+        raise SystemExit(f"{name} has {V} embeddings for {len(tokenizer)} tokens, {L} positions, EOS {eos}: too few")
     body, ids = model.float().eval().base_model, torch.arange(12)[None] % V
     with torch.no_grad():  # twelve tokens in one pass, and in two
         whole, begin = body(ids).last_hidden_state, body(ids[:, :6], use_cache=True)

@@ -1,921 +1,367 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "datasets>=5.0",
-#     "numpy>=2.4",
-#     "tensorboard>=2.21",
-#     "torch>=2.13.0",
-#     "tqdm>=4.70",
-#     "transformers>=5.20",
-#     "tyro>=1.0.17",
-# ]
+# dependencies = ["accelerate>=1.15", "datasets>=5.0", "peft>=0.21", "tensorboard>=2.21", "torch>=2.13", "tqdm>=4.70",
+# "transformers>=5.20", "tyro>=1.0.17"]
 # ///
 """Reward model: a scalar score of whole texts that agrees with people's preferences.
 
 The second of RLHF's three steps. The fine-tuned language model loses its vocabulary head for one output r(x, y), and
 learns from pairs of completions to one prompt that the preferred one, y_w, should score above the other, y_l. RLHF
 then raises this score in place of asking people.
+Paper: Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT), step 2 in section 3.5.
 
-Paper: Ouyang et al. 2022, "Training language models to follow instructions with human feedback", arXiv 2203.02155,
-step 2 (section 3.5, Eq. 1).
+    python algos/reward_model.py  # the small language world: held-out accuracy 0.764, where 0.791 is the best possible
+    accelerate launch algos/reward_model.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized --bf16
 
-    python algos/reward_model.py                  # the small language world: accuracy 0.764, at best 0.791, in 45 s
-    python algos/reward_model.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized --dtype bfloat16 \\
-        --learning-rate 1e-5 --batch-size 64 --micro-batch-size 8 --gradient-checkpointing
-
-The data set has the columns `prompt`, `chosen` and `rejected`, or `chosen` and `rejected` that begin with their common
-prompt, as texts or as lists of {"role", "content"} messages, which pass through the chat template. A column `margin`
-of numbers, if there is one, says by how much the chosen text should win at least.
-
-The result opens with AutoModelForSequenceClassification. Its one logit is the reward up to a constant: it has no bias
-to hold the shift, so config.reward_mean does, and r = logit - reward_mean, as `rewards` below computes it.
-
-Letters: B pairs of a batch, b of a micro-batch, L tokens of a row (a prompt and one completion, or both), d width
-of the model.
-
-Logged every 10 updates, as means since the last time: loss, accuracy (share of pairs with r(x, y_w) > r(x, y_l)),
-margin (mean r(x, y_w) - r(x, y_l)), grad_norm (before clipping), learning_rate, pairs_per_second; eval/loss,
-eval/accuracy and eval/margin are means over all pairs of the held-out split. The loss starts near ln 2 = 0.693; where
-people disagree, no model can reach 0, nor an accuracy of 1. samples holds a few scored pairs before and after training.
+Data: columns `prompt`, `chosen`, `rejected`, or the last two alone, beginning with the prompt: texts or lists of
+{"role", "content"} messages. Letters: B pairs, L tokens of whole rows, d width of the model. Logged: accuracy is the
+share of pairs with r(x, y_w) > r(x, y_l), margin the mean difference. Where people disagree, no loss reaches 0.
+The result opens with AutoModelForSequenceClassification; its logit is r(x, y), read at a text's last token.
 
 Differs from the paper:
  1. Pairs are drawn one by one; the paper puts all comparisons of a prompt into one batch, against overfitting.
- 2. The paper shifts the rewards so that demonstrations have mean 0, which changes no preference. --normalize gives
-    those of held-out completions mean 0 and standard deviation 1; their differences are no longer log-odds then.
- 3. A margin per pair (Llama 2, arXiv 2307.09288, Eq. 2) and a penalty on uncentred rewards (--centering, arXiv
-    2312.09244), both off unless the data or the flag ask for them.
- 4. AdamW without weight decay; dropout is off.
+ 2. Rewards are not shifted to mean 0, which changes no preference; --centering (arXiv 2312.09244) holds them near it.
+ 3. AdamW without weight decay, a cosine schedule, the gradient's norm clipped to 1, no dropout.
 """
 
-from __future__ import annotations
-
-import contextlib
+import argparse
 import functools
-import importlib.util
-import io
 import json
-import logging
 import math
 import os
 import re
 import shutil
+import signal
 import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from statistics import fmean
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-import torch.nn as nn
-import torch.nn.functional as F
 import transformers
 import tyro
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
 from tqdm import tqdm
 
-if TYPE_CHECKING:  # imported where they are used: --help need not wait for them
-    import datasets
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+SCRIPT = Path(__file__).stem
 ASSETS = Path(__file__).resolve().parent.parent / "benchmark" / "assets"  # the small language world
+LAYOUTS = [["prompt", "chosen", "rejected"], ["chosen", "rejected"]]  # columns of a data set
+LOG_EVERY = 10  # updates
 
 
 @dataclass
 class Args:
-    # run
-    seed: int = 1
-    """seed of the order of pairs, and of the head"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU when there is one"""
-    run_dir: str = ""
-    """where the run is written; by default runs/<task>__<script>__<seed>__<timestamp>"""
-    resume: str = ""
-    """checkpoint.pt to continue; flags not given again are taken from it"""
-    save_every: int = 200
-    """updates between checkpoints; 0: only at the end"""
-    eval_every: int = 200
-    """updates between evaluations on --eval-split; 0: only before and after training"""
-    track: bool = False
-    """mirror the logs to Weights & Biases"""
-    compile: bool = False
-    """torch.compile the model"""
-    fsdp: bool = False
-    """shard weights, gradients and optimiser over the processes of torchrun (FSDP2)"""
+    seed: int = 1  # of the order of pairs, and of the head's first weights
+    device: Literal["auto", "cpu"] = "auto"  # auto takes GPUs where there are some
+    run_dir: str = ""  # where the run is written; by default runs/<task>__<script>__<seed>__<time>
+    resume: str = ""  # run directory or checkpoint to continue, with its flags where none are given
+    save_every: int = 200  # updates between checkpoints; 0: only at the end
+    eval_every: int = 200  # updates between evaluations; 0: only before and after training
+    track: bool = False  # mirror the logs to Weights & Biases
+    model: str = str(ASSETS / "sft")  # hub id, folder or peft adapter of the model to start from
+    dataset: str = str(ASSETS / "preferences")  # hub id, folder or jsonl, json, csv or parquet file
+    train_split: str = "train"  # split to train on; slices such as train[:95%] work
+    eval_split: str = "test"  # held-out split; '' for none
+    max_length: int = 512  # longest row in tokens: longer completions are cut, pairs whose prompt fills it left out
+    learning_rate: float = 0  # at its peak; 0: 1e-3 on the small world's model, 1e-5 on others
+    warmup: float = 0.1  # share of the updates over which the learning rate rises, before a half cosine to 0
+    batch_size: int = 32  # B: pairs of an update, over all processes
+    micro_batch_size: int = 16  # b: pairs of a forward pass, over all processes: less memory, same gradient
+    epochs: int = 1  # passes over the data
+    max_steps: int = 0  # updates to train for, if not 0, instead of --epochs
+    bf16: bool = False  # compute in bfloat16; weights and log-probabilities stay float32
+    gradient_checkpointing: bool = False  # compute activations twice: less memory, about a third slower
+    centering: float = 0.0  # c: weight of (r(x, y_w) + r(x, y_l))², which keeps rewards around 0
 
-    # task
-    model: str = str(ASSETS / "sft")
-    """hub id or folder of the model to start from, with its tokenizer"""
-    pad_token: str = ""
-    """token of the vocabulary that no text has, to pad with, where the tokenizer has none but its EOS"""
-    dataset: str = str(ASSETS / "preferences")
-    """hub id, folder or jsonl, json, csv or parquet file with chosen and rejected, and perhaps prompt and margin"""
-    train_split: str = "train"
-    """split to train on; slices such as train[:95%] work"""
-    eval_split: str = "test"
-    """held-out split; '' for no evaluation"""
-    max_length: int = 512
-    """longest row in tokens: longer completions are cut, rows whose prompt fills it are left out"""
-
-    # optimisation
-    learning_rate: float = 1e-3
-    """step size of AdamW after the warm-up; about 1e-5 for pretrained models"""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """how the learning rate falls to 0 after the warm-up"""
-    warmup: float = 0.1
-    """share of the updates over which the learning rate rises"""
-    batch_size: int = 32
-    """B: pairs of an update, over all processes"""
-    micro_batch_size: int = 16
-    """pairs of a forward pass, over all processes: less memory, same gradient; 0: the whole batch"""
-    epochs: int = 1
-    """passes over the data"""
-    max_steps: int = 0
-    """updates to train for, if not 0, instead of --epochs"""
-    max_grad_norm: float = 1.0
-    """largest global norm of the gradient; inf turns the clip off"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """precision of the forward pass (autocast); weights stay float32"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, about a third slower"""
-
-    # algorithm
-    centering: float = 0.0
-    """coefficient of the penalty (r(x, y_w) + r(x, y_l))² that keeps rewards around 0"""
-    normalize: bool = False
-    """shift and scale the final model's rewards to mean 0 and standard deviation 1 over held-out completions; without
-    it they are log-odds, on whose scale --kl-coef of rlhf_ppo.py and --beta of dpo.py mean the same β"""
-    share_prompt: bool = True
-    """one row [prompt, chosen, rejected] for a pair instead of two: slower where completions far outgrow prompts"""
-
-    @property
-    def rows_per_pass(self) -> int:
-        """b: pairs of a forward pass, over all processes."""
-        return min(self.micro_batch_size, self.batch_size) or self.batch_size
-
-
-def validate(args: Args) -> None:
-    """Check what a user can get wrong before any work: one line and exit status 2 for the first fault."""
-    check_ranges(args, 1, math.inf, "max_length", "batch_size", "epochs")
-    check_ranges(args, 0, math.inf, "save_every", "eval_every", "learning_rate", "micro_batch_size", "max_steps")
-    check_ranges(args, 0, math.inf, "max_grad_norm", "centering")
-    check_ranges(args, 0, 1, "warmup")
-    check_batches(args)
-    check_run(args, "model", "dataset", "train_split", "batch_size")
-    check_assets("model", args.model, "dataset", args.dataset)
+    def __post_init__(self) -> None:
+        if min(self.micro_batch_size, self.epochs, self.max_length - 1) < 1 or self.batch_size % self.micro_batch_size:
+            raise ValueError("batch-size must be a multiple of micro-batch-size, epochs at least 1, max-length 2")
+        if min(self.save_every, self.eval_every, self.max_steps, self.learning_rate, self.warmup, self.centering) < 0:
+            raise ValueError("save-every, eval-every, max-steps, learning-rate, warmup, centering must be at least 0")
 
 
 # --- model ---
 
 
-def load_reward_model(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A language model with one output in place of its vocabulary head, or a reward model with the head it has.
+def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple[nn.Module, Any]:
+    """Model in float32, without dropout, and tokenizer of a hub id, folder or peft adapter; num_labels=1 for a head."""
+    adapter = transformers.utils.find_adapter_config_file(name)
+    base = json.loads(Path(adapter).read_text())["base_model_name_or_path"] if adapter else name
+    config, tokenizer = transformers.AutoConfig.from_pretrained(base), transformers.AutoTokenizer.from_pretrained(name)
+    changes |= {key: 0.0 for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
+    model, info = loader.from_pretrained(base, dtype="auto", output_loading_info=True, **changes)
+    if info["missing_keys"] - ({"score.weight"} if "num_labels" in changes else set()):
+        raise SystemExit(f"--model {base} lacks the weights {sorted(info['missing_keys'])}")
+    if adapter:
+        from peft import PeftModel
 
-    A new head's weights are drawn from N(0, 1 / (d + 1)) (Stiennon et al. 2020, arXiv 2009.01325): the loss starts
-    near ln 2.
-    """
-    model, loading = load_pretrained(transformers.AutoModelForSequenceClassification, "model", name, num_labels=1,
-                                     dtype=torch.float32, output_loading_info=True)
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        error(f"--model {name}: {type(model).__name__} has no linear head over its last token; start from a "
-              "causal language model")
-    if "score.weight" in loading["missing_keys"]:
-        nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    model.config.reward_mean = 0.0
-    model.forward = functools.partial(forward, model, model.forward)
-    return model
-
-
-def forward(model: PreTrainedModel, plain: Callable[..., Any], ids: Tensor, last: Tensor | None = None,
-            **inputs: Any) -> Any:
-    """The `plain` forward pass of transformers, which reads the head at one position of a row, or at `last` (b, n).
-
-    It takes the plain one's place, so that --fsdp and --compile know both.
-    """
-    if last is None:
-        return plain(ids, **inputs)
-    hidden = model.base_model(ids, use_cache=False, **inputs).last_hidden_state  # (b, L, d)
-    rows = torch.arange(len(ids), device=ids.device)[:, None]
-    return model.score(hidden[rows, last])[..., 0]  # not take_along_dim: compiled, it is for one L only
+        model = PeftModel.from_pretrained(model, name).merge_and_unload()
+    V, eos = model.get_input_embeddings().num_embeddings, tokenizer.eos_token
+    L = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if eos is None or len(tokenizer) > V or max_length > L:
+        raise SystemExit(f"{name} has {V} embeddings for {len(tokenizer)} tokens, {L} positions, EOS {eos}: too few")
+    body, ids = model.float().eval().base_model, torch.arange(12)[None] % V
+    with torch.no_grad():  # twelve tokens in one pass, and in two
+        whole, begin = body(ids).last_hidden_state, body(ids[:, :6], use_cache=True)
+        rest = body(ids[:, 6:], past_key_values=begin.get("past_key_values")).last_hidden_state
+    if (whole - torch.cat([begin.last_hidden_state, rest], 1)).abs().max() > 1e-3 * whole.std():
+        raise SystemExit(f"--model {name} is not causal, or keeps no cache that gives what a whole pass gives")
+    return model, tokenizer
 
 
-def rewards(model: PreTrainedModel, ids: Tensor, last: Tensor) -> Tensor:
-    """r(x, y) of each row: ids (b, L), last (b,) the position of its last token, to (b,), in float32.
+def set_pad_token(model: nn.Module, tokenizer: Any) -> int:
+    """Id that pads, set in both: not a stop token, since transformers reads a reward at the last token that is no pad."""
+    stops = tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
+    free = [tokenizer.pad_token_id, tokenizer.unk_token_id, *range(len(tokenizer) - 1, 0, -1)]
+    pad = next(i for i in free if i is not None and i not in stops)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    model.config.get_text_config().pad_token_id = pad
+    return pad
 
-    What follows the last token becomes padding, which is how transformers' own forward pass finds it.
-    """
-    after = torch.arange(ids.shape[1], device=ids.device) > last[:, None]
-    ids = ids.masked_fill(after, model.config.get_text_config().pad_token_id)
-    return model(ids, use_cache=False).logits[:, 0].float() - getattr(model.config, "reward_mean", 0.0)
+
+def rewards(model: nn.Module, rows: list[Any], pad: int, device: torch.device) -> Tensor:
+    """r(x, y) of rows [prompt, completion], (b,), in float32."""
+    ids = [torch.tensor(prompt + completion) for prompt, completion in rows]
+    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad).to(device)  # (b, L)
+    return model(ids, use_cache=False).logits[:, 0].float()
 
 
-def pair_rewards(model: PreTrainedModel, rows: list[list[Any]], share_prompt: bool) -> Tensor:
-    """r(x, y) of both completions of rows [prompt, chosen, rejected, …], by one forward pass: (2, b)."""
-    if share_prompt:
-        ids, inputs, (_, second, end) = share_prompts(rows, model.device)
-        last = torch.cat([second, end], 1) - 1  # where each completion ends
-        return model(ids, last=last, **inputs).T.float() - model.config.reward_mean
-    return rewards(model, *collate_pairs(rows, model.device)).view(2, -1)
+def pair_rewards(model: nn.Module, rows: list[Any], pad: int, device: torch.device) -> Tensor:
+    """r(x, y) of both completions of rows [prompt, chosen, rejected]: (2, b)."""
+    pairs = [[prompt, chosen] for prompt, chosen, _ in rows] + [[prompt, rejected] for prompt, _, rejected in rows]
+    return rewards(model, pairs, pad, device).view(2, -1)
 
 
 # --- algorithm ---
 
 
-def reward_loss(chosen: Tensor, rejected: Tensor, margins: Tensor, centering: float) -> Tensor:
-    """-log σ(r(x, y_w) - r(x, y_l) - m) + c · (r(x, y_w) + r(x, y_l))² of each pair; all (b,).
+def reward_loss(rewards: Tensor, centering: float) -> dict[str, Tensor]:
+    """Loss and metrics of each pair, (B,), from r(x, y) of chosen and rejected, (2, B).
 
-    InstructGPT Eq. 1 for margins m = 0 and centering c = 0; m as in Llama 2 (2307.09288) Eq. 2, c as in 2312.09244.
+    -log σ(r(x, y_w) - r(x, y_l)), InstructGPT Eq. 1, + c·(r(x, y_w) + r(x, y_l))².
     """
-    losses = -F.logsigmoid(chosen - rejected - margins)  # Eq. 1
-    return losses + centering * (chosen + rejected) ** 2
+    chosen, rejected = rewards
+    losses = -nn.functional.logsigmoid(chosen - rejected) + centering * (chosen + rejected) ** 2
+    return {"loss": losses, "accuracy": ((chosen - rejected).sign() + 1) / 2, "margin": chosen - rejected}
 
 
-def normalized(head: Tensor, mean: float, std: float) -> tuple[Tensor, float]:
-    """Head's weights (1, d) and shift s that turn a reward r = head · h into (r - mean) / std = head' · h - s."""
-    return head / std, mean / std
+# --- data ---
 
 
-def scheduled(peak: float, step: int, total_steps: int, warmup: float, schedule: str) -> float:
-    """Learning rate of update `step`: a line up to `peak` over the share `warmup` of all updates, then down to 0."""
-    rising = math.ceil(warmup * total_steps)
-    if step < rising:
-        return peak * (step + 1) / rising
-    progress = (step - rising) / (total_steps - rising)
-    return peak * {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}[schedule]
+@functools.cache
+def text_ends(tokenizer: Any) -> tuple[list[int], str, str]:
+    """Ids that the tokenizer puts before a text (BOS or nothing), EOS, and what ends a turn of its chat template."""
+    start = [i for i in tokenizer("a").input_ids[:1] if i in (tokenizer.bos_token_id, tokenizer.cls_token_id)]
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False) if tokenizer.chat_template else "answer"
+    after = text.rpartition("answer")[2].strip()
+    ends = [token.content for token in tokenizer.added_tokens_decoder.values() if after.startswith(token.content)]
+    return start, tokenizer.eos_token, max(ends, key=len, default=tokenizer.eos_token)
 
 
-# --- plumbing (same in every script; skip on first read) ---
+def encode(tokenizer: Any, max_length: int, prompt: Any, *completions: Any) -> list[list[int]] | None:
+    """Token ids [prompt, completion, …] of texts or messages; None without room in max_length or an empty completion.
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-SCRIPT = Path(__file__).stem
-LOG_EVERY = 10  # updates
-NORMALIZE_ROWS = 1000  # pairs of the training split, for want of a held-out one
-
-
-def error(message: str, status: int = 2) -> NoReturn:
-    """Tell the user in one line what is wrong and exit."""
-    if RANK == 0:
-        print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def say(message: str) -> None:
-    """Print a line above the progress bar, once for all processes."""
-    if RANK == 0:
-        tqdm.write(message)
-
-
-def parse_args() -> Args:
-    """Args from the command line, on top of those of the checkpoint when resuming."""
-
-    def parse(defaults: Args) -> Args:
-        box = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(box):
-                return tyro.cli(Args, default=defaults, description=__doc__.splitlines()[0])
-        except SystemExit as stop:
-            if stop.code:  # tyro draws a box of several lines
-                lines = [line.strip("│╭╮╰╯ ") for line in box.getvalue().splitlines()]
-                error(" ".join(";" if line.startswith("─") else line for line in lines[1:-1]))
-            raise
-
-    args = parse(Args())
-    if args.resume:
-        saved = load_checkpoint(args.resume)["args"]
-        if set(saved) != {field.name for field in fields(Args)}:
-            error(f"--resume {args.resume}: written by another version of {SCRIPT}.py")
-        args = parse(Args(**saved | {"resume": args.resume, "run_dir": str(Path(args.resume).parent)}))
-    return args
-
-
-def check_ranges(args: Args, low: float, high: float, *names: str) -> None:
-    """Refuse numbers outside [low, high], by flag name."""
-    for name in names:
-        if not low <= getattr(args, name) <= high:
-            range_ = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            error(f"--{name.replace('_', '-')} must be {range_}, not {getattr(args, name)}")
-
-
-def check_run(args: Args, *fixed: str) -> None:
-    """Refuse a missing device or package, a run directory that is taken, a checkpoint that does not fit.
-
-    `fixed` names flags that a resumed run cannot change.
+    They are tokenized as one text, since tokens may merge where they meet, and parted where the ids leave those of the
+    prompt alone, or each other if several have no prompt. BOS comes at most once; a completion ends in one stop token.
     """
-    check_ranges(args, 0, 2**31 - 1, "seed")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if args.device == "cuda" and not gpus:
-        error("--device cuda: torch finds no CUDA device; use --device cpu or auto")
-    if args.device != "cpu" and gpus and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
-        error(f"--device {args.device}: there are more processes than the {gpus} GPUs; use --device cpu or fewer")
-    if args.compile:
-        try:
-            torch.compile(lambda x: x + 1)(torch.ones(2, device="cuda" if args.device != "cpu" and gpus else "cpu"))
-        except Exception as fault:  # no C++ compiler, say
-            error(f"--compile: torch.compile does not work here ({' '.join(str(fault).split())[:200]})")
-    if args.track:
-        check_package("track", "wandb")
-    if args.resume:
-        saved = load_checkpoint(args.resume)["args"]
-        for name in fixed:
-            if getattr(args, name) != saved[name]:
-                error(f"--resume {args.resume}: made with {name} {saved[name]}, not {getattr(args, name)}")
-    run_dir = Path(args.run_dir)
-    if args.run_dir and (run_dir / "args.json").exists():
-        if not args.resume or Path(args.resume).resolve().parent != run_dir.resolve():
-            error(f"--run-dir {run_dir} already holds a run: choose another, or --resume {run_dir}/checkpoint.pt")
+    start, *stops = text_ends(tokenizer)
+    texts = [completion if prompt is None else prompt + completion for completion in completions]
+    question = prompt or ""
+    if isinstance(prompt or texts[0], list):
+        render, start = functools.partial(tokenizer.apply_chat_template, tokenize=False), []
+        question, texts = render(prompt, add_generation_prompt=True) if prompt else "", [render(text) for text in texts]
+    if not all(text.startswith(question) for text in texts):
+        raise SystemExit(f"--dataset: the chat template changes a prompt once it is answered:\n{question}\n{texts[0]}")
+    stop = "|".join(map(re.escape, stops))
+    ends = [re.search(rf"({stop})(\s|{stop})*$", text[len(question) :]) for text in texts]
+    texts = [text[: len(question) + end.start()] if end else text for text, end in zip(texts, ends)]
+    ids = [start * (x[:1] != start) + x for x in tokenizer([question, *texts], add_special_tokens=False).input_ids]
+    P = len(os.path.commonprefix(ids[1:] if prompt is None and len(texts) > 1 else ids))
+    if P >= max_length or not all(text[len(question) :].strip() for text in texts):
+        return None
+    last = tokenizer.convert_tokens_to_ids([end[1] if end else stops[0] for end in ends])
+    return [ids[-1][:P], *([*x[P:], end][: max_length - P] for x, end in zip(ids[1:], last))]
 
 
-def check_package(flag: str, *packages: str) -> None:
-    """Refuse a flag whose packages are not installed."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            error(f"--{flag} needs the package {package}")
-
-
-def check_batches(args: Args) -> None:
-    """Refuse batches that don't divide into micro-batches and over the processes, or --fsdp without processes."""
-    if args.batch_size % args.rows_per_pass or args.rows_per_pass % WORLD_SIZE:
-        error(f"--batch-size {args.batch_size} must be a multiple of --micro-batch-size {args.rows_per_pass}, "
-              f"and that of the {WORLD_SIZE} processes")
-    if args.fsdp and WORLD_SIZE == 1:
-        error("--fsdp shards over several processes: start the script with torchrun --nproc-per-node N")
-
-
-def check_rows(args: Args, train: list[Any], held_out: list[Any]) -> None:
-    """Refuse splits that don't fill a batch or don't give each process a row."""
-    if len(train) < args.batch_size:
-        error(f"--batch-size {args.batch_size} is more than the {len(train)} rows of --train-split {args.train_split}")
-    if args.eval_split and len(held_out) < WORLD_SIZE:
-        error(f"--eval-split {args.eval_split} has {len(held_out)} rows for {WORLD_SIZE} processes")
-
-
-def check_assets(*names_and_values: str) -> None:
-    """Refuse defaults that lie in the shipped assets when the script was copied away from them."""
-    flags = [f"--{name.replace('_', '-')}" for name in names_and_values[::2]]
-    if any(value.startswith(str(ASSETS)) and not Path(value).exists() for value in names_and_values[1::2]):
-        error(f"the small language world is not beside this copy of {SCRIPT}.py: give {' and '.join(flags)}")
-
-
-def quiet() -> None:
-    """Leave the terminal to the script: no progress bars, retries and advice of the libraries."""
+def load_rows(name: str, split: str, tokenizer: Any, max_length: int) -> list[list[list[int]]]:
+    """Token ids, by `encode`, of the columns of the first of LAYOUTS that a split has: texts or lists of messages."""
     import datasets
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises as an error, too
-    datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="torch|transformers")
-
-
-def load_pretrained(loader: Any, flag: str, name: str, **options: Any) -> Any:
-    """What `loader.from_pretrained` makes of a hub id or folder, without ever running code that comes with it."""
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        error(f"--{flag} {name}: no such folder")
-    try:
-        return loader.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as fault:  # a dozen types, from the network, the files and their contents
-        reason = " ".join(str(fault).split())[:200]
-        if "trust_remote_code" in str(fault):
-            reason = "it needs Python code from its repository, which is never run here"
-        elif "no file named" in reason:
-            reason = "the folder holds no weights"
-        error(f"--{flag} {name}: {reason}")
-
-
-def load_tokenizer(flag: str, name: str) -> PreTrainedTokenizerBase:
-    """Tokenizer of a model; it must have an end-of-sequence token."""
-    tokenizer = load_pretrained(transformers.AutoTokenizer, flag, name)
-    if tokenizer.eos_token_id is None:
-        error(f"--{flag} {name}: its tokenizer has no EOS token, so completions could not end; set eos_token in it")
-    return tokenizer
-
-
-def set_pad_token(name: str, token: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the tokenizer a pad token, if named; it needs one that is not EOS, or padding would hide where texts end."""
-    if token and token not in tokenizer.get_vocab():
-        error(f"--pad-token {token}: not in the vocabulary of --model {name}")
-    if token:
-        tokenizer.pad_token = token
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        has = "no pad token" if tokenizer.pad_token is None else f"{tokenizer.pad_token} as both pad and EOS token"
-        error(f"--model {name}: its tokenizer has {has}, so padding would hide where a text ends; name a token of its "
-              "vocabulary that no text has with --pad-token")
-    tokenizer.padding_side = "right"
-
-
-def check_model(flag: str, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-    """Refuse a model that can't read the tokenizer's ids or rows of `length` tokens."""
-    config = model.config.get_text_config()
-    if len(tokenizer) > config.vocab_size:
-        error(f"--{flag} {name}: {len(tokenizer)} tokens in the tokenizer, but {config.vocab_size} in the model")
-    positions = getattr(config, "max_position_embeddings", None) or math.inf
-    if length > positions:
-        error(f"--{flag} {name}: reads {positions} tokens at most, less than the {length} asked for (--max-length)")
-
-
-def prepare_model(args: Args, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Put the model on the device in evaluation mode, which is without dropout; checkpoint, compile, shard it."""
-    model.to(device).eval()
-    block = transformers.modeling_layers.GradientCheckpointingLayer
-    layers = [layer for layer in model.modules() if isinstance(layer, block)]
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        for layer in layers:
-            layer.training = True  # not its parts: this turns on checkpointing and no dropout
-    if args.compile:
-        model.compile(dynamic=True)
-    if args.fsdp:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        mesh = dist.device_mesh.init_device_mesh(device.type, (WORLD_SIZE,))
-        policy = MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if args.dtype == "bfloat16" else ())
-        for module in (*layers, model):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-            module.set_gradient_divide_factor(1.0)  # sums over processes, as without it
-            module.set_force_sum_reduction_for_comms(True)
-    return model
-
-
-def load_split(name: str, split: str) -> datasets.Dataset:
-    """A split of a data set, not empty; name is a hub id, a folder or a file."""
-    import datasets
-
-    where = f"--dataset {name}"
-    path, kinds = Path(name), {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    if not path.exists() and (name.startswith(("/", ".", "~")) or path.suffix in kinds):
-        error(f"{where}: no such file or folder")
-    if path.is_file() and path.suffix not in kinds:
-        error(f"{where}: files must end in {', '.join(kinds)}")
-    try:
-        files = {"path": kinds[path.suffix], "data_files": name} if path.is_file() else {"path": name}
-        data = datasets.load_dataset(**files, split=split)
-    except StopIteration:
-        error(f"{where} has no rows")
-    except Exception as fault:  # a dozen types, from the network, the files and their contents
-        for file in [path] if path.is_file() else sorted(path.rglob("*.jsonl")):
-            for number, line in enumerate(file.open("rb") if file.suffix == ".jsonl" else [], 1):
-                try:
-                    json.loads(line)
-                except ValueError:
-                    error(f"{where}: line {number} of {file.name} is not valid JSON")
-        advice = " (--eval-split '' for none)" if "split" in str(fault) else ""
-        error(f"{where}: {' '.join(str(fault).split())[:200]}{advice}")
-    if not len(data):
-        error(f"{where}, split {split} has no rows")
-    return data
-
-
-def load_rows(name: str, split: str, *layouts: tuple[str, ...]) -> dict[str, list[Any]]:
-    """Columns of the first layout that a split of a data set has, each a list of texts or of lists of messages.
-
-    Exits with the row at fault when one is empty or of another kind.
-    """
-    data, where = load_split(name, split), f"--dataset {name}, split {split}"
-    layout = next((layout for layout in layouts if set(layout) <= set(data.column_names)), None)
-    if layout is None:
-        wanted = ", or ".join(" and ".join(layout) for layout in layouts)
-        error(f"{where} has the columns {', '.join(data.column_names)}; {SCRIPT}.py needs {wanted}")
-    try:
-        columns = {column: list(data[column]) for column in layout}
-    except UnicodeDecodeError:
-        error(f"{where}: texts must be UTF-8")
-    first = columns[layout[-1]][0]
-    for column, values in columns.items():
-        for number, value in enumerate(values, 1):
-            here = f"{where}, row {number}, column {column}"
-            if not is_messages(value) and not isinstance(value, str):
-                error(f"{here}: neither text nor a list of messages with role and content, but {str(value)[:50]!r}")
-            if is_messages(value) != is_messages(first):
-                error(f"{here}: texts and lists of messages are mixed in this data set")
-            last = value[-1]["content"] if is_messages(value) else value
-            if column != "prompt" and not last.strip():
-                error(f"{here}: empty")
-    return columns
-
-
-def is_messages(value: Any) -> bool:
-    """Whether a value is a conversation: a list, not empty, of {"role": str, "content": str, …}."""
-    return isinstance(value, list) and len(value) > 0 and all(
-        isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        for message in value
-    )
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[Any], generation_prompt: bool = False) -> list[list[int]]:
-    """Token ids of texts, or of conversations in the tokenizer's chat template (which has its own BOS and EOS)."""
-    if isinstance(texts[0], str):
-        return tokenizer(texts).input_ids
-    if not tokenizer.chat_template:
-        error("--dataset has messages, but the tokenizer of --model has no chat template")
-    try:
-        return tokenizer.apply_chat_template(texts, add_generation_prompt=generation_prompt, return_dict=False)
-    except Exception as fault:  # templates raise what they like
-        error(f"--dataset: the chat template of --model refuses a conversation ({' '.join(str(fault).split())[:150]})")
-
-
-def end_with_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Token ids with one EOS at the end: cut after the one that only blanks and EOS follow, else appended."""
-    tail = len(ids)
-    while tail and (ids[tail - 1] == tokenizer.eos_token_id or tokenizer.decode(ids[tail - 1]).isspace()):
-        tail -= 1
-    if tokenizer.eos_token_id in ids[tail:]:
-        return ids[: ids.index(tokenizer.eos_token_id, tail) + 1]
-    return [*ids, tokenizer.eos_token_id]
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: list[Any], *completions: list[Any]) -> list[list[list[int]]]:
-    """Token ids [prompt, completion, …] of each row; completions end with EOS.
-
-    Prompt and completion are tokenized as one text, since tokens may merge where they meet, and parted where the ids
-    leave those of the prompt alone.
-    """
-    alone = tokenize(tokenizer, prompts, generation_prompt=True)
-    whole = [tokenize(tokenizer, [x + y for x, y in zip(prompts, column)]) for column in completions]
-    rows = []
-    for prompt, *texts in zip(alone, *whole):
-        parted = len(os.path.commonprefix([prompt, *texts]))
-        rows.append([prompt[:parted], *(end_with_eos(tokenizer, ids[parted:]) for ids in texts)])
-    return rows
-
-
-def truncate(rows: list[list[list[int]]], max_length: int, split: str) -> list[list[list[int]]]:
-    """Cut completions so that each row fits in max_length tokens; leave out rows whose prompt leaves no room."""
-    kept = [[prompt, *(ids[: max_length - len(prompt)] for ids in texts)]
-            for prompt, *texts in rows if len(prompt) < max_length]
-    cut = sum(max(map(len, texts)) > max_length - len(prompt) for prompt, *texts in rows if len(prompt) < max_length)
-    if not kept:
-        error(f"--max-length {max_length}: no row of split {split} has a prompt shorter than that")
-    if cut or len(kept) < len(rows):
-        say(f"split {split}: of {len(rows)} rows, {cut} were cut to --max-length {max_length} tokens "
-            f"and {len(rows) - len(kept)} left out, as their prompt fills it")
-    return kept
-
-
-@functools.lru_cache(maxsize=1)
-def permutation(size: int, seed: int) -> list[int]:
-    """Numbers from 0 to size - 1 in random order, the same for the same seed."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
+    data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split)
+    columns = next((layout for layout in LAYOUTS if set(layout) <= set(data.column_names)), None)
+    if not columns:
+        raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename them to one of {LAYOUTS}")
+    rows = data.select_columns(columns).to_list()
+    for number, row in enumerate(rows, 1):
+        for column, value in row.items():
+            messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
+            fits = messages and all(isinstance(m.get(key), str) for m in messages for key in ("role", "content"))
+            if not fits or type(value) is not type(rows[0][column]) or value[:7] in ("[{'role", '[{"role'):
+                found = f"--dataset {name}, split {split}, row {number}, column {column}: {value!r:.40}"
+                raise SystemExit(f"{found} is not text or messages as in row 1; mend it, in jsonl if csv lost it")
+    for column in columns[1:] if "prompt" in columns else ():  # prompts of other kind, completions with their prompt
+        if isinstance(rows[0]["prompt"], str) and isinstance(rows[0][column], list):
+            rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+        if all(row[column][: len(row["prompt"])] == row["prompt"] for row in rows):
+            rows = [row | {column: row[column][len(row["prompt"]) :]} for row in rows]
+    rows = [encode(tokenizer, max_length, row.pop("prompt", None), *row.values()) for row in rows]
+    if None in rows:
+        print(f"split {split}: {rows.count(None)} of {len(rows)} rows left out: no room, or an empty completion")
+    return [row for row in rows if row]
 
 
 def batch_at(rows: list[Any], step: int, batch_size: int, seed: int) -> list[Any]:
     """Rows of update `step`, a function of the step, so that a resumed run needs no position in the data."""
     epoch, batch = divmod(step, len(rows) // batch_size)
-    order = permutation(len(rows), 1_000_003 * seed + epoch)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).tolist()
     return [rows[i] for i in order[batch * batch_size : (batch + 1) * batch_size]]
 
 
-def micro_batches(rows: list[Any], size: int) -> Iterator[list[Any]]:
-    """This process's share of micro-batches of about `size` rows; rows of like length meet, to save padding."""
+def micro_batches(rows: list[Any], size: int) -> list[list[Any]]:
+    """Rows in parts of `size` or a little more; rows of like length meet, to save padding."""
     rows = sorted(rows, key=lambda row: sum(map(len, row)))
-    parts = max(1, len(rows) // size)
-    for i in range(parts):
-        yield rows[i * len(rows) // parts : (i + 1) * len(rows) // parts][RANK::WORLD_SIZE]
+    parts = min(len(rows), max(1, len(rows) // size))
+    return [rows[i * len(rows) // parts : (i + 1) * len(rows) // parts] for i in range(parts)]
 
 
-def pad(sequences: list[list[int]], device: torch.device) -> Tensor:
-    """Token ids (b, L), filled up on the right with each row's last token: nothing reads it, so any token does."""
-    length = max(map(len, sequences))
-    return torch.tensor([ids + ids[-1:] * (length - len(ids)) for ids in sequences], device=device)
+def parse_args() -> tuple[Args, dict[str, Any] | None]:
+    """Flags of the command line; when resuming, on top of those of the checkpoint, which comes with them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    path, default, saved = parser.parse_known_args()[0].resume, Args(), None
+    if path:
+        path = path / "checkpoint" if (path / "checkpoint").is_dir() else path
+        saved = json.loads((path / "state.json").read_text())
+        if saved["script"] != SCRIPT:
+            raise SystemExit(f"--resume {path}: written by {saved['script']}.py, not {SCRIPT}.py")
+        saved["folder"], saved["args"]["run_dir"] = path / str(saved["step"]), str(path.parent)
+        default = Args(**saved["args"])
+    return tyro.cli(Args, default=default, description=__doc__.splitlines()[0]), saved
 
 
-def collate_pairs(rows: list[list[Any]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows [prompt, chosen, rejected, …] to ids (2b, L) and last (2b,).
-
-    The first b rows of ids are the chosen texts, the others the rejected ones; last is where each one's last token is.
-    """
-    texts = [row[0] + row[side] for side in (1, 2) for row in rows]
-    last = torch.tensor([len(text) - 1 for text in texts], device=device)
-    return pad(texts, device), last
-
-
-def share_prompts(rows: list[list[Any]], device: torch.device) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Rows [prompt, chosen, rejected, …] as rows of one text each: ids (b, L), mask and positions, bounds (3, b, 1).
-
-    The rejected completion does not see the chosen one, and its positions go on from the prompt. The bounds say where
-    chosen and rejected begin, and where the row ends.
-    """
-    ids = pad([prompt + chosen + rejected for prompt, chosen, rejected, *_ in rows], device)
-    lengths = torch.tensor([list(map(len, row[:3])) for row in rows], device=device)
-    first, second, end = bounds = lengths.cumsum(1).T[..., None]
-    position = torch.arange(ids.shape[1], device=device)
-    in_chosen, in_rejected = (first <= position) & (position < second), position >= second  # (b, L)
-    sees = (position <= position[:, None]) & ~(in_rejected[:, :, None] & in_chosen[:, None])  # (b, L, L)
-    positions = (position - in_rejected * (second - first)).where(position < end, 0)  # padding has none of its own
-    return ids, {"attention_mask": sees[:, None], "position_ids": positions}, bounds
-
-
-def margins_of(rows: list[list[Any]], device: torch.device) -> Tensor:
-    """m of rows [prompt, chosen, rejected, [margin]]: (b,)."""
-    return torch.tensor([margin for *_, (margin,) in rows], device=device)
-
-
-def start_processes(device: str) -> torch.device:
-    """Join the other processes of torchrun, if any; returns this process's device."""
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if WORLD_SIZE > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-
-
-def sum_over_processes(x: Tensor) -> Tensor:
-    """Add up a tensor over all processes, in place."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def sum_gradients(args: Args, parameters: list[nn.Parameter]) -> None:
-    """Add up the gradients of all processes; FSDP has done so."""
-    if not args.fsdp:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                sum_over_processes(parameter.grad)
-
-
-def full_tensor(x: Tensor) -> Tensor:
-    """A tensor that FSDP may have sharded, whole."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def get_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Weights and optimiser state, gathered from all processes, on the CPU of the first."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, moments = get_state_dict(model, optimizer, options=options)
-    return {"model": weights, "optimizer": moments}
-
-
-def set_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Put back what `get_state` returned."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
-    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-                   options=StateDictOptions(full_state_dict=True))
-
-
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor],
-               run_dir: Path) -> None:
-    """Write model and tokenizer to run_dir/model, a folder that transformers' from_pretrained opens."""
-    if RANK == 0:
-        shutil.rmtree(run_dir / "model.tmp", ignore_errors=True)
-        model.save_pretrained(run_dir / "model.tmp", state_dict=weights)
-        tokenizer.save_pretrained(run_dir / "model.tmp")
-        shutil.rmtree(run_dir / "model", ignore_errors=True)
-        os.replace(run_dir / "model.tmp", run_dir / "model")
-        say(f"run directory: {run_dir} (the model is in {run_dir / 'model'})")
-
-
-def open_run(args: Args, task: str, step: int, finished: bool) -> tuple[Path, Any]:
-    """Create the run directory with args.json; returns it and a TensorBoard writer that continues after `step`.
-
-    Other processes than the first write nothing; a finished run, which is only evaluated, logs nothing.
-    """
-    name = f"{task.replace('/', '_')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    silent = SimpleNamespace(add_scalar=lambda *_: None, add_text=lambda *_: None, close=lambda: None)
-    if RANK > 0:
-        return run_dir, silent
-    try:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.run_dir))
-        if finished:
-            return run_dir, silent
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-    except OSError as fault:
-        error(f"--run-dir {run_dir}: cannot write there ({fault.strerror})")
-    if args.track:
-        import wandb
-        wandb.init(project="algos", name=run_dir.name, config=asdict(args), dir=run_dir, sync_tensorboard=True)
-    return run_dir, SummaryWriter(run_dir, purge_step=step + 1 if args.resume else None)
-
-
-def log(writer: Any, group: str, metrics: dict[str, float], step: int) -> None:
-    """Write metrics to TensorBoard as group/name, or as name when the group is empty."""
-    for name, value in metrics.items():
-        writer.add_scalar(f"{group}/{name}".lstrip("/"), value, step)
-
-
-def passes(every: int, before: int, after: int) -> bool:
-    """Whether a multiple of `every` lies in (before, after]; never for 0."""
-    return every > 0 and after // every > before // every
-
-
-def load_checkpoint(path: str) -> dict[str, Any]:
-    """Read a checkpoint of this script on the CPU, without running code from it."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        script = state["script"]
-    except FileNotFoundError:
-        error(f"--resume {path}: no such file")
-    except Exception as fault:  # torch.load raises a dozen types on damaged files
-        error(f"--resume {path}: not a readable checkpoint ({type(fault).__name__})")
-    if script != SCRIPT:
-        error(f"--resume {path}: written by {script}.py, not {SCRIPT}.py")
-    return state
-
-
-def save_checkpoint(run_dir: Path, args: Args, **state: Any) -> None:
-    """Write all that a bit-exact continuation needs; a crash while writing leaves the former checkpoint whole."""
-    state |= {"script": SCRIPT, "args": asdict(args), "rng": torch.get_rng_state()}
-    if RANK == 0:
-        torch.save(state, run_dir / "checkpoint.tmp")
-        os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
-
-
-def check_finite(loss: float, step: int, run_dir: Path, bar: tqdm) -> None:
-    """Stop with exit status 1 when the loss is NaN or infinite: the weights are lost, the last checkpoint is not."""
-    if not math.isfinite(loss):
-        bar.close()
-        saved = run_dir / "checkpoint.pt"
-        last = f"the last good checkpoint is {saved}" if saved.exists() else "none was saved yet (--save-every)"
-        error(f"the loss became {loss} at step {step}; {last}", status=1)
-
-
-def split_prompt(chosen: list[Any], rejected: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    """Prompts, chosen and rejected completions of texts, or lists of messages, that hold their prompt themselves.
-
-    The prompt is the common beginning: of messages all that are equal, of texts all words that are; the blanks after
-    it belong to the completions. One message or word is always left to each completion.
-    """
-    prompts = []
-    for number, (x, y) in enumerate(zip(chosen, rejected), 1):
-        if isinstance(x, str):
-            common = os.path.commonprefix([x.rstrip(), y.rstrip()])
-            unfinished = re.split(r"\s", common)[-1]
-            prompts.append(common.removesuffix(unfinished).rstrip())
-            continue
-        shared = [a == b for a, b in zip(x[:-1], y[:-1])]
-        if not any(shared[:1]):
-            error(f"--dataset: row {number}: chosen and rejected begin with different messages, so they have no prompt")
-        prompts.append(x[: [*shared, False].index(False)])
-    parted = [[text[len(prompt) :] for prompt, text in zip(prompts, texts)] for texts in (chosen, rejected)]
-    return prompts, *parted
-
-
-def load_pairs(args: Args, tokenizer: PreTrainedTokenizerBase, split: str) -> list[list[list[int]]]:
-    """Rows [prompt ids, chosen ids, rejected ids] of a split, not truncated yet."""
-    columns = load_rows(args.dataset, split, ("prompt", "chosen", "rejected"), ("chosen", "rejected"))
-    if "prompt" in columns:
-        return encode(tokenizer, *columns.values())
-    return encode(tokenizer, *split_prompt(**columns))
-
-
-def load_margins(args: Args, split: str) -> list[float]:
-    """The column `margin` of a split, zeros where there is none."""
-    data = load_split(args.dataset, split)
-    if "margin" not in data.column_names:
-        return [0.0] * len(data)
-    for number, margin in enumerate(data["margin"], 1):
-        if not isinstance(margin, (int, float)) or not math.isfinite(margin):
-            error(f"--dataset {args.dataset}, split {split}, row {number}, column margin: {str(margin)[:50]!r} "
-                  "is not a number")
-    return [float(margin) for margin in data["margin"]]
-
-
-def load_scored_pairs(args: Args, tokenizer: PreTrainedTokenizerBase, split: str) -> list[list[Any]]:
-    """Rows [prompt ids, chosen ids, rejected ids, [margin]] of a split."""
-    pairs = zip(load_pairs(args, tokenizer, split), load_margins(args, split))
-    return truncate([[*pair, [margin]] for pair, margin in pairs], args.max_length, split)
-
-
-def check_share_prompt(read: Callable[..., Tensor], model: PreTrainedModel, rows: list[list[Any]]) -> None:
-    """Refuse --share-prompt where it changes what `read` finds in the longest row, as for sliding windows."""
-    longest = [max(rows, key=lambda row: sum(map(len, row)))]
-    try:
-        with torch.no_grad():
-            shared, apart = (read(model, longest, share_prompt) for share_prompt in (True, False))
-        exact = torch.allclose(shared, apart, rtol=1e-4, atol=1e-4)
-    except Exception:  # a model that takes no such mask or positions
-        exact = False
-    if not exact:
-        error("--share-prompt: the attention of --model does not allow it; use --no-share-prompt")
-
-
-def held_out_rewards(args: Args, model: PreTrainedModel,
-                     rows: list[list[Any]]) -> tuple[dict[str, float], float, float]:
-    """Means of loss, accuracy and margin over all pairs, then mean and standard deviation of their 2·pairs rewards."""
-    sums = torch.zeros(5, dtype=torch.float64, device=model.device)
-    for part in micro_batches(rows, args.rows_per_pass):
-        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            chosen, rejected = scores = pair_rewards(model, part, args.share_prompt).double()
-        losses = reward_loss(chosen, rejected, margins_of(part, model.device), args.centering)
-        sums += torch.stack([losses.sum(), (chosen > rejected).sum(), (chosen - rejected).sum(),
-                             scores.sum() / 2, scores.square().sum() / 2])
-    loss, accuracy, margin, mean, square = (sum_over_processes(sums) / len(rows)).tolist()
-    return {"loss": loss, "accuracy": accuracy, "margin": margin}, mean, math.sqrt(max(0.0, square - mean**2))
-
-
-def main(args: Args) -> None:
-    validate(args)
-    quiet()
-    device = start_processes(args.device)
+def main(args: Args, saved: dict[str, Any] | None = None) -> None:
+    args.learning_rate = args.learning_rate or (1e-3 if args.model == Args.model else 1e-5)
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16" if args.bf16 else "no")
+    device, processes = accelerator.device, accelerator.num_processes
+    own = slice(accelerator.process_index, None, processes)  # of the rows of a micro-batch
     torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer("model", args.model)
-    set_pad_token(args.model, args.pad_token, tokenizer)
-    model = load_reward_model(args.model, tokenizer)
-    check_model("model", args.model, model, tokenizer, args.max_length)
-    train = load_scored_pairs(args, tokenizer, args.train_split)
-    held_out = load_scored_pairs(args, tokenizer, args.eval_split) if args.eval_split else []
-    check_rows(args, train, held_out)
-
-    model = prepare_model(args, model, device)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=0.0, fused=True)
-    total_steps = args.max_steps or args.epochs * (len(train) // args.batch_size)
-    step = 0
-    if args.resume:
-        saved = load_checkpoint(args.resume)
+    loader = transformers.AutoModelForSequenceClassification
+    model, tokenizer = load_model(loader, args.model, args.max_length, num_labels=1)
+    if "ForSequenceClassification" not in str(model.config.architectures):  # a new head: the loss starts near ln 2
+        nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)  # arXiv 2009.01325
+    pad = set_pad_token(model, tokenizer)
+    train = load_rows(args.dataset, args.train_split, tokenizer, args.max_length)
+    held_out = load_rows(args.dataset, args.eval_split, tokenizer, args.max_length) if args.eval_split else []
+    if len(train) < args.batch_size or args.micro_batch_size % processes:
+        raise SystemExit(f"{len(train)} pairs don't fill a batch, or the processes cannot share a micro-batch evenly")
+    torch.set_num_threads(1 if model.num_parameters() < 10e6 else torch.get_num_threads())  # small ones lose by more
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    step, total_steps = 0, args.max_steps or args.epochs * (len(train) // args.batch_size)
+    warmup = math.ceil(args.warmup * total_steps)
+    if saved:
         step = saved["step"]
-        set_state(model, optimizer, saved)
-    if args.share_prompt:
-        check_share_prompt(pair_rewards, model, train)
-    run_dir, writer = open_run(args, Path(args.dataset).stem, step, finished=step >= total_steps)
+        accelerator.load_state(saved["folder"])
+    name = f"runs/{Path(args.dataset).stem}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = Path(*broadcast_object_list([args.run_dir or name]))
+    if (run_dir / "checkpoint/state.json").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
+        raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
+    if accelerator.is_main_process:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        print(f"run directory: {run_dir}, learning rate: {args.learning_rate:g}")
+    logs = TensorBoardTracker(run_dir.name, run_dir.parent, purge_step=step + 1)
+    accelerator.log_with = [logs, *["wandb"] * args.track]
+    accelerator.init_trackers("algos", init_kwargs={"wandb": {"name": run_dir.name, "config": asdict(args)}})
 
-    def evaluate() -> None:
-        if held_out:
-            metrics, _, _ = held_out_rewards(args, model, held_out)
-            log(writer, "eval", metrics, step)
-            say(f"update {step}: held-out accuracy {metrics['accuracy']:.4f}, loss {metrics['loss']:.4f}")
+    def measure(rows: list[Any]) -> dict[str, Tensor]:
+        return reward_loss(pair_rewards(model, rows, pad, device), args.centering)
 
-    def show_samples() -> None:
-        rows = (held_out or train)[:4]
-        with torch.no_grad():
-            scores = pair_rewards(model, rows, args.share_prompt).T.tolist()
-        texts = [f"{side} {score:.2f}: {tokenizer.decode(prompt + text)}"
-                 for (prompt, *pair, _), both in zip(rows, scores)
-                 for side, text, score in zip(("chosen", "rejected"), pair, both)]
-        writer.add_text("samples", "\n\n".join(texts), step)
+    metrics, stop = defaultdict(list), False
+    caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
+    quiet = None if accelerator.is_main_process else Path(os.devnull).open("w")
+    bar = tqdm(total=total_steps, initial=step, unit="update", file=quiet)
+    while True:
+        # ===== evaluate =====
+        if step % (args.eval_every or total_steps) == 0 or step >= total_steps:
+            model.eval()
+            found, texts = defaultdict(list), []
+            for rows in micro_batches(held_out, args.micro_batch_size):
+                with torch.no_grad():
+                    for name, values in measure(rows[own]).items():
+                        found[f"eval/{name}"].extend(values.tolist())
+            with torch.no_grad():
+                scores = pair_rewards(model, (held_out or train)[:4], pad, device).T.tolist()
+            for (prompt, *pair), both in zip(held_out or train, scores):
+                texts += [f"{score:.2f}: {tokenizer.decode(prompt + text)}" for text, score in zip(pair, both)]
+            means = {name: fmean(gather_object(values)) for name, values in found.items()}
+            accelerator.log(means | {"samples": "\n\n".join(texts)}, step)
+            accelerator.print(f"\nupdate {step}:", *(f"{name} {value:.4f}" for name, value in [*means.items()][:3]))
+            model.train()
+        if stop or step >= total_steps:
+            break
 
-    history, pairs = [], 0  # loss, accuracy, margin and gradient norm per update; pairs since the start
-    bar = tqdm(total=total_steps, initial=step, unit="update", disable=RANK > 0)
-    if step == 0:
-        evaluate()
-        show_samples()
-    start_time = time.perf_counter()
-
-    while step < total_steps:
         # ===== collect =====
-        batch = batch_at(train, step, args.batch_size, args.seed)
-
-        # ===== compute targets =====
-        parts = [(part, margins_of(part, device)) for part in micro_batches(batch, args.rows_per_pass)]
+        batch = micro_batches(batch_at(train, step, args.batch_size, args.seed), args.micro_batch_size)
 
         # ===== update =====
-        optimizer.param_groups[0]["lr"] = scheduled(args.learning_rate, step, total_steps, args.warmup, args.schedule)
+        cosine = (1 + math.cos(math.pi * max(0, step - warmup) / max(1, total_steps - warmup))) / 2
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / max(1, warmup), cosine)
         optimizer.zero_grad()
-        sums = torch.zeros(3, device=device)
-        for part, margins in parts:
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                chosen, rejected = pair_rewards(model, part, args.share_prompt)
-            loss = reward_loss(chosen, rejected, margins, args.centering).sum() / args.batch_size
-            loss.backward()
-            wins, gaps = (chosen > rejected).sum(), (chosen - rejected).detach().sum()
-            sums += torch.stack([loss.detach(), wins / args.batch_size, gaps / args.batch_size])
-        sum_gradients(args, parameters)
-        grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))
+        for rows in batch:
+            found = measure(rows[own])
+            accelerator.backward(found["loss"].sum() * processes / args.batch_size)  # DDP takes the mean over processes
+            for name, values in found.items():
+                metrics[name].append(values.detach())
+        metrics["grad_norm"].append(accelerator.clip_grad_norm_(model.parameters(), 1.0).view(1))
         optimizer.step()
-        history.append(torch.stack([*sum_over_processes(sums), grad_norm]))
-        step, pairs = step + 1, pairs + args.batch_size
+        step += 1
 
         # ===== log and save =====
+        stop = accelerator.reduce(torch.tensor(len(caught), device=device)) > 0  # of any process
+        save_now = stop or step == total_steps or args.save_every and step % args.save_every == 0
+        if save_now or step == 1 or step % LOG_EVERY == 0:
+            means = {name: fmean(gather_object(torch.cat(values).tolist())) for name, values in metrics.items()}
+            if not math.isfinite(means["loss"] + means["grad_norm"]):
+                raise SystemExit(f"\nthe loss became nan or inf before update {step}; {run_dir}/checkpoint is older")
+            means["learning_rate"] = optimizer.param_groups[0]["lr"]
+            means["pairs_per_second"] = (step - bar.initial) * args.batch_size / bar.format_dict["elapsed"]
+            bar.set_postfix_str(f"loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}", refresh=False)
+            accelerator.log(means, step)
+            metrics.clear()
+        if save_now:
+            folder = run_dir / "checkpoint"  # state.json names the folder of its tensors, and changes in one piece
+            accelerator.save_state(folder / str(step))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                (folder / "state.tmp").write_text(json.dumps({"script": SCRIPT, "args": asdict(args), "step": step}))
+                (folder / "state.tmp").replace(folder / "state.json")
+                for older in set(folder.glob("[0-9]*")) - {folder / str(step)}:
+                    shutil.rmtree(older)
         bar.update(1)
-        save = step == total_steps or passes(args.save_every, step - 1, step)
-        if save or step == 1 or passes(LOG_EVERY, step - 1, step):
-            loss, accuracy, margin, norm = torch.stack(history).mean(0).tolist()
-            check_finite(loss + norm, step, run_dir, bar)
-            speed = pairs / (time.perf_counter() - start_time)
-            log(writer, "", {"loss": loss, "accuracy": accuracy, "margin": margin, "grad_norm": norm,
-                             "learning_rate": optimizer.param_groups[0]["lr"], "pairs_per_second": speed}, step)
-            bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}, {speed:.0f} pairs/s", refresh=False)
-            history = []
-        if save:
-            save_checkpoint(run_dir, args, step=step, **get_state(model, optimizer))
-        if step < total_steps and passes(args.eval_every, step - 1, step):
-            evaluate()
 
     bar.close()
-    evaluate()
-    show_samples()
-    weights = get_state(model, optimizer)["model"]
-    if args.normalize:
-        _, mean, std = held_out_rewards(args, model, held_out or train[:NORMALIZE_ROWS])
-        say(f"rewards had mean {mean:.3f} and standard deviation {std:.3f}, now 0 and 1")
-        if RANK == 0:
-            weights["score.weight"], model.config.reward_mean = normalized(weights["score.weight"], mean, std)
-    save_model(model, tokenizer, weights, run_dir)
-    writer.close()
+    if step < total_steps:
+        launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
+        raise SystemExit(f"stopped at update {step}; to go on: {launch} {sys.argv[0]} --resume {str(run_dir)!r}")
+    model = accelerator.unwrap_model(model)
+    weights = accelerator.get_state_dict(model.to(model.config.dtype))
+    if accelerator.is_main_process:
+        model.save_pretrained(run_dir / "model", state_dict=weights)
+        tokenizer.save_pretrained(run_dir / "model")
 
 
 if __name__ == "__main__":
-    main(parse_args())
-    if WORLD_SIZE > 1:
-        sys.stdout.flush()
-        os._exit(0)  # an interpreter that ends in the usual way may meet gloo's threads, still at work, and abort
+    main(*parse_args())
