@@ -102,7 +102,7 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     changes |= {key: 0.0 for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
     model, info = loader.from_pretrained(base, dtype="auto", output_loading_info=True, **changes)
     if info["missing_keys"] - ({"score.weight"} if "num_labels" in changes else set()):
-        raise SystemExit(f"--model {base} lacks the weights {sorted(info['missing_keys'])}")
+        raise SystemExit(f"{base} lacks the weights {sorted(info['missing_keys'])}")
     if adapter:
         from peft import PeftModel
 
@@ -116,7 +116,7 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
         whole, begin = body(ids).last_hidden_state, body(ids[:, :6], use_cache=True)
         rest = body(ids[:, 6:], past_key_values=begin.get("past_key_values")).last_hidden_state
     if (whole - torch.cat([begin.last_hidden_state, rest], 1)).abs().max() > 1e-3 * whole.std():
-        raise SystemExit(f"--model {name} is not causal, or keeps no cache that gives what a whole pass gives")
+        raise SystemExit(f"{name} is not causal, or keeps no cache that gives what a whole pass gives")
     return model, tokenizer
 
 
@@ -181,7 +181,7 @@ def encode(tokenizer: Any, max_length: int, prompt: Any, *completions: Any) -> l
     start, *stops = text_ends(tokenizer)
     texts = [completion if prompt is None else prompt + completion for completion in completions]
     question = prompt or ""
-    if isinstance(prompt or texts[0], list):
+    if isinstance([prompt, *completions][-1], list):
         render, start = functools.partial(tokenizer.apply_chat_template, tokenize=False), []
         question, texts = render(prompt, add_generation_prompt=True) if prompt else "", [render(text) for text in texts]
     if not all(text.startswith(question) for text in texts):
@@ -191,7 +191,7 @@ def encode(tokenizer: Any, max_length: int, prompt: Any, *completions: Any) -> l
     texts = [text[: len(question) + end.start()] if end else text for text, end in zip(texts, ends)]
     ids = [start * (x[:1] != start) + x for x in tokenizer([question, *texts], add_special_tokens=False).input_ids]
     P = len(os.path.commonprefix(ids[1:] if prompt is None and len(texts) > 1 else ids))
-    if P >= max_length or not all(text[len(question) :].strip() for text in texts):
+    if P >= max_length or not ids[-1] or not all(text[len(question) :].strip() for text in texts):
         return None
     last = tokenizer.convert_tokens_to_ids([end[1] if end else stops[0] for end in ends])
     return [ids[-1][:P], *([*x[P:], end][: max_length - P] for x, end in zip(ids[1:], last))]
