@@ -378,7 +378,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
         raise SystemExit(f"stopped at update {step}; to go on: {launch} {sys.argv[0]} --resume {str(run_dir)!r}")
     model = accelerator.unwrap_model(model)
-    model = model.merge_and_unload() if args.merge_lora else model
+    model = model.merge_and_unload() if args.lora_rank and args.merge_lora else model
     weights = accelerator.get_state_dict(model.to(model.config.dtype))
     if accelerator.is_main_process:
         model.save_pretrained(run_dir / "model", state_dict=weights)

@@ -387,7 +387,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         from peft import LoraConfig, get_peft_model
 
         lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-        policy = get_peft_model(policy, lora)
+        policy = get_peft_model(policy, copy.copy(lora))  # it writes down there which layers it found
         setattr(critic, critic.base_model_prefix, get_peft_model(critic.base_model, lora))
         hook = accelerator.register_save_state_pre_hook  # checkpoints hold what is trained only
         hook(lambda _, states, __: [w.pop(n) for w in states for n in [*w] if "lora_" not in n and ".score." not in n])
@@ -539,7 +539,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     if step < total_steps:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
         raise SystemExit(f"stopped at update {step}; to go on: {launch} {sys.argv[0]} --resume {str(run_dir)!r}")
-    model = policy.merge_and_unload() if args.merge_lora else policy
+    model = policy.merge_and_unload() if args.lora_rank and args.merge_lora else policy
     weights = accelerator.get_state_dict(model.to(model.config.dtype))
     if accelerator.is_main_process:
         model.save_pretrained(run_dir / "model", state_dict=weights)
