@@ -116,7 +116,7 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
 
 
 def set_pad_token(model: nn.Module, tokenizer: Any) -> int:
-    """Id that pads, set in both: not a stop token, since transformers reads a reward at the last token that is no pad."""
+    """Id that pads, set in both: no stop token, since transformers reads a reward at the last token that is no pad."""
     stops = tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
     free = [tokenizer.pad_token_id, tokenizer.unk_token_id, *range(len(tokenizer) - 1, 0, -1)]
     pad = next(i for i in free if i is not None and i not in stops)

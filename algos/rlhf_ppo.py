@@ -134,7 +134,7 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
 
 
 def set_pad_token(model: nn.Module, tokenizer: Any) -> int:
-    """Id that pads, set in both: not a stop token, since transformers reads a reward at the last token that is no pad."""
+    """Id that pads, set in both: no stop token, since transformers reads a reward at the last token that is no pad."""
     stops = tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
     free = [tokenizer.pad_token_id, tokenizer.unk_token_id, *range(len(tokenizer) - 1, 0, -1)]
     pad = next(i for i in free if i is not None and i not in stops)
@@ -170,7 +170,7 @@ class Agent(nn.Module):
         self.policy, self.critic = policy, critic
 
     def forward(self, rows: list[Any]) -> tuple[Tensor, Tensor]:
-        """log π(y_t | x, y_<t) and V(x, y_<t) of all response tokens of rows [prompt, response, …], one after another: (n,)."""
+        """log π(y_t | x, y_<t) and V(x, y_<t) of the response tokens of rows [prompt, response, …], joined: (n,)."""
         rows, device = [row[:2] for row in rows], self.critic.score.weight.device
         logprobs, mask = completion_logprobs(self.policy, rows, device)
         ids = [torch.tensor(prompt + response) for prompt, response in rows]
@@ -187,7 +187,7 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor, stops: list[int]) -> Tensor:
-    """Responses to prompts (token ids): (b, R) ids, -1 after the first of `stops`; uniform (b, R) are numbers in [0, 1).
+    """Responses to prompts (token ids): (b, R) ids, -1 after the first of `stops`; uniform (b, R) lies in [0, 1).
 
     Prompts are padded on the left, so that all end in one column; attention and positions leave the padding out.
     """

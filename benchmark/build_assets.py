@@ -85,7 +85,7 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: 
 def preference_pairs(prompts: list[str], responses: list[tuple[str, bool]], rng: random.Random) -> Iterator[dict]:
     """Rows prompt, chosen, rejected from two responses to each prompt; the gold rewards are kept beside them.
 
-    A pair with an empty response, a rare sample, is left out: empty completions are refused as bad data.
+    A pair with an empty response, a rare sample, is left out, as the scripts would leave it out.
     """
     for prompt, a, b in zip(prompts, responses[::2], responses[1::2], strict=True):
         if not (a[0] and b[0]):
@@ -139,7 +139,8 @@ def main() -> None:
         write_rows(out / "reviews" / f"{split}.jsonl", reviews)
     floor = generator_loss(out / "reviews" / "test.jsonl")
     print(f"loss of the generator itself on reviews/test.jsonl: {floor:.4f} nats per token", flush=True)
-    train("sft", out / "run", out / "sft", "--model", out / "base", "--dataset", out / "reviews")
+    flags = ["--model", out / "base", "--dataset", out / "reviews", "--learning-rate", 3e-3]
+    train("sft", out / "run", out / "sft", *flags)
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "sft")
     sft = AutoModelForCausalLM.from_pretrained(out / "sft").eval()
@@ -150,7 +151,8 @@ def main() -> None:
         asked = [p for p, _ in zip(prompts, range(rows))]
         responses = sample(sft, tokenizer, [p for p in asked for _ in range(2)])
         write_rows(out / "preferences" / f"{split}.jsonl", preference_pairs(asked, responses, rng))
-    train("reward_model", out / "run", out / "reward", "--model", out / "sft", "--dataset", out / "preferences")
+    flags = ["--model", out / "sft", "--dataset", out / "preferences", "--learning-rate", 1e-3]
+    train("reward_model", out / "run", out / "reward", *flags)
 
 
 if __name__ == "__main__":

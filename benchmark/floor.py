@@ -6,7 +6,7 @@
 Any flags of the script. It runs once as it is, in its own process, whose logged speed tells the time of the whole; and
 once with every product and attention call recorded, forward and backward. These are then replayed on tensors of the same
 shapes and strides, each kind by itself, and the best time of each kind is counted as often as it occurred. On one thread.
-The recording is of all of a run, the time of the whole from the first update on (dpo.py reads its reference before).
+The recording is of all of a run, the time of the whole from when its bar appears (dpo.py reads its reference before).
 """
 
 import contextlib
@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 ALGOS = Path(__file__).resolve().parent.parent / "algos"
-TAGS = {"rlhf_ppo": "episodes_per_second", "dpo": "pairs_per_second", "reward_model": "pairs_per_second"}
+TAGS = {"sft": "rows_per_second", "reward_model": "pairs_per_second", "dpo": "pairs_per_second",
+        "rlhf_ppo": "episodes_per_second"}  # fmt: skip
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 REPEATS = 20
 
@@ -81,8 +82,8 @@ def seconds(operation, args: tuple, kwargs: dict) -> float:
 
 def flags_of(script: str, flags: list[str], run_dir: Path) -> list[str]:
     """Flags of a run on the CPU that neither evaluates nor saves before its end."""
-    silent = {"rlhf_ppo": [], "dpo": ["--eval-split", ""], "reward_model": ["--eval-split", ""]}
-    return [*silent.get(script, ["--eval-episodes", "0"]), *flags, "--device", "cpu", "--save-every", "0", "--run-dir", str(run_dir)]
+    silent = [] if script == "rlhf_ppo" else ["--eval-split", ""] if script in TAGS else ["--eval-episodes", "0"]
+    return [*silent, *flags, "--device", "cpu", "--save-every", "0", "--run-dir", str(run_dir)]
 
 
 def main() -> None:
@@ -93,7 +94,7 @@ def main() -> None:
     script, *flags = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ALGOS / f"{script}.py", *flags_of(script, flags, Path(folder) / "whole")]
-        done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
+        done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, check=False)
         if done.returncode:
             print(done.stderr.strip() or "no message", file=sys.stderr)
             raise SystemExit(done.returncode)
@@ -106,8 +107,7 @@ def main() -> None:
         sys.path.insert(0, str(ALGOS))
         module, recorder = importlib.import_module(script), Recorder()
         with recorder, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            given = module.parse_args()  # control: with the checkpoint that is resumed, none
-            module.main(*given) if isinstance(given, tuple) else module.main(given)
+            module.main(*module.parse_args())
     times = {kind: recorder.counts[kind] * seconds(*call) for kind, call in recorder.calls.items()}
     attention = sum(x for kind, x in times.items() if "scaled_dot_product" in kind)
     products = sum(times.values()) - attention

@@ -3,9 +3,9 @@
     python benchmark/run.py growth             # everything, about 12 minutes on one core
     python benchmark/run.py growth 'dqn *'     # some rows
 
-Each row is a short run of its own on one thread of the CPU: the speed that the script logs at its end, start-up not
-counted, and the largest resident memory of the process, of which about 0.4 GB (control) or 0.6 GB (language) are the
-libraries. Lengths: reviews strung together to L tokens; vocabularies: the shipped models with rows for more tokens.
+Each row is a short run of its own on one thread of the CPU: the speed by what the script logs, start-up not counted,
+and the largest resident memory of the process, of which about 0.4 GB (control) or 0.6 GB (language) are the libraries.
+Lengths: reviews strung together to L tokens; vocabularies: the shipped models with rows for more tokens.
 """
 
 import fnmatch
@@ -21,10 +21,11 @@ from pathlib import Path
 
 import curves
 from specs import ALGOS, ASSETS, HERE
+from speed import ONE_THREAD, rate
 
 RESULTS = HERE / "growth.json"
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 UPDATES = 12  # of a language script's run
+UNITS = {"sft": "rows", "reward_model": "pairs", "dpo": "pairs", "rlhf_ppo": "episodes"}  # of speeds; control: steps
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,6 @@ def flags_of(row: Row, size: int, folder: Path) -> list[str]:
 
 def run(row: Row, size: int) -> dict[str, float]:
     """Speed and peak memory in GB of one run."""
-    tag = {"sft": "tokens_per_second", "rlhf_ppo": "episodes_per_second", "dpo": "pairs_per_second",
-           "reward_model": "pairs_per_second"}.get(row.script, "charts/SPS")  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command = [sys.executable, ALGOS / f"{row.script}.py", *flags_of(row, size, folder), "--device", "cpu",
@@ -140,7 +139,10 @@ def run(row: Row, size: int) -> dict[str, float]:
             last = (folder / "log").read_text().strip().splitlines()[-1]
             print(f"error: {row.name} {size}: {last}", file=sys.stderr)
             raise SystemExit(1)
-        speed = float(curves.load_run(folder / "run", tag)[1][-1])
+        if row.script in UNITS:
+            speed = rate(folder / "run", f"{UNITS[row.script]}_per_second")
+        else:
+            speed = float(curves.load_run(folder / "run", "charts/SPS")[1][-1])
     return {"speed": round(speed, 1), "gigabytes": round(usage.ru_maxrss / 2**20, 2)}
 
 
@@ -161,4 +163,4 @@ def measure(patterns: list[str]) -> None:
 
 def unit(row: Row) -> str:
     """Of its speeds."""
-    return {"sft": "tokens/s", "rlhf_ppo": "episodes/s", "dpo": "pairs/s", "reward_model": "pairs/s"}.get(row.script, "steps/s")
+    return f"{UNITS.get(row.script, 'steps')}/s"

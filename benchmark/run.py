@@ -45,7 +45,8 @@ import specs
 import verdict
 from specs import HERE, TIERS, Measure, Spec
 
-PACKAGES = {False: ("torch", "numpy", "gymnasium"), True: ("torch", "numpy", "transformers", "tokenizers")}
+LANGUAGE = ("torch", "numpy", "transformers", "tokenizers", "accelerate")
+PACKAGES = {False: ("torch", "numpy", "gymnasium"), True: LANGUAGE}
 POLL = 0.2  # seconds
 Figures = dict[str, dict[str, Any]]  # of a run, by tag: curve (BINS numbers, or none), final
 
@@ -139,10 +140,11 @@ class Run:
     def begin(self) -> None:
         """Start the script anew, or from the checkpoint of a run that was cut off."""
         self.dir.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint, script = self.dir / "checkpoint.pt", specs.ALGOS / f"{self.spec.script}.py"
-        self.continued, self.evaluated, self.start = checkpoint.exists(), not self.spec.evaluation, time.time()
+        script, saved = specs.ALGOS / f"{self.spec.script}.py", ("checkpoint.pt", "checkpoint/state.json")
+        self.continued = any((self.dir / name).exists() for name in saved)  # control, language
+        self.evaluated, self.start = not self.spec.evaluation, time.time()
         if self.continued:
-            return self.launch(script, "--resume", str(checkpoint))
+            return self.launch(script, "--resume", str(self.dir))
         shutil.rmtree(self.dir, ignore_errors=True)
         self.log.unlink(missing_ok=True)
         flags = [flag.format(benchmark=HERE) for flag in self.spec.flags]
@@ -387,14 +389,14 @@ def machine() -> str:
         names.append(f"{os.cpu_count()} x {models[0]}" if models else f"{os.cpu_count()} cores")
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names += subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()
+        names += subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().splitlines()
     return ", ".join([*names, platform.system()])
 
 
 def commit() -> str:
     """The commit of the working tree, with a + when it was changed since."""
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+", "--abbrev=12"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def record(spec: Spec, number: int, runs: Path) -> Path:

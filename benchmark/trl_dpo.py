@@ -9,6 +9,7 @@
 the reference. TRL's "ipo" takes the mean log-probability per token where dpo.py takes the sum: given means, dpo.py's
 function must return TRL's loss. TRL's "sigmoid" knows no label smoothing.
 `train` and `speed` give TRL dpo.py's defaults for data, start and hyperparameters; --lr, --epochs and so on change them.
+TRL reads a whole batch at once, dpo.py its own micro-batches.
 """
 
 import argparse
@@ -16,12 +17,13 @@ import logging
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
@@ -37,10 +39,10 @@ def make_trainer(args: argparse.Namespace, model: object, out: str, **config: ob
         "beta": args.beta,
         "learning_rate": args.learning_rate,
         "num_train_epochs": args.epochs,
-        "per_device_train_batch_size": DEFAULTS.batch_size,
-        "lr_scheduler_type": DEFAULTS.schedule,
+        "per_device_train_batch_size": args.batch_size,
+        "lr_scheduler_type": "cosine",
         "warmup_steps": DEFAULTS.warmup,
-        "max_grad_norm": DEFAULTS.max_grad_norm,
+        "max_grad_norm": 1.0,
         "max_length": DEFAULTS.max_length,
         "weight_decay": 0.0,
         "optim": "adamw_torch_fused",
@@ -54,22 +56,11 @@ def make_trainer(args: argparse.Namespace, model: object, out: str, **config: ob
         "dataloader_drop_last": True,
         "logging_steps": 50,
     }
-    data = datasets.load_dataset(args.dataset, split=f"{args.split}[:{args.rows}]" if args.rows else args.split)
-    data = data.select_columns(["prompt", "chosen", "rejected"])
+    data = datasets.load_dataset(args.dataset, split=args.split).select_columns(["prompt", "chosen", "rejected"])
     config = DPOConfig(output_dir=out, **settings | config)
     reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     return DPOTrainer(model, reference, config, train_dataset=data, processing_class=tokenizer)
-
-
-def shaken(name: str) -> transformers.PreTrainedModel:
-    """The model with all weights changed by about 5 %."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
-    return model
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -79,97 +70,87 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def equal(args: argparse.Namespace) -> None:
     """Print the relative differences; exit 1 when one exceeds 1e-5."""
-    args.split, args.rows, worst = "test", 32, 0.0
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    flags = dpo.Args(model=args.model, dataset=args.dataset)
-    rows = dpo.truncate(dpo.load_pairs(flags, tokenizer, "test[:32]"), flags.max_length, "test")
+    args.split, device, worst = "test[:32]", torch.device("cpu"), 0.0
     for loss_type in ("sigmoid", "ipo"):
+        torch.manual_seed(0)
+        policy, tokenizer = dpo.load_model(AutoModelForCausalLM, args.model, DEFAULTS.max_length)
+        rows = dpo.load_rows(args.dataset, args.split, tokenizer, DEFAULTS.max_length)
+        for parameter in policy.parameters():  # by about 5 %
+            parameter.data.mul_(1 + 0.05 * torch.randn_like(parameter))
         with tempfile.TemporaryDirectory() as out:
-            trainer = make_trainer(args, shaken(args.model), out, loss_type=[loss_type])
+            trainer = make_trainer(args, policy, out, loss_type=[loss_type])
         policy, reference = trainer.model.eval(), trainer.ref_model.eval()
-        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(32)])
-        padded = dpo.pad([p + c for p, c, _ in rows] + [p + r for p, _, r in rows], torch.device("cpu"))
-        seen = batch["attention_mask"].bool()
-        assert torch.equal(batch["input_ids"][seen], padded[seen]), "TRL reads other tokens"
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
+        read = [ids[seen].tolist() for ids, seen in zip(batch["input_ids"], batch["attention_mask"].bool())]
+        assert read == [row[0] + row[i] for i in (1, 2) for row in rows], "TRL reads other tokens"
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")} | {"labels": labels, "use_cache": False}
         with torch.no_grad():
             trl_logprobs, trl_ref = (
                 model(**inputs, fused_lm_head=True).log_probs.sum(1).view(2, -1) for model in (policy, reference)
             )
+            ref_logprobs = dpo.pair_logprobs(reference, rows, device)
         policy.zero_grad()
         trl_loss = trainer._compute_loss(policy, batch, return_outputs=False)
         trl_loss.backward()
         trl_gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
 
-        for share_prompt in (False, True):
-            policy.zero_grad()
-            logprobs = dpo.pair_logprobs(policy, rows, share_prompt)
-            with torch.no_grad():
-                ref_logprobs = dpo.pair_logprobs(reference, rows, share_prompt)
-            lengths = torch.ones(2, 32)
-            if loss_type == "ipo":
-                lengths = torch.tensor([[len(row[i]) for row in rows] for i in (1, 2)])
-            loss = dpo.preference_loss(*logprobs / lengths, *ref_logprobs / lengths, args.beta, 0.0, loss_type).mean()
-            loss.backward()
-            gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
-            pairs = {
-                "log π": (logprobs.detach(), trl_logprobs),
-                "log π_ref": (ref_logprobs, trl_ref),
-                "loss": (loss.detach(), trl_loss.detach()),
-                "gradient": (gradient, trl_gradient),
-            }
-            found = {name: difference(*pair) for name, pair in pairs.items()}
-            worst = max(worst, *found.values())
-            print(f"{loss_type}, share_prompt {share_prompt}: loss {loss.item():.6f}, relative differences "
-                  + ", ".join(f"{name} {value:.1e}" for name, value in found.items()))  # fmt: skip
+        policy.zero_grad()
+        logprobs = dpo.pair_logprobs(policy, rows, device)
+        lengths = torch.tensor([[len(row[i]) if loss_type == "ipo" else 1 for row in rows] for i in (1, 2)])
+        loss = dpo.preference_loss(logprobs / lengths, ref_logprobs / lengths, args.beta, 0, loss_type)["loss"].mean()
+        loss.backward()
+        pairs = {
+            "log π": (logprobs.detach(), trl_logprobs),
+            "log π_ref": (ref_logprobs, trl_ref),
+            "loss": (loss.detach(), trl_loss.detach()),
+            "gradient": (torch.cat([p.grad.flatten() for p in policy.parameters()]), trl_gradient),
+        }
+        found = {name: difference(*pair) for name, pair in pairs.items()}
+        worst = max(worst, *found.values())
+        print(f"{loss_type}: loss {loss.item():.6f}, relative differences "
+              + ", ".join(f"{name} {value:.1e}" for name, value in found.items()))  # fmt: skip
     raise SystemExit(worst > 1e-5)
 
 
 def train(args: argparse.Namespace) -> None:
     """Train TRL's policy and save it."""
-    args.split, args.rows = "train", 0
+    args.split = "train"
     trainer = make_trainer(args, args.model, args.out)
     print(trainer.train().metrics)
     trainer.save_model(args.out)
 
 
 def speed(args: argparse.Namespace) -> None:
-    """Time short runs of both in turn: reference and updates, without loading, tokenising and saving."""
-    args.split, args.rows, rates = "train", args.steps * DEFAULTS.batch_size, []
-    rows = f"train[:{args.rows}]"
+    """Time short runs of both in turn: reference and updates, without loading, tokenising, samples and saving."""
+    number, ratios = args.steps * args.batch_size, []
+    args.split = f"train[:{number}]"
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as out:
-            trainer = make_trainer(args, args.model, out, num_train_epochs=1)
-            theirs = args.rows / trainer.train().metrics["train_runtime"]
-        ours = args.rows / ours_seconds(dpo.Args(model=args.model, dataset=args.dataset, train_split=rows))
-        rates.append((ours, theirs))
-        print(f"dpo.py {ours:.1f} pairs/s, TRL {theirs:.1f} pairs/s, ratio {ours / theirs:.2f}", flush=True)
-    ratios = [ours / theirs for ours, theirs in rates]
+            theirs = number / make_trainer(args, args.model, out, num_train_epochs=1).train().metrics["train_runtime"]
+        ours = number / ours_seconds(args, number)
+        ratios.append(ours / theirs)
+        print(f"dpo.py {ours:.2f} pairs/s, TRL {theirs:.2f} pairs/s, ratio {ratios[-1]:.2f}", flush=True)
     print(f"median ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) over {len(ratios)}, "
           f"{torch.get_num_threads()} threads")  # fmt: skip
 
 
-def ours_seconds(flags: dpo.Args) -> float:
-    """Seconds that dpo.py takes for the reference and one epoch of updates."""
-    store, spent, marks = dpo.store_reference, [], []
+def ours_seconds(args: argparse.Namespace, number: int) -> float:
+    """Seconds that dpo.py takes for the reference, by its bar, and for one epoch of updates, by the speed it logs."""
+    spent = []
 
-    def timed(*rest: object) -> None:
-        start = time.perf_counter()
-        store(*rest)
-        spent.append(time.perf_counter() - start)
+    class Bar(tqdm):
+        def __iter__(self):
+            yield from super().__iter__()
+            spent.append(self.format_dict["elapsed"])
 
-    perf_counter = time.perf_counter
-    dpo.store_reference = timed
-    dpo.save_checkpoint = lambda *_, **__: marks.append(perf_counter())  # after the last update
-    dpo.time = type("Clock", (), {"perf_counter": lambda: marks.append(perf_counter()) or marks[-1],
-                                  "strftime": time.strftime})  # fmt: skip
-    flags.eval_split, flags.save_every, flags.device = "", 0, "cpu"
+    dpo.tqdm, transformers.GenerationMixin.generate = Bar, lambda self, ids, **_: ids
     with tempfile.TemporaryDirectory() as out:
-        flags.run_dir = f"{out}/run"
-        dpo.main(flags)
-    dpo.store_reference = store
-    return spent[0] + marks[-1] - marks[0]
+        flags = {"model": args.model, "dataset": args.dataset, "train_split": args.split, "eval_split": ""}
+        sizes = {"batch_size": args.batch_size, "micro_batch_size": min(args.batch_size, DEFAULTS.micro_batch_size)}
+        dpo.main(dpo.Args(**flags, **sizes, learning_rate=args.learning_rate, run_dir=f"{out}/run", device="cpu"))
+        rates = EventAccumulator(f"{out}/run").Reload().Scalars("pairs_per_second")
+    return spent[0] + number / rates[-1].value
 
 
 def main() -> None:
@@ -179,7 +160,8 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULTS.model, help="model to start from")
     parser.add_argument("--dataset", default=DEFAULTS.dataset, help="preference data")
     parser.add_argument("--beta", type=float, default=DEFAULTS.beta)
-    parser.add_argument("--learning-rate", "--lr", type=float, default=DEFAULTS.learning_rate)
+    parser.add_argument("--learning-rate", "--lr", type=float, default=1e-4)
+    parser.add_argument("--batch-size", type=int, default=DEFAULTS.batch_size)
     parser.add_argument("--epochs", type=int, default=DEFAULTS.epochs)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", help="train: folder for the model")

@@ -52,16 +52,6 @@ class Log(TrainerCallback):
             file.write(line + "\n")
 
 
-def load_classifier(folder: str) -> torch.nn.Module:
-    """A reward model whose shift, which rlhf_ppo.py takes from the configuration, is the bias of its head."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    head = torch.nn.Linear(model.score.in_features, 1)
-    head.weight.data = model.score.weight.data
-    head.bias.data.fill_(-getattr(model.config, "reward_mean", 0.0))
-    model.score = head
-    return model
-
-
 def speed(python: str, repeats: int, flags: list[str], episodes: int) -> None:
     """Print the episodes per second of short runs of both, in turns, and their ratio."""
     ratios = []
@@ -110,9 +100,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     prompts = datasets.load_dataset(args.dataset, split="train")
     prompts = prompts.map(lambda row: {"input_ids": tokenizer(row["prompt"]).input_ids}, remove_columns=["prompt"])
-    critic = load_classifier(args.reward_model)
+    scorer, critic = (
+        AutoModelForSequenceClassification.from_pretrained(args.reward_model, dtype=torch.float32) for _ in range(2)
+    )
     torch.nn.init.zeros_(critic.score.weight)
-    torch.nn.init.zeros_(critic.score.bias)
     config = PPOConfig(
         output_dir=str(args.out),
         seed=args.seed,
@@ -147,7 +138,7 @@ def main() -> None:
         processing_class=tokenizer,
         model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
         ref_model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
-        reward_model=load_classifier(args.reward_model),
+        reward_model=scorer,
         value_model=critic,
         train_dataset=prompts,
         eval_dataset=prompts.select(range(8)),

@@ -17,16 +17,17 @@ import pytest
 import torch
 import verdict
 from helpers import REPO
+from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(REPO / "benchmark"))
-import faults  # noqa: E402
-import floor  # noqa: E402
-import growth  # noqa: E402
-import report  # noqa: E402
-import run as benchmark  # noqa: E402
-import specs  # noqa: E402
-import speed  # noqa: E402
+import faults
+import floor
+import growth
+import report
+import run as benchmark
+import specs
+import speed
 
 STUB = '''
 """A script that logs a curve of returns up to the number in $LEVEL; how it ends is in its flags."""
@@ -39,7 +40,7 @@ parser = argparse.ArgumentParser()
 for flag in ("--seed", "--run-dir", "--end", "--resume"):
     parser.add_argument(flag, default="")
 args = parser.parse_args()
-run_dir = pathlib.Path(args.run_dir or pathlib.Path(args.resume).parent)
+run_dir = pathlib.Path(args.run_dir or args.resume)
 run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
 (run_dir / "args.json").write_text(json.dumps({"total_timesteps": 1000}))
 end = "well" if args.resume else args.end
@@ -250,13 +251,16 @@ def test_a_run_that_logs_nothing_is_a_failure(bench, capsys):
     assert "FAILED: stub-Task-v0 seed 1000" in capsys.readouterr().out
 
 
-def test_an_interrupted_benchmark_goes_on_from_checkpoints_and_starts_others_anew(bench, capsys):
+@pytest.mark.parametrize("saved", ["checkpoint.pt", "checkpoint/state.json"], ids=["control", "language"])
+def test_an_interrupted_benchmark_goes_on_from_checkpoints_and_starts_others_anew(saved, bench, capsys):
     stub = benchmark.Run(replace(specs.SPECS[0], flags=("--end", "never")), 1000, bench.root / "runs")
     stub.begin()
     deadline = time.time() + 60
     while not (stub.dir / "checkpoint.pt").exists() and time.time() < deadline:
         time.sleep(0.02)
     stub.process.kill()
+    (stub.dir / saved).parent.mkdir(exist_ok=True)
+    (stub.dir / "checkpoint.pt").rename(stub.dir / saved)
     other = stub.dir.with_name("2000")
     other.mkdir()  # begun, without a checkpoint
     (other / "args.json").write_text("{}")
@@ -426,12 +430,12 @@ def test_growth_makes_inputs_of_the_size_it_says(script, what, tmp_path):
 
 def test_growth_runs_a_row_and_keeps_its_figures(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(growth, "RESULTS", tmp_path / "growth.json")
-    monkeypatch.setattr(growth, "ROWS", (growth.Row("dpo", "batch", "--batch-size", (2, 4)),))
+    monkeypatch.setattr(growth, "ROWS", (growth.Row("dpo", "batch", "--batch-size", (8, 16)),))
     monkeypatch.setattr(growth, "UPDATES", 2)
     benchmark.main(["growth", "dpo *"])
     kept = json.loads(growth.RESULTS.read_text())["dpo batch"]
-    assert list(kept) == ["2", "4"] and all(0.2 < found["gigabytes"] < 5 and found["speed"] > 0 for found in kept.values())
-    assert "dpo batch 4: " in capsys.readouterr().out
+    assert list(kept) == ["8", "16"] and all(0.2 < found["gigabytes"] < 5 and found["speed"] > 0 for found in kept.values())
+    assert "dpo batch 16: " in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         benchmark.main(["growth", "nothing"])
     assert stop.value.code == 2 and capsys.readouterr().err == "error: no row is called nothing: dpo batch\n"
@@ -457,6 +461,13 @@ def test_what_trl_wrote_becomes_a_peer_by_the_tags_of_the_spec(monkeypatch, caps
     with pytest.raises(SystemExit) as stop:
         record_trl.main()
     assert stop.value.code == 2 and "error: /nowhere.json: no such file\n" in capsys.readouterr().err
+
+
+def test_a_rate_leaves_out_what_came_before_the_first_entry(tmp_path):
+    with SummaryWriter(tmp_path) as writer:  # 5 s of samples, then updates of 32 rows, 2 s each
+        for step in (1, 10, 12):
+            writer.add_scalar("rows_per_second", 32 * step / (5 + 2 * step), step)
+    assert speed.rate(tmp_path, "rows_per_second") == pytest.approx(16)
 
 
 def test_floor_counts_the_products_of_forward_and_backward_and_can_replay_them():
