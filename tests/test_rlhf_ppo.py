@@ -293,6 +293,18 @@ def test_scores_sit_on_the_last_tokens_and_missing_stops_cost_once(monkeypatch, 
     assert 0 < sum(stops) < 3
 
 
+def test_a_score_belongs_to_its_own_response(monkeypatch, world, tmp_path):
+    seen = train(monkeypatch, world, tmp_path, num_minibatches=1, micro_batch_size=8, total_episodes=8, save_every=0)
+    policy = AutoModelForCausalLM.from_pretrained(world / "llama")
+    (scores, logprobs, _, last, _), _ = seen.kl_penalised_rewards[0]
+    (_, rows, *_), raw = next(call for call in seen.rewards if len(call[0][1]) == 8)
+    with torch.no_grad():
+        sums = [rlhf_ppo.completion_logprobs(policy, [row], CPU)[0].sum().item() for row in rows]
+    expected = sorted((total, score - (row[1][-1] != EOS)) for total, score, row in zip(sums, raw.tolist(), rows))
+    found = sorted(zip(logprobs.sum(1).tolist(), scores.tolist()))
+    assert [x for pair in found for x in pair] == pytest.approx([x for pair in expected for x in pair], abs=1e-4)
+
+
 def test_advantages_are_whitened_over_the_response_tokens_of_the_rollout(monkeypatch, world, tmp_path):
     changed = {"num_minibatches": 1, "num_ppo_epochs": 1, "total_episodes": 8, "response_length": 16}
     seen = train(monkeypatch, world, tmp_path, **changed)
