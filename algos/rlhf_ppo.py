@@ -16,7 +16,8 @@ arXiv 1707.06347 (PPO); Schulman et al. 2015, arXiv 1506.02438 (GAE).
     accelerate launch algos/rlhf_ppo.py --model my-sft-model --reward-model my-reward-model --dataset trl-lib/tldr \\
         --kl-coef 0.05 --total-episodes 100000 --batch-size 512 --micro-batch-size 16 --bf16 --gradient-checkpointing
 
-Data: a column `prompt` of texts or lists of {"role", "content"} messages. Letters: B responses of a rollout, b of a
+Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
+completions, **other columns) -> list of numbers, as in TRL; the critic then starts from the policy. Letters: B responses of a rollout, b of a
 micro-batch, R tokens of a response, L of a row (prompt and response), V words, n response tokens of a micro-batch. A
 state is a prompt with the response so far, an action the next token, the last of which is a stop token.
 Logged after each update: objective/kl and objective/entropy, sums over a response of log π/π_ref and -log π;
@@ -37,12 +38,12 @@ import functools
 import json
 import math
 import os
-import re
 import runpy
 import shutil
 import signal
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -60,7 +61,6 @@ from tqdm import tqdm
 SCRIPT = Path(__file__).stem
 ASSETS = Path(__file__).resolve().parent.parent / "benchmark" / "assets"  # the small language world
 VF_COEF = 0.1  # c1: weight of the value loss (PPO Eq. 9)
-LAYOUTS = [["prompt"]]  # columns of a data set
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Args:
     save_every: int = 20  # updates between checkpoints, and samples; 0: only at the end
     track: bool = False  # mirror the logs to Weights & Biases
     model: str = str(ASSETS / "sft")  # hub id, folder or peft adapter of the policy to start from, which is π_ref
-    reward_model: str = str(ASSETS / "reward")  # the same of the reward model, one made by reward_model.py say
+    reward_model: str = str(ASSETS / "reward")  # the same of a reward model; or file.py:function
     dataset: str = str(ASSETS / "prompts")  # hub id, folder or jsonl, json, csv or parquet file
     train_split: str = "train"  # split to take prompts from; slices such as train[:95%] work
     gold: str = ""  # Python file with gold_reward(prompt, response, finished), the true reward, to log beside the score
@@ -272,57 +272,45 @@ def text_ends(tokenizer: Any) -> tuple[list[int], str, str]:
     return start, tokenizer.eos_token, max(ends, key=len, default=tokenizer.eos_token)
 
 
-def encode(tokenizer: Any, max_length: int, prompt: Any, *completions: Any) -> list[list[int]] | None:
-    """Token ids [prompt, completion, …] of texts or messages; None without room in max_length or an empty completion.
-
-    They are tokenized as one text, since tokens may merge where they meet, and parted where the ids leave those of the
-    prompt alone, or each other if several have no prompt. BOS comes at most once; a completion ends in one stop token.
-    """
-    start, *stops = text_ends(tokenizer)
-    texts = [completion if prompt is None else prompt + completion for completion in completions]
-    question = prompt or ""
-    if isinstance([prompt, *completions][-1], list):
-        render, start = functools.partial(tokenizer.apply_chat_template, tokenize=False), []
-        question, texts = render(prompt, add_generation_prompt=True) if prompt else "", [render(text) for text in texts]
-    if not all(text.startswith(question) for text in texts):
-        raise SystemExit(f"--dataset: the chat template changes a prompt once it is answered:\n{question}\n{texts[0]}")
-    stop = "|".join(map(re.escape, stops))
-    ends = [re.search(rf"({stop})(\s|{stop})*$", text[len(question) :]) for text in texts]
-    texts = [text[: len(question) + end.start()] if end else text for text, end in zip(texts, ends)]
-    ids = [start * (x[:1] != start) + x for x in tokenizer([question, *texts], add_special_tokens=False).input_ids]
-    P = len(os.path.commonprefix(ids[1:] if prompt is None and len(texts) > 1 else ids))
-    if P >= max_length or not ids[-1] or not all(text[len(question) :].strip() for text in texts):
-        return None
-    last = tokenizer.convert_tokens_to_ids([end[1] if end else stops[0] for end in ends])
-    return [ids[-1][:P], *([*x[P:], end][: max_length - P] for x, end in zip(ids[1:], last))]
-
-
-def load_rows(name: str, split: str, tokenizer: Any, max_length: int) -> list[list[list[int]]]:
-    """Token ids, by `encode`, of the columns of the first of LAYOUTS that a split has: texts or lists of messages."""
+def load_prompts(name: str, split: str, tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
+    """Rows of a split with "ids", the tokens of its column `prompt`, texts or messages, up to where an answer begins."""
     import datasets
 
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
     data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split)
-    columns = next((layout for layout in LAYOUTS if set(layout) <= set(data.column_names)), None)
-    if not columns:
-        raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename them to one of {LAYOUTS}")
-    rows = data.select_columns(columns).to_list()
+    if "prompt" not in data.column_names:
+        raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename one of them to prompt")
+    rows, start = data.to_list(), text_ends(tokenizer)[0]
     for number, row in enumerate(rows, 1):
-        for column, value in row.items():
-            messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
-            fits = messages and all(isinstance(m.get(key), str) for m in messages for key in ("role", "content"))
-            if not fits or type(value) is not type(rows[0][column]) or value[:7] in ("[{'role", '[{"role'):
-                found = f"--dataset {name}, split {split}, row {number}, column {column}: {value!r:.40}"
-                raise SystemExit(f"{found} is not text or messages as in row 1; mend it, in jsonl if csv lost it")
-    for column in columns[1:] if "prompt" in columns else ():  # prompts of other kind, completions with their prompt
-        if isinstance(rows[0]["prompt"], str) and isinstance(rows[0][column], list):
-            rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-        if all(row[column][: len(row["prompt"])] == row["prompt"] for row in rows):
-            rows = [row | {column: row[column][len(row["prompt"]) :]} for row in rows]
-    rows = [encode(tokenizer, max_length, row.pop("prompt", None), *row.values()) for row in rows]
-    if None in rows:
-        print(f"split {split}: {rows.count(None)} of {len(rows)} rows left out: no room, or an empty completion")
-    return [row for row in rows if row]
+        text = row["prompt"]
+        if isinstance(text, list):
+            text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
+        if not isinstance(text, str) or text.startswith(("[{'role", '[{"role')):
+            raise SystemExit(f"--dataset {name}, split {split}, row {number}: {text!r:.40} is not text or messages")
+        ids = tokenizer(text, add_special_tokens=False).input_ids if text.strip() else []
+        row["ids"] = ids if isinstance(row["prompt"], list) or ids[:1] == start else start + ids
+    kept = [row for row in rows if len(start) < len(row["ids"]) <= max_length]
+    if len(kept) < len(rows):
+        print(f"split {split}: {len(rows) - len(kept)} of {len(rows)} prompts left out: empty, or no room to answer")
+    return kept
+
+
+def function_rewards(function: Callable[..., Any], rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
+    """function(prompts, completions, **other columns), as in TRL; stops the run unless it gives a number for each."""
+    prompts = [row["prompt"] for row in rows]
+    chat = isinstance(prompts[0], list)
+    completions = [[{"role": "assistant", "content": text}] if chat else text for text in texts]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "ids")}
+    try:
+        values = [float(value) for value in function(prompts, completions, **columns)]
+    except Exception as fault:
+        fault.add_note(f"raised by the reward function for {len(prompts)} prompts, the first of them {prompts[0]!r}")
+        raise
+    wrong = [prompt for prompt, value in zip(prompts, values) if not math.isfinite(value)]
+    if wrong or len(values) != len(prompts):
+        found = f"{len(values)} values for {len(prompts)} completions, {len(wrong)} of them nan or inf"
+        raise SystemExit(f"\nthe reward function gave {found}; the first prompt is {(wrong or prompts)[0]!r}")
+    return values
 
 
 def batch_at(rows: list[Any], step: int, batch_size: int, seed: int) -> list[Any]:
@@ -364,13 +352,16 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     torch.manual_seed(args.seed)
     B, R = args.batch_size, args.response_length
     policy, tokenizer = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
-    scorer, words = load_model(transformers.AutoModelForSequenceClassification, args.reward_model, args.max_length)
+    file, _, function = args.reward_model.rpartition(":")
+    function = runpy.run_path(file)[function] if file.endswith(".py") else None
+    trunk, changes = (args.model, {"num_labels": 1}) if function else (args.reward_model, {})
+    scorer, words = load_model(transformers.AutoModelForSequenceClassification, trunk, args.max_length, **changes)
     sizes = [model.get_input_embeddings().num_embeddings for model in (policy, scorer)]
     if tokenizer.get_vocab() != words.get_vocab() or sizes[0] > sizes[1] or scorer.config.num_labels != 1:
         found = f"reads other tokens than --model ({sizes[1]} embeddings, not {sizes[0]}) or gives several scores"
         raise SystemExit(f"--reward-model {args.reward_model} {found}: train one from --model with reward_model.py")
     pad = set_pad_token(scorer, words)
-    prompts = [row[0] for row in load_rows(args.dataset, args.train_split, tokenizer, args.max_length - R + 1)]
+    prompts = load_prompts(args.dataset, args.train_split, tokenizer, args.max_length - R)
     if len(prompts) < B or args.micro_batch_size % processes:
         raise SystemExit(f"{len(prompts)} prompts don't fill a batch, or processes cannot share a micro-batch evenly")
     gold_reward = runpy.run_path(args.gold)["gold_reward"] if args.gold else None
@@ -415,11 +406,18 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     accelerator.log_with = [logs, *["wandb"] * args.track]
     accelerator.init_trackers("algos", init_kwargs={"wandb": {"name": run_dir.name, "config": asdict(args)}})
 
-    def respond(asked: list[list[int]], uniform: Tensor) -> list[list[int]]:
+    def respond(asked: list[dict[str, Any]], uniform: Tensor) -> list[list[int]]:
         ids = torch.zeros(uniform.shape, dtype=torch.long, device=device)
         with accelerator.autocast():
-            ids[own] = sample(policy, asked[own], uniform[own].to(device), stops)
+            ids[own] = sample(policy, [row["ids"] for row in asked[own]], uniform[own].to(device), stops)
         return [[token for token in row if token >= 0] for row in accelerator.reduce(ids).tolist()]
+
+    def score(asked: list[dict[str, Any]], responses: list[list[int]]) -> Tensor:
+        if function:
+            texts = [tokenizer.decode(y[: len(y) - (y[-1] in stops)]) for y in responses]
+            return torch.tensor(function_rewards(function, asked, texts), device=device)
+        with torch.no_grad(), accelerator.autocast():
+            return rewards(scorer, [[row["ids"], y] for row, y in zip(asked, responses)], pad, device)
 
     caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -433,10 +431,9 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         if step % (args.save_every or total_steps) == 0 or step >= total_steps:
             asked = prompts[: max(4, processes)]
             uniform = torch.rand(len(asked), R, generator=torch.Generator().manual_seed(args.seed), dtype=torch.float64)
-            rows = [*zip(asked, respond(asked, uniform))]
-            with torch.no_grad(), accelerator.autocast():
-                scores = rewards(scorer, rows, pad, device).tolist()
-            texts = [f"{tokenizer.decode(x + y)} ({score:.2f})" for (x, y), score in zip(rows, scores)]
+            responses = respond(asked, uniform)
+            values = score(asked, responses).tolist()
+            texts = [f"{tokenizer.decode(x['ids'] + y)} ({r:.2f})" for x, y, r in zip(asked, responses, values)]
             accelerator.log({"samples": "\n\n".join(texts)}, step)
             accelerator.print(f"\nupdate {step}:", *texts[:2], sep="\n")
         if stop or step >= total_steps:
@@ -446,7 +443,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         noise = torch.Generator().manual_seed(1_000_003 * args.seed + step)  # a resumed run needs no state of it
         asked = batch_at(prompts, step, B, args.seed)
         responses = respond(asked, torch.rand(B, R, generator=noise, dtype=torch.float64))
-        rows = [[prompt, response, [i]] for i, (prompt, response) in enumerate(zip(asked, responses))]
+        rows = [[prompt["ids"], response, [i]] for i, (prompt, response) in enumerate(zip(asked, responses))]
 
         # ===== compute targets =====
         lengths = torch.tensor([[len(response)] for response in responses], device=device)
@@ -460,7 +457,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
                 logprobs, values = agent(part[own])
                 with at_reference():
                     ref, part_mask = completion_logprobs(reference, [row[:2] for row in part[own]], device)
-                scores[numbers] = rewards(scorer, [row[:2] for row in part[own]], pad, device)
+            scores[numbers] = score([asked[i] for i in numbers], [responses[i] for i in numbers])
             found = torch.zeros(3, len(numbers), R, device=device)
             found[:, mask[numbers]] = torch.stack([logprobs, ref[part_mask], values])
             tokens[:, numbers] = found
@@ -508,8 +505,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         means = {name: value.item() / minibatches for name, value in sums.items()}
         if not math.isfinite(means["loss/policy"] + means["loss/value"] + means["grad_norm"]):
             raise SystemExit(f"\nthe loss became nan or inf before update {step}; {run_dir}/checkpoint is older")
-        kl, score = (old_logprobs - ref_logprobs).sum(1).mean().item(), scores.mean().item()
-        means |= {"objective/kl": kl, "objective/scores": score, "objective/rlhf_reward": score - args.kl_coef * kl}
+        kl, reward = (old_logprobs - ref_logprobs).sum(1).mean().item(), scores.mean().item()
+        means |= {"objective/kl": kl, "objective/scores": reward, "objective/rlhf_reward": reward - args.kl_coef * kl}
         means["objective/entropy"] = -old_logprobs.sum(1).mean().item()
         means["val/num_eos_tokens"] = stopped.mean().item()
         means["lr"] = optimizer.param_groups[0]["lr"]
@@ -519,10 +516,10 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             for prompt, response in zip(asked, responses):
                 finished = response[-1] in stops
                 text = tokenizer.decode(response[: len(response) - finished])
-                golds.append(gold_reward(tokenizer.decode(prompt), text, finished))
+                golds.append(gold_reward(tokenizer.decode(prompt["ids"]), text, finished))
             means["objective/gold"] = sum(golds) / B
         accelerator.log(means, step)
-        bar.set_postfix_str(f"score {score:.2f}, KL {kl:.2f}", refresh=False)
+        bar.set_postfix_str(f"score {reward:.2f}, KL {kl:.2f}", refresh=False)
         stop = accelerator.reduce(torch.tensor(len(caught), device=device)) > 0  # of any process
         if stop or step == total_steps or args.save_every and step % args.save_every == 0:
             folder = run_dir / "checkpoint"  # state.json names the folder of its tensors, and changes in one piece

@@ -296,7 +296,7 @@ def test_scores_sit_on_the_last_tokens_and_missing_stops_cost_once(monkeypatch, 
 def test_a_score_belongs_to_its_own_response(monkeypatch, world, tmp_path):
     seen = train(monkeypatch, world, tmp_path, num_minibatches=1, micro_batch_size=8, total_episodes=8, save_every=0)
     policy = AutoModelForCausalLM.from_pretrained(world / "llama")
-    (scores, logprobs, _, last, _), _ = seen.kl_penalised_rewards[0]
+    (scores, logprobs, *_), _ = seen.kl_penalised_rewards[0]
     (_, rows, *_), raw = next(call for call in seen.rewards if len(call[0][1]) == 8)
     with torch.no_grad():
         sums = [rlhf_ppo.completion_logprobs(policy, [row], CPU)[0].sum().item() for row in rows]
@@ -391,11 +391,75 @@ def test_prompts_are_encoded_as_before_an_answer_and_those_without_room_left_out
         ("messages", [user], tokenizer("user : review assistant :").input_ids),
     ):
         path = tiny.write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": prompt, "chosen": "x", "extra": 1}] * 2)
-        assert rlhf_ppo.load_rows(str(path), "train", tokenizer, 64) == [[ids]] * 2
+        assert (
+            rlhf_ppo.load_prompts(str(path), "train", tokenizer, 64)
+            == [{"prompt": prompt, "chosen": "x", "extra": 1, "ids": ids}] * 2
+        )
     rows = [{"prompt": "review :"}, {"prompt": " "}, {"prompt": "review " * 9}]
     path = tiny.write_jsonl(tmp_path / "some.jsonl", rows)
-    assert len(rlhf_ppo.load_rows(str(path), "train", tokenizer, 9)) == 1
-    assert "2 of 3 rows left out" in capsys.readouterr().out
+    assert len(rlhf_ppo.load_prompts(str(path), "train", tokenizer, 8)) == 1
+    assert "2 of 3 prompts left out" in capsys.readouterr().out
+
+
+REWARD = """
+def words(prompts, completions, place, **columns):
+    assert list(columns) == ["extra"] and len(place) == len(prompts)
+    return [len(text.split()) + 100 * number for text, number in zip(completions, place)]
+
+def fails(prompts, completions, **columns):
+    raise KeyError("answer")
+
+def too_few(prompts, completions, **columns):
+    return [1.0]
+
+def not_a_number(prompts, completions, **columns):
+    return [float("nan") if "film" in prompt else 1.0 for prompt in prompts]
+"""
+
+
+@pytest.fixture
+def rewarded(world, tmp_path):
+    """Flags of a run whose reward is a function of a Python file."""
+    (tmp_path / "rewards.py").write_text(REWARD)
+    rows = [{"prompt": row["prompt"], "place": i, "extra": "x"} for i, row in enumerate(tiny.preferences(8))]
+    tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    return lambda name: {"reward_model": f"{tmp_path / 'rewards.py'}:{name}", "dataset": str(tmp_path / "rows.jsonl")}
+
+
+def test_a_function_gives_the_reward_of_each_prompt_with_its_own_columns(monkeypatch, world, tmp_path, rewarded):
+    seen = train(monkeypatch, world, tmp_path / "run", total_episodes=8, missing_eos_penalty=0.0, **rewarded("words"))
+    (scores, logprobs, *_), _ = seen.kl_penalised_rewards[0]
+    asked = rlhf_ppo.batch_at(
+        rlhf_ppo.load_prompts(str(tmp_path / "rows.jsonl"), "train", tiny.word_tokenizer(), 64), 0, 8, 1
+    )
+    assert [int(score) // 100 for score in scores] == [row["place"] for row in asked]
+    assert sum(int(score) % 100 for score in scores) <= (logprobs != 0).sum() > 0  # words, without stop tokens
+    trunk = AutoModelForCausalLM.from_pretrained(world / "llama").model.state_dict()
+    started = seen.load_model[1][0]
+    assert started[1] == str(world / "llama") and trunk.keys() == seen.agent.critic.model.state_dict().keys()
+    (_, values, *_), _ = seen.compute_gae[0]
+    assert (values == 0).all()
+
+
+def test_conversations_come_to_a_reward_function_as_messages():
+    calls, user = [], [{"role": "user", "content": "review"}]
+    function = lambda prompts, completions: calls.append((prompts, completions)) or [1]
+    assert rlhf_ppo.function_rewards(function, [{"prompt": user, "ids": [1]}], ["great ."]) == [1.0]
+    assert calls == [([user], [[{"role": "assistant", "content": "great ."}]])]
+
+
+@pytest.mark.parametrize(
+    "name,words", [("too_few", "1 values for 4 completions"), ("not_a_number", "nan or inf.*the film")]
+)
+def test_a_reward_function_that_gives_other_than_numbers_ends_the_run(world, tmp_path, rewarded, name, words):
+    with pytest.raises(SystemExit, match=words):
+        run(rlhf_ppo.Args(**settings(world, tmp_path / "run", **rewarded(name))))
+
+
+def test_a_reward_function_that_raises_ends_the_run_with_its_own_traceback_and_the_prompt(world, tmp_path, rewarded):
+    with pytest.raises(KeyError, match="answer") as fault:
+        run(rlhf_ppo.Args(**settings(world, tmp_path / "run", **rewarded("fails"))))
+    assert "raised by the reward function" in fault.value.__notes__[0] and "review" in fault.value.__notes__[0]
 
 
 def test_a_response_stops_at_eos_the_turns_end_and_what_the_generation_config_names(monkeypatch, world, tmp_path):
@@ -514,4 +578,6 @@ def test_too_few_prompts_are_refused(world, tmp_path):
     path = tiny.write_jsonl(tmp_path / "one.jsonl", [{"prompt": "review :"}])
     assert "1 prompts don't fill a batch" in refusal(world, tmp_path, dataset=str(path))
     path = tiny.write_jsonl(tmp_path / "other.jsonl", [{"question": "review :"}])
-    assert "rename them to one of [['prompt']]" in refusal(world, tmp_path, dataset=str(path))
+    assert "rename one of them to prompt" in refusal(world, tmp_path, dataset=str(path))
+    path = tiny.write_jsonl(tmp_path / "csv.jsonl", [{"prompt": '[{"role": "user", "content": "x"}]'}] * 8)
+    assert "row 1: " in refusal(world, tmp_path, dataset=str(path))
