@@ -214,6 +214,14 @@ def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor, stops: l
     return responses
 
 
+def check_padding(model: nn.Module) -> None:
+    """Refuse a model whose samples change when a longer prompt stands beside one: it takes no positions."""
+    uniform = torch.rand(2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    beside, alone = sample(model, [[1], [1, 2, 3, 4]], uniform, []), sample(model, [[1]], uniform[:1], [])
+    if not torch.equal(beside[0], alone[0]):
+        raise SystemExit(f"--model: {type(model).__name__} samples otherwise beside a longer prompt")
+
+
 # --- algorithm ---
 
 
@@ -361,6 +369,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         found = f"reads other tokens than --model ({sizes[1]} embeddings, not {sizes[0]}) or gives several scores"
         raise SystemExit(f"--reward-model {args.reward_model} {found}: train one from --model with reward_model.py")
     pad = set_pad_token(scorer, words)
+    check_padding(policy)
     prompts = load_prompts(args.dataset, args.train_split, tokenizer, args.max_length - R)
     if len(prompts) < B or args.micro_batch_size % processes:
         raise SystemExit(f"{len(prompts)} prompts don't fill a batch, or processes cannot share a micro-batch evenly")

@@ -16,7 +16,7 @@ from helpers import run as start
 from helpers import scalars, spy_on
 from safetensors.torch import load_file
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BartConfig
 
 ARCHS = ("llama", "gpt2")  # rotary and absolute positions
 EOS, CPU = 1, torch.device("cpu")
@@ -109,6 +109,16 @@ def test_a_left_padded_batch_samples_like_single_sequences(arch, tmp_path):
     together = rlhf_ppo.sample(model, prompts, uniform, [EOS])
     alone = [rlhf_ppo.sample(model, [prompt], row[None], [EOS])[0] for prompt, row in zip(prompts, uniform)]
     assert torch.equal(together, torch.stack(alone))
+
+
+def test_a_model_that_takes_no_positions_is_refused_since_padding_would_change_its_samples():
+    small = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+    torch.manual_seed(0)
+    bart = AutoModelForCausalLM.from_config(BartConfig(vocab_size=23, max_position_embeddings=64, **small)).eval()
+    for parameter in bart.parameters():
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else None
+    with pytest.raises(SystemExit, match="BartForCausalLM samples otherwise beside a longer prompt"):
+        rlhf_ppo.check_padding(bart)
 
 
 def test_a_draw_never_has_probability_0_and_follows_the_distribution():
