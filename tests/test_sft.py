@@ -12,8 +12,6 @@ from accelerate.state import AcceleratorState
 from helpers import run as start
 from helpers import scalars
 from safetensors.torch import load_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 SENTENCE, CPU = "the acting was very great .", torch.device("cpu")
 PAIRS = [("review of plot :", f" {SENTENCE}"), ("the film :", " the plot was bad ."), ("review :", " " + SENTENCE * 2)]
@@ -126,55 +124,9 @@ def test_text_without_a_prompt_has_a_loss_on_every_token_but_the_first(tmp_path)
 # --- from text to tokens ---
 
 
-def stop_template(end, tail="\n"):
-    """A chat template whose turns end with `end` and then `tail`."""
-    return ("{{ bos_token }}{% for m in messages %}<turn>{{ m.role }} {{ m.content }}" + end + tail + "{% endfor %}"
-            "{% if add_generation_prompt %}<turn>assistant {% endif %}")  # fmt: skip
-
-
-def gemma_like(tail="\n"):
-    """Turns end in <end_of_turn>, the tokenizer's EOS is another token, and blanks follow the end of a turn."""
-    tokenizer = tiny.bpe_tokenizer(template=stop_template("<|im_end|>", tail))
-    tokenizer.eos_token = "</s>"
-    return tokenizer
-
-
-def metaspace():
-    """A Unigram tokenizer whose blanks are ▁, as SentencePiece's."""
-    words = ["<pad>", "</s>", "<unk>", "<s>", "<end>", "▁", *[f"▁{word}" for word in tiny.WORDS], *tiny.WORDS]
-    backend = Tokenizer(models.Unigram([(word, -1.0 - i / 100) for i, word in enumerate(words)], unk_id=2))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    backend.add_special_tokens([AddedToken(word, special=True) for word in words[:5]])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %} {{ m.content }} <end> {% endfor %}"
-    return tokenizer
-
-
-def appends_eos():
-    """A tokenizer that puts BOS before and EOS after every text, as Llama's with add_eos_token."""
-    tokenizer = tiny.word_tokenizer(bos_token="<bos>")
-    ends = [("<bos>", 3), ("<eos>", 1)]
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=ends)
-    return tokenizer
-
-
-TOKENIZERS = {  # tokenizer, and the token that ends a turn of its template
-    "words": (tiny.word_tokenizer, "<eos>"),
-    "words, pad is eos": (lambda: tiny.word_tokenizer(pad="<eos>"), "<eos>"),
-    "appends eos": (appends_eos, "<eos>"),
-    "chatml": (tiny.bpe_tokenizer, "<|im_end|>"),
-    "llama style with bos": (lambda: tiny.bpe_tokenizer(bos=True, template=tiny.LLAMA_STYLE), "</s>"),
-    "turns end in another token": (gemma_like, "<|im_end|>"),
-    "and eos follows it": (lambda: gemma_like("\n</s>\n"), "<|im_end|>"),
-    "metaspace": (metaspace, "<end>"),
-}
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", tiny.TOKENIZERS)
 def test_a_chat_completion_ends_once_in_the_token_at_which_generation_stops(name):
-    make, stop = TOKENIZERS[name]
+    make, stop = tiny.TOKENIZERS[name]
     tokenizer = make()
     row = tiny.as_messages({"prompt": "review of plot :", "completion": SENTENCE})
     ((prompt, completion),) = rows_of(tokenizer, [row.values()])
@@ -186,9 +138,9 @@ def test_a_chat_completion_ends_once_in_the_token_at_which_generation_stops(name
         assert (prompt + completion).count(tokenizer.bos_token_id) <= 1
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", tiny.TOKENIZERS)
 def test_a_text_completion_ends_in_eos_and_its_prompt_does_not(name):
-    tokenizer = TOKENIZERS[name][0]()
+    tokenizer = tiny.TOKENIZERS[name][0]()
     ((prompt, completion),) = rows_of(tokenizer, [("review of plot :", f" {SENTENCE}")])
     assert completion.count(tokenizer.eos_token_id) == 1 and completion[-1] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in prompt
@@ -201,8 +153,8 @@ def test_texts_that_were_rendered_beforehand_get_no_second_bos_or_stop():
     ((prompt, completion),) = rows_of(tokenizer, [("<s>[user] plot :", f" {SENTENCE}</s>\n")])
     assert prompt.count(0) == 1 and completion.count(tokenizer.eos_token_id) == 1
     assert completion[-1] == tokenizer.eos_token_id
-    ((_, completion),) = rows_of(gemma_like(), [("<turn>user plot", f" {SENTENCE}<|im_end|>\n")])
-    assert gemma_like().convert_ids_to_tokens(completion[-1]) == "<|im_end|>"  # its turn's end, not EOS after it
+    ((_, completion),) = rows_of(tiny.gemma_like(), [("<turn>user plot", f" {SENTENCE}<|im_end|>\n")])
+    assert tiny.gemma_like().convert_ids_to_tokens(completion[-1]) == "<|im_end|>"  # its turn's end, not EOS after it
 
 
 @pytest.mark.parametrize("bos", [False, True])

@@ -75,6 +75,79 @@ def bpe_tokenizer(bos: bool = False, template: str = CHATML) -> PreTrainedTokeni
     return fast
 
 
+def turns_end_in(end: str, tail: str = "\n") -> str:
+    """A chat template whose turns end with `end` and then `tail`."""
+    return ("{{ bos_token }}{% for m in messages %}<turn>{{ m.role }} {{ m.content }}" + end + tail + "{% endfor %}"
+            "{% if add_generation_prompt %}<turn>assistant {% endif %}")  # fmt: skip
+
+
+def gemma_like(tail: str = "\n") -> PreTrainedTokenizerFast:
+    """Turns end in <|im_end|>, the tokenizer's EOS is another token, and blanks follow the end of a turn."""
+    tokenizer = bpe_tokenizer(template=turns_end_in("<|im_end|>", tail))
+    tokenizer.eos_token = "</s>"
+    return tokenizer
+
+
+def phi_like() -> PreTrainedTokenizerFast:
+    """Turns end in a token without blanks before the next, and EOS, which also pads, is never in a chat."""
+    tokenizer = bpe_tokenizer(template=CHATML.replace("<|im_end|>\n", "<|im_end|>"))
+    tokenizer.eos_token = tokenizer.pad_token = "</s>"
+    return tokenizer
+
+
+def metaspace() -> PreTrainedTokenizerFast:
+    """A Unigram tokenizer whose blanks are ▁, as SentencePiece's."""
+    words = ["<pad>", "</s>", "<unk>", "<s>", "<end>", "▁", *[f"▁{word}" for word in WORDS], *WORDS]
+    backend = Tokenizer(models.Unigram([(word, -1.0 - i / 100) for i, word in enumerate(words)], unk_id=2))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.add_special_tokens([AddedToken(word, special=True) for word in words[:5]])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %} {{ m.content }} <end> {% endfor %}"
+    return tokenizer
+
+
+def wordpiece() -> PreTrainedTokenizerFast:
+    """WordPiece as BERT's, which puts [CLS] before and [SEP] after every text."""
+    words = ["[PAD]", "[SEP]", "[UNK]", "[CLS]", *WORDS, *[f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]]
+    backend = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=False)
+    backend.add_special_tokens([AddedToken(word, special=True) for word in words[:4]])
+    ends = [("[CLS]", 3), ("[SEP]", 1)]
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, cls_token="[CLS]", eos_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]"
+    )
+    tokenizer.chat_template = (
+        "[CLS]{% for m in messages %} {{ m.role }} : {{ m.content }}{% if m.role == 'assistant' %} [SEP]{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %} assistant : {% endif %}"
+    )
+    return tokenizer
+
+
+def appends_eos() -> PreTrainedTokenizerFast:
+    """A tokenizer that puts BOS before and EOS after every text, as Llama's with add_eos_token."""
+    tokenizer = word_tokenizer(bos_token="<bos>")
+    ends = [("<bos>", 3), ("<eos>", 1)]
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=ends)
+    return tokenizer
+
+
+TOKENIZERS = {  # a function that makes the tokenizer, and the token that ends a turn of its template
+    "words": (word_tokenizer, "<eos>"),
+    "words, pad is eos": (lambda: word_tokenizer(pad="<eos>"), "<eos>"),
+    "appends eos": (appends_eos, "<eos>"),
+    "chatml": (bpe_tokenizer, "<|im_end|>"),
+    "llama style with bos": (lambda: bpe_tokenizer(bos=True, template=LLAMA_STYLE), "</s>"),
+    "turns end in another token": (gemma_like, "<|im_end|>"),
+    "and eos follows it": (lambda: gemma_like("\n</s>\n"), "<|im_end|>"),
+    "phi style": (phi_like, "<|im_end|>"),
+    "metaspace": (metaspace, "<end>"),
+    "wordpiece": (wordpiece, "[SEP]"),
+}
+
+
 def make_model(folder: Path, arch: str = "llama", tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0,
                **config) -> PreTrainedModel:  # fmt: skip
     """A random model of an architecture of CONFIGS and its tokenizer, saved in `folder`; returns the model."""
