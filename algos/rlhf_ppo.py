@@ -17,9 +17,9 @@ arXiv 1707.06347 (PPO); Schulman et al. 2015, arXiv 1506.02438 (GAE).
         --kl-coef 0.05 --total-episodes 100000 --batch-size 512 --micro-batch-size 16 --bf16 --gradient-checkpointing
 
 Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
-completions, **other columns) -> list of numbers, as in TRL; the critic then starts from the policy. Letters: B responses of a rollout, b of a
-micro-batch, R tokens of a response, L of a row (prompt and response), V words, n response tokens of a micro-batch. A
-state is a prompt with the response so far, an action the next token, the last of which is a stop token.
+completions, **other columns) -> list of numbers, as in TRL; the critic then starts from the policy. Letters: B
+responses of a rollout, b of a micro-batch, R tokens of a response, L of a row (prompt and response), V words, n
+response tokens of a micro-batch. A state is a prompt with the response so far, an action the next token.
 Logged after each update: objective/kl and objective/entropy, sums over a response of log π/π_ref and -log π;
 objective/scores, r(x, y) less the penalty; policy/approxkl, E[(r - 1) - log r], how far the update went.
 
@@ -179,12 +179,6 @@ class Agent(nn.Module):
         return logprobs[mask], self.critic.score(hidden)[mask].squeeze(-1).float()
 
 
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """A token per row from softmax(logits): where the distribution function passes `uniform`. (b, V), (b,) to (b,)."""
-    distribution = logits.double().softmax(-1).cumsum(-1)
-    return torch.searchsorted(distribution, uniform[:, None] * distribution[:, -1:], right=True).squeeze(1)
-
-
 @torch.no_grad()
 def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor, stops: list[int]) -> Tensor:
     """Responses to prompts (token ids): (b, R) ids, -1 after the first of `stops`; uniform (b, R) lies in [0, 1).
@@ -202,7 +196,8 @@ def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor, stops: l
     for t in range(R):
         inputs = {"attention_mask": visible[running, : width + t], "position_ids": positions[running, seen : width + t]}
         output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs)
-        token = draw(output.logits[:, -1], uniform[running, t])
+        cdf = output.logits[:, -1].double().softmax(-1).cumsum(-1)
+        token = torch.searchsorted(cdf, uniform[running, t, None] * cdf[:, -1:], right=True).squeeze(1)
         responses[running, t] = token
         on = (~torch.isin(token, torch.tensor(stops, device=device))).nonzero().squeeze(1)
         if not len(on):
@@ -281,7 +276,7 @@ def text_ends(tokenizer: Any) -> tuple[list[int], str, str]:
 
 
 def load_prompts(name: str, split: str, tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
-    """Rows of a split with "ids", the tokens of its column `prompt`, texts or messages, up to where an answer begins."""
+    """Rows of a split with "ids": the tokens of its column `prompt`, texts or messages, to where an answer begins."""
     import datasets
 
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
@@ -294,7 +289,7 @@ def load_prompts(name: str, split: str, tokenizer: Any, max_length: int) -> list
         if isinstance(text, list):
             text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
         if not isinstance(text, str) or text.startswith(("[{'role", '[{"role')):
-            raise SystemExit(f"--dataset {name}, split {split}, row {number}: {text!r:.40} is not text or messages")
+            raise SystemExit(f"--dataset {name}, {split}, row {number}: prompt {text!r:.40} is not text or messages")
         ids = tokenizer(text, add_special_tokens=False).input_ids if text.strip() else []
         row["ids"] = ids if isinstance(row["prompt"], list) or ids[:1] == start else start + ids
     kept = [row for row in rows if len(start) < len(row["ids"]) <= max_length]

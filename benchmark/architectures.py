@@ -91,8 +91,8 @@ def verdict(folder: Path) -> tuple[str, str, str]:
     for prompt, numbers, found in zip(PROMPTS, uniform, sampled.tolist()):
         expected = []
         while len(expected) < 12 and expected[-1:] != [1]:
-            logits = model(torch.tensor([prompt + expected]), use_cache=False).logits[:, -1]
-            expected.append(rlhf_ppo.draw(logits, numbers[None, len(expected)]).item())
+            logits = model(torch.tensor([prompt + expected]), use_cache=False).logits[0, -1]
+            expected.append((logits.double().softmax(-1).cumsum(-1) <= numbers[len(expected)]).sum().item())
         same &= [token for token in found if token >= 0] == expected
     return f"{apart:.0e}", "equal" if same else "differ", "accepted" if same and apart < 1e-4 else "WRONG"
 

@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 REPO = HERE.parent
 RESULTS = HERE / "faults.json"
 ACTOR_CRITICS, CONTROL, QL = "a2c ppo", "dqn reinforce a2c ppo", "test_q_learning.py"
-TEXT, ROWS = "sft reward_model dpo rlhf_ppo", "sft reward_model dpo"
+TEXT, ROWS = "sft reward_model dpo rlhf_ppo grpo", "sft reward_model dpo"
 KILLED = "test_a_run_killed_at_any_moment_resumes_to_the_same_weights_bit_for_bit"
 
 
@@ -172,11 +172,11 @@ FAULTS = (
     Fault("gae-terminal-states-bootstrap", "a2c ppo rlhf_ppo", "gamma * next_values * (1 - terminated) - values",
           "gamma * next_values - values",
           "test_ppo.py::test_gae_equals_its_definition_with_terminations_and_truncations", "ppo-CartPole-v1"),
-    Fault("ppo-no-clip", "ppo rlhf_ppo",
+    Fault("ppo-no-clip", "ppo rlhf_ppo grpo",
           "-torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)",
           "-ratio * advantages", "test_ppo.py::test_policy_loss_is_the_hand_computed_clipped_surrogate",
           "ppo-CartPole-v1"),
-    Fault("ppo-clip-takes-the-better", "ppo rlhf_ppo", "-torch.min(ratio * advantages", "-torch.max(ratio * advantages",
+    Fault("ppo-clip-takes-the-better", "ppo rlhf_ppo grpo", "-torch.min(ratio * advantages", "-torch.max(ratio * advantages",
           "test_ppo.py::test_policy_gradient_vanishes_where_the_clip_binds_and_only_there", "ppo-CartPole-v1"),
     Fault("ppo-value-clip-takes-the-better", "ppo rlhf_ppo", "0.5 * torch.max((values - returns) ** 2",
           "0.5 * torch.min((values - returns) ** 2",
@@ -275,11 +275,11 @@ FAULTS = (
     Fault("dropout-on", TEXT, 'if "drop" in key and', 'if "drop out" in key and',
           "test_dpo.py::test_dropout_is_off_so_that_policy_and_reference_agree_at_first"),
     # --- language models: log-probabilities and batches ---
-    Fault("logprobs-shifted-by-one", "sft dpo rlhf_ppo", "model(ids[:, :-1], logits_to_keep", "model(ids, logits_to_keep",
+    Fault("logprobs-shifted-by-one", "sft dpo rlhf_ppo grpo", "model(ids[:, :-1], logits_to_keep", "model(ids, logits_to_keep",
           "test_sft.py::test_the_loss_is_that_of_a_loop_over_completion_tokens_in_float64[llama]", "sft-reviews"),
-    Fault("prompt-tokens-in-the-loss", "sft dpo rlhf_ppo", "[-100] * len(prompt) + completion", "prompt + completion",
+    Fault("prompt-tokens-in-the-loss", "sft dpo rlhf_ppo grpo", "[-100] * len(prompt) + completion", "prompt + completion",
           "test_sft.py::test_tokens_of_the_prompt_have_no_gradient_and_the_eos_has_one_even_where_it_pads"),
-    Fault("eos-not-learnt", "sft dpo rlhf_ppo", "[-100] * len(prompt) + completion)",
+    Fault("eos-not-learnt", "sft dpo rlhf_ppo grpo", "[-100] * len(prompt) + completion)",
           "[-100] * len(prompt) + completion[:-1] + [-100])",
           "test_sft.py::test_tokens_of_the_prompt_have_no_gradient_and_the_eos_has_one_even_where_it_pads",
           "sft-reviews"),
@@ -299,9 +299,9 @@ FAULTS = (
     Fault("loss-divided-by-each-process-alone", "dpo", '.sum() * processes / args.batch_size', '.sum() / args.batch_size',
           "test_dpo.py::test_two_processes_compute_the_updates_of_one test_language.py"),
     # --- reward model ---
-    Fault("reward-read-at-padding", "reward_model rlhf_ppo", "batch_first=True, padding_value=pad)",
+    Fault("reward-read-at-padding", "reward_model rlhf_ppo grpo", "batch_first=True, padding_value=pad)",
           "batch_first=True, padding_value=pad + 2)", "test_reward_model.py"),
-    Fault("reward-pad-is-a-stop-token", "reward_model rlhf_ppo", "if i is not None and i not in stops)", "if i is not None)",
+    Fault("reward-pad-is-a-stop-token", "reward_model rlhf_ppo grpo", "if i is not None and i not in stops)", "if i is not None)",
           "test_reward_model.py"),
     Fault("reward-model-prefers-the-rejected", "reward_model", "logsigmoid(chosen - rejected)",
           "logsigmoid(rejected - chosen)", "test_reward_model.py", "reward_model-preferences"),
@@ -345,7 +345,7 @@ FAULTS = (
     Fault("rlhf-missing-eos-costs-twice", "rlhf_ppo", "args.missing_eos_penalty * (1 - stopped)",
           "2 * args.missing_eos_penalty * (1 - stopped)",
           "test_rlhf_ppo.py::test_scores_sit_on_the_last_tokens_and_missing_stops_cost_once"),
-    Fault("rlhf-scores-of-other-responses", "rlhf_ppo", "scores[numbers] = rewards(", "scores[sorted(numbers)] = rewards(",
+    Fault("rlhf-scores-of-other-responses", "rlhf_ppo", "scores[numbers] = score(", "scores[sorted(numbers)] = score(",
           "test_rlhf_ppo.py::test_a_score_belongs_to_its_own_response"),
     Fault("rlhf-whitening-over-padding", "rlhf_ppo", "advantages[mask].mean()) / (advantages[mask].std(",
           "advantages.mean()) / (advantages.std(",
@@ -375,6 +375,30 @@ FAULTS = (
           "test_rlhf_ppo.py::test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit[{}]"),
     Fault("rlhf-longer-vocabulary-accepted", "rlhf_ppo", "or sizes[0] > sizes[1]", "or sizes[0] < 0",
           "test_rlhf_ppo.py::test_a_reward_model_that_does_not_fit_is_refused"),
+    # --- GRPO ---
+    Fault("grpo-baseline-of-the-batch", "grpo", "scores - scores.mean(1, keepdim=True)", "scores - scores.mean()",
+          "test_grpo.py::test_advantages_are_those_of_a_group_by_hand"),
+    Fault("grpo-std-of-the-batch", "grpo", "scores.std(1, keepdim=True)", "scores.std()",
+          "test_grpo.py::test_advantages_are_those_of_a_group_by_hand"),
+    Fault("grpo-leave-one-out-shrinks", "grpo", "advantages * scores.shape[1] / (scores.shape[1] - 1)",
+          "advantages * (scores.shape[1] - 1) / scores.shape[1]", "test_grpo.py::test_advantages_are_those_of_a_group_by_hand"),
+    Fault("grpo-kl-sign", "grpo", "(pg_loss + args.kl_coef * kl)", "(pg_loss - args.kl_coef * kl)",
+          "test_grpo.py::test_the_penalty_holds_the_policy_near_the_reference"),
+    Fault("grpo-kl-the-other-way", "grpo", "log_ratio = ref_logprobs - logprobs", "log_ratio = logprobs - ref_logprobs",
+          "test_grpo.py::test_the_penalty_is_never_negative_and_its_mean_is_the_exact_kl_of_the_policy_to_the_reference"),
+    Fault("grpo-reference-drifts", "grpo", "else copy.deepcopy(policy).requires_grad_(False).to(device)", "else policy",
+          "test_grpo.py::test_the_reference_is_the_starting_policy_in_every_rollout"),
+    Fault("grpo-rewards-of-other-rows", "grpo", "scores[numbers] = score(", "scores[sorted(numbers)] = score(",
+          "test_grpo.py::test_each_prompt_of_a_rollout_is_answered_by_a_group_and_scored_by_its_own_columns"),
+    Fault("grpo-groups-mix-prompts", "grpo", "[prompt for prompt in batch_at(prompts, step, B // G, args.seed) for _ in range(G)]",
+          "[prompt for _ in range(G) for prompt in batch_at(prompts, step, B // G, args.seed)]",
+          "test_grpo.py::test_the_first_gradient_is_that_of_equation_3_written_as_a_loop_over_responses"),
+    Fault("grpo-advantages-of-other-rows", "grpo", "advantages = advantages.view(B, 1)", "advantages = advantages.T.reshape(B, 1)",
+          "test_grpo.py::test_advantages_go_with_the_tokens_of_their_own_response"),
+    Fault("grpo-tokens-weigh-alike", "grpo", "(1 / sizes).expand(B, R)", "(1 / sizes.float().mean()).expand(B, R)",
+          "test_grpo.py::test_the_first_gradient_is_that_of_equation_3_written_as_a_loop_over_responses"),
+    Fault("grpo-columns-not-passed", "grpo rlhf_ppo", 'if name not in ("prompt", "ids")}', 'if name == ""}',
+          "test_grpo.py::test_each_prompt_of_a_rollout_is_answered_by_a_group_and_scored_by_its_own_columns"),
 )  # fmt: skip
 
 # what planting has shown of the tests

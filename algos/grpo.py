@@ -1,0 +1,493 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["accelerate>=1.15", "datasets>=5.0", "peft>=0.21", "tensorboard>=2.21", "torch>=2.13", "tqdm>=4.70",
+# "transformers>=5.20", "tyro>=1.0.17"]
+# ///
+"""Group relative policy optimisation (GRPO): RLHF without a critic, by the mean of a group of answers as the baseline.
+
+The policy π answers each prompt G times. How much better an answer scores than its group is the advantage of all its
+tokens, for PPO's clipped objective; the KL penalty to the policy at the start, π_ref, joins the loss. The score is a
+reward model's, or a Python function's where an answer can be checked.
+Papers: Shao et al. 2024, arXiv 2402.03300 (GRPO); Liu et al. 2025, arXiv 2503.20783 (Dr. GRPO); Ahmadian et al. 2024,
+arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
+
+    python algos/grpo.py  # the small language world
+    python algos/grpo.py --reward-model benchmark/name_aspects.py:reward  # name all aspects of the prompt
+    accelerate launch algos/grpo.py --model Qwen/Qwen3-0.6B --reward-model my_rewards.py:correct --dataset my.jsonl \\
+        --kl-coef 0.05 --total-episodes 100000 --batch-size 512 --micro-batch-size 16 --bf16 --gradient-checkpointing
+
+Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
+completions, **other columns) -> list of numbers, as in TRL. Letters: B responses of a rollout, G of a group, b of a
+micro-batch, R tokens of a response, L of a row (prompt and response), V words, n response tokens of a micro-batch.
+Logged: objective/kl and objective/entropy, sums over a response of log π/π_ref and -log π; objective/scores, less the
+penalty; policy/approxkl, E[(r - 1) - log r]; frac_reward_zero_std, the share of groups whose scores are all equal.
+
+Differs from the paper:
+ 1. The reference is the policy at the start throughout; no new reward model is trained (Algorithm 1's outer loop).
+ 2. A response without a stop token is scored as it is, less a penalty.
+ 3. AdamW without weight decay, a learning rate that falls linearly to 0, the gradient's norm clipped to 1, no dropout.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import json
+import math
+import os
+import runpy
+import shutil
+import signal
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+import tyro
+from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from torch import Tensor, nn
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+ASSETS = Path(__file__).resolve().parent.parent / "benchmark" / "assets"  # the small language world
+
+
+@dataclass
+class Args:
+    seed: int = 1  # of the order of prompts, of sampling and of minibatches
+    device: Literal["auto", "cpu"] = "auto"  # auto takes GPUs where there are some
+    run_dir: str = ""  # where the run is written; by default runs/<task>__<script>__<seed>__<time>
+    resume: str = ""  # run directory or checkpoint to continue, with its flags where none are given
+    save_every: int = 20  # updates between checkpoints, and evaluations; 0: only at the end
+    track: bool = False  # mirror the logs to Weights & Biases
+    model: str = str(ASSETS / "sft")  # hub id, folder or peft adapter of the policy to start from, which is π_ref
+    reward_model: str = str(ASSETS / "reward")  # the same of a reward model; or file.py:function
+    dataset: str = str(ASSETS / "prompts")  # hub id, folder or jsonl, json, csv or parquet file
+    train_split: str = "train"  # split to take prompts from; slices such as train[:95%] work
+    eval_split: str = "test"  # held-out split, of which as many prompts as --batch-size are answered
+    total_episodes: int = 4096  # responses to sample in all
+    max_length: int = 512  # longest row in tokens, prompt and response: longer prompts are left out
+    learning_rate: float = 0  # at the start; 0: 5e-4 on the small world's model, 3e-6 on others, 3e-5 there with LoRA
+    batch_size: int = 128  # B: responses of a rollout, over all processes
+    num_minibatches: int = 4  # minibatches per epoch, one step each
+    num_epochs: int = 4  # passes over the rollout per update (GRPO Algorithm 1's μ)
+    micro_batch_size: int = 16  # b: rows of a forward pass, over all processes: less memory, same gradient
+    bf16: bool = False  # compute in bfloat16; weights and log-probabilities stay float32
+    gradient_checkpointing: bool = False  # compute activations twice: less memory, about a third slower
+    lora_rank: int = 0  # if not 0, train low-rank adapters of all linear layers, with α = 2·rank, and save these
+    merge_lora: bool = False  # save the whole model, with the adapters merged
+    response_length: int = 48  # R: longest response in tokens
+    kl_coef: float = 0.5  # β: weight of the KL penalty in the loss (GRPO Eq. 3)
+    group_size: int = 8  # G: responses to each prompt of a rollout
+    baseline: Literal["group", "leave-one-out"] = "group"  # mean of all of a group, or of the others (RLOO)
+    normalize_by_std: bool = True  # by the group's std, and a response's length; off: by --response-length (Dr. GRPO)
+    clip_coef: float = 0.2  # ε: clip range of the ratio (PPO Eq. 7)
+    missing_eos_penalty: float = 1.0  # taken off the score of a response without a stop token
+
+    def __post_init__(self) -> None:
+        if min(self.num_minibatches, self.num_epochs, self.response_length, self.micro_batch_size, self.clip_coef) <= 0:
+            raise ValueError("num-minibatches, num-epochs, response-length, micro-batch-size, clip-coef must be over 0")
+        if min(self.save_every, self.learning_rate, self.lora_rank, self.kl_coef, self.missing_eos_penalty) < 0:
+            raise ValueError("save-every, learning-rate, lora-rank, kl-coef, missing-eos-penalty must be at least 0")
+        if self.batch_size % (self.num_minibatches * self.micro_batch_size) or self.batch_size % self.group_size:
+            raise ValueError("batch-size must be a multiple of num-minibatches · micro-batch-size, and of group-size")
+        if self.max_length <= self.response_length or self.group_size < 2 or self.total_episodes < self.batch_size:
+            raise ValueError("max-length must be above response-length, total-episodes at least batch-size, groups 2")
+
+
+# --- model ---
+
+
+def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple[nn.Module, Any]:
+    """Model in float32, without dropout, and tokenizer of a hub id, folder or peft adapter; num_labels=1 for a head."""
+    adapter = transformers.utils.find_adapter_config_file(name)
+    base = json.loads(Path(adapter).read_text())["base_model_name_or_path"] if adapter else name
+    config, tokenizer = transformers.AutoConfig.from_pretrained(base), transformers.AutoTokenizer.from_pretrained(name)
+    changes |= {key: 0.0 for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
+    model, info = loader.from_pretrained(base, dtype="auto", output_loading_info=True, **changes)
+    if info["missing_keys"] - ({"score.weight"} if "num_labels" in changes else set()):
+        raise SystemExit(f"{base} lacks the weights {sorted(info['missing_keys'])}")
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, name).merge_and_unload()
+    V, eos = model.get_input_embeddings().num_embeddings, tokenizer.eos_token
+    L = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if eos is None or len(tokenizer) > V or max_length > L:
+        raise SystemExit(f"{name} has {V} embeddings for {len(tokenizer)} tokens, {L} positions, EOS {eos}: too few")
+    body, ids = model.float().eval().base_model, torch.arange(12)[None] % V
+    with torch.no_grad():  # twelve tokens in one pass, and in two
+        whole, begin = body(ids).last_hidden_state, body(ids[:, :6], use_cache=True)
+        rest = body(ids[:, 6:], past_key_values=begin.get("past_key_values")).last_hidden_state
+    if (whole - torch.cat([begin.last_hidden_state, rest], 1)).abs().max() > 1e-3 * whole.std():
+        raise SystemExit(f"{name} is not causal, or keeps no cache that gives what a whole pass gives")
+    return model, tokenizer
+
+
+def set_pad_token(model: nn.Module, tokenizer: Any) -> int:
+    """Id that pads, set in both: no stop token, since transformers reads a reward at the last token that is no pad."""
+    stops = tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
+    free = [tokenizer.pad_token_id, tokenizer.unk_token_id, *range(len(tokenizer) - 1, 0, -1)]
+    pad = next(i for i in free if i is not None and i not in stops)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    model.config.get_text_config().pad_token_id = pad
+    return pad
+
+
+def rewards(model: nn.Module, rows: list[Any], pad: int, device: torch.device) -> Tensor:
+    """r(x, y) of rows [prompt, completion], (b,), in float32."""
+    ids = [torch.tensor(prompt + completion) for prompt, completion in rows]
+    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad).to(device)  # (b, L)
+    return model(ids, use_cache=False).logits[:, 0].float()
+
+
+def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """log π(y_t | x, y_<t) of completions, in float32, and their mask, (b, R), from where the shortest prompt ends."""
+    ids = [torch.tensor([*prompt, *completion]) for prompt, completion in rows]
+    labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in rows]
+    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=rows[0][1][-1]).to(device)  # (b, L)
+    labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
+    start = max(1, min(len(prompt) for prompt, _ in rows))  # nothing comes before a row's first token to predict it
+    logits = model(ids[:, :-1], logits_to_keep=ids.shape[1] - start, use_cache=False).logits.float().transpose(1, 2)
+    logprobs = -nn.functional.cross_entropy(logits, labels[:, start:], reduction="none")  # (b, V, R) to (b, R)
+    return logprobs, labels[:, start:] != -100
+
+
+@torch.no_grad()
+def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor, stops: list[int]) -> Tensor:
+    """Responses to prompts (token ids): (b, R) ids, -1 after the first of `stops`; uniform (b, R) lies in [0, 1).
+
+    Prompts are padded on the left, so that all end in one column; attention and positions leave the padding out.
+    """
+    width, (rows, R), device = max(map(len, prompts)), uniform.shape, uniform.device
+    tokens = torch.tensor([ids[:1] * (width - len(ids)) + ids for ids in prompts], device=device)
+    lengths = torch.tensor([[len(ids)] for ids in prompts], device=device)
+    visible = (torch.arange(width + R, device=device) >= width - lengths).long()
+    positions = (visible.cumsum(1) - 1).clamp(min=0)
+    cache, seen = transformers.DynamicCache(config=model.config), 0
+    responses = torch.full((rows, R), -1, device=device)
+    running = torch.arange(rows, device=device)  # rows that have not ended: the model runs on these alone
+    for t in range(R):
+        inputs = {"attention_mask": visible[running, : width + t], "position_ids": positions[running, seen : width + t]}
+        output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs)
+        cdf = output.logits[:, -1].double().softmax(-1).cumsum(-1)
+        token = torch.searchsorted(cdf, uniform[running, t, None] * cdf[:, -1:], right=True).squeeze(1)
+        responses[running, t] = token
+        on = (~torch.isin(token, torch.tensor(stops, device=device))).nonzero().squeeze(1)
+        if not len(on):
+            break
+        if len(on) < len(token):
+            cache.reorder_cache(on)  # drops the others, for every kind of layer
+            running = running[on]
+        tokens, seen = token[on, None], width + t
+    return responses
+
+
+def check_padding(model: nn.Module) -> None:
+    """Refuse a model whose samples change when a longer prompt stands beside one: it takes no positions."""
+    uniform = torch.rand(2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    beside, alone = sample(model, [[1], [1, 2, 3, 4]], uniform, []), sample(model, [[1]], uniform[:1], [])
+    if not torch.equal(beside[0], alone[0]):
+        raise SystemExit(f"--model: {type(model).__name__} samples otherwise beside a longer prompt")
+
+
+# --- algorithm ---
+
+
+def group_advantages(scores: Tensor, leave_one_out: bool, by_std: bool) -> Tensor:
+    """A = (r - mean of the group) / std of the group (GRPO, section 4.1.2), of scores (B/G, G).
+
+    The baseline of RLOO is the mean of the other G - 1 scores; Dr. GRPO leaves out the division.
+    """
+    advantages = scores - scores.mean(1, keepdim=True)
+    if leave_one_out:
+        advantages = advantages * scores.shape[1] / (scores.shape[1] - 1)  # = r - mean of the others
+    return advantages / (scores.std(1, keepdim=True) + 1e-4) if by_std else advantages
+
+
+def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
+    """Clipped surrogate per sample (PPO Eq. 7, negated): -min(r·A, clip(r, 1 - ε, 1 + ε)·A), r = π/π_old."""
+    ratio = log_ratio.exp()  # PPO Eq. 6
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)  # PPO Eq. 7
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """π_ref/π - log π_ref/π - 1 of each token: never negative, and its mean is KL(π || π_ref) (GRPO Eq. 4)."""
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.exp() - log_ratio - 1
+
+
+# --- data ---
+
+
+@functools.cache
+def text_ends(tokenizer: Any) -> tuple[list[int], str, str]:
+    """Ids that the tokenizer puts before a text (BOS or nothing), EOS, and what ends a turn of its chat template."""
+    start = [i for i in tokenizer("a").input_ids[:1] if i in (tokenizer.bos_token_id, tokenizer.cls_token_id)]
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False) if tokenizer.chat_template else "answer"
+    after = text.rpartition("answer")[2].strip()
+    ends = [token.content for token in tokenizer.added_tokens_decoder.values() if after.startswith(token.content)]
+    return start, tokenizer.eos_token, max(ends, key=len, default=tokenizer.eos_token)
+
+
+def load_prompts(name: str, split: str, tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
+    """Rows of a split with "ids": the tokens of its column `prompt`, texts or messages, to where an answer begins."""
+    import datasets
+
+    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
+    data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split)
+    if "prompt" not in data.column_names:
+        raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename one of them to prompt")
+    rows, start = data.to_list(), text_ends(tokenizer)[0]
+    for number, row in enumerate(rows, 1):
+        text = row["prompt"]
+        if isinstance(text, list):
+            text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
+        if not isinstance(text, str) or text.startswith(("[{'role", '[{"role')):
+            raise SystemExit(f"--dataset {name}, {split}, row {number}: prompt {text!r:.40} is not text or messages")
+        ids = tokenizer(text, add_special_tokens=False).input_ids if text.strip() else []
+        row["ids"] = ids if isinstance(row["prompt"], list) or ids[:1] == start else start + ids
+    kept = [row for row in rows if len(start) < len(row["ids"]) <= max_length]
+    if len(kept) < len(rows):
+        print(f"split {split}: {len(rows) - len(kept)} of {len(rows)} prompts left out: empty, or no room to answer")
+    return kept
+
+
+def function_rewards(function: Callable[..., Any], rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
+    """function(prompts, completions, **other columns), as in TRL; stops the run unless it gives a number for each."""
+    prompts = [row["prompt"] for row in rows]
+    chat = isinstance(prompts[0], list)
+    completions = [[{"role": "assistant", "content": text}] if chat else text for text in texts]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "ids")}
+    try:
+        values = [float(value) for value in function(prompts, completions, **columns)]
+    except Exception as fault:
+        fault.add_note(f"raised by the reward function for {len(prompts)} prompts, the first of them {prompts[0]!r}")
+        raise
+    wrong = [prompt for prompt, value in zip(prompts, values) if not math.isfinite(value)]
+    if wrong or len(values) != len(prompts):
+        found = f"{len(values)} values for {len(prompts)} completions, {len(wrong)} of them nan or inf"
+        raise SystemExit(f"\nthe reward function gave {found}; the first prompt is {(wrong or prompts)[0]!r}")
+    return values
+
+
+def batch_at(rows: list[Any], step: int, batch_size: int, seed: int) -> list[Any]:
+    """Rows of update `step`, a function of the step, so that a resumed run needs no position in the data."""
+    epoch, batch = divmod(step, len(rows) // batch_size)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).tolist()
+    return [rows[i] for i in order[batch * batch_size : (batch + 1) * batch_size]]
+
+
+def micro_batches(rows: list[Any], size: int) -> list[list[Any]]:
+    """Rows in parts of `size` or a little more; rows of like length meet, to save padding."""
+    rows = sorted(rows, key=lambda row: sum(map(len, row)))
+    parts = min(len(rows), max(1, len(rows) // size))
+    return [rows[i * len(rows) // parts : (i + 1) * len(rows) // parts] for i in range(parts)]
+
+
+def parse_args() -> tuple[Args, dict[str, Any] | None]:
+    """Flags of the command line; when resuming, on top of those of the checkpoint, which comes with them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    path, default, saved = parser.parse_known_args()[0].resume, Args(), None
+    if path:
+        path = path / "checkpoint" if (path / "checkpoint").is_dir() else path
+        saved = json.loads((path / "state.json").read_text())
+        if saved["script"] != SCRIPT:
+            raise SystemExit(f"--resume {path}: written by {saved['script']}.py, not {SCRIPT}.py")
+        saved["folder"], saved["args"]["run_dir"] = path / str(saved["step"]), str(path.parent)
+        default = Args(**saved["args"])
+    return tyro.cli(Args, default=default, description=__doc__.splitlines()[0]), saved
+
+
+def main(args: Args, saved: dict[str, Any] | None = None) -> None:
+    args.learning_rate = args.learning_rate or (5e-4 if args.model == Args.model else 3e-5 if args.lora_rank else 3e-6)
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # parameters that get no gradient
+    precision = "bf16" if args.bf16 else "no"
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=precision, kwargs_handlers=[unused])
+    device, processes = accelerator.device, accelerator.num_processes
+    own = slice(accelerator.process_index, None, processes)  # of the rows of a micro-batch
+    torch.manual_seed(args.seed)
+    B, R, G = args.batch_size, args.response_length, args.group_size
+    policy, tokenizer = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
+    file, _, function = args.reward_model.rpartition(":")
+    function = runpy.run_path(file)[function] if file.endswith(".py") else None
+    if not function:
+        scorer, words = load_model(transformers.AutoModelForSequenceClassification, args.reward_model, args.max_length)
+        sizes = [model.get_input_embeddings().num_embeddings for model in (policy, scorer)]
+        if tokenizer.get_vocab() != words.get_vocab() or sizes[0] > sizes[1] or scorer.config.num_labels != 1:
+            raise SystemExit(f"--reward-model: other tokens ({sizes[1]} embeddings for {sizes[0]}) or several scores")
+        pad = set_pad_token(scorer.requires_grad_(False).to(device), words)
+    check_padding(policy)
+    prompts = load_prompts(args.dataset, args.train_split, tokenizer, args.max_length - R)
+    held_out = load_prompts(args.dataset, args.eval_split, tokenizer, args.max_length - R)[:B]
+    if len(prompts) < B // G or len(held_out) < processes or args.micro_batch_size % processes:
+        raise SystemExit(f"{len(prompts)} prompts don't fill a batch, or processes cannot share a micro-batch evenly")
+    generation, stops = policy.generation_config, tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
+    stops = list({*stops, *torch.tensor(generation.eos_token_id or []).flatten().long().tolist()})
+    generation.eos_token_id = stops
+    torch.set_num_threads(1 if policy.num_parameters() < 10e6 else torch.get_num_threads())  # small ones lose by more
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    if args.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        policy = get_peft_model(policy, lora)
+        hook = accelerator.register_save_state_pre_hook  # checkpoints hold the adapters only
+        hook(lambda _, states, __: [w.pop(name) for w in states for name in [*w] if "lora_" not in name])
+    reference = policy if args.lora_rank else copy.deepcopy(policy).requires_grad_(False).to(device)
+    at_reference = policy.disable_adapter if args.lora_rank else contextlib.nullcontext
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
+    model, optimizer = accelerator.prepare(policy, optimizer)
+    step, total_steps = 0, args.total_episodes // B
+    if saved:
+        step = saved["step"]
+        accelerator.load_state(saved["folder"], strict=not args.lora_rank)
+    name = f"runs/{Path(args.dataset).stem}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = Path(*broadcast_object_list([args.run_dir or name]))
+    if (run_dir / "checkpoint/state.json").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
+        raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
+    if accelerator.is_main_process:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        print(f"run directory: {run_dir}, learning rate: {args.learning_rate:g}")
+    logs = TensorBoardTracker(run_dir.name, run_dir.parent, purge_step=step + 1)
+    accelerator.log_with = [logs, *["wandb"] * args.track]
+    accelerator.init_trackers("algos", init_kwargs={"wandb": {"name": run_dir.name, "config": asdict(args)}})
+
+    def respond(asked: list[dict[str, Any]], uniform: Tensor) -> list[list[int]]:
+        ids = torch.zeros(uniform.shape, dtype=torch.long, device=device)
+        with accelerator.autocast():
+            ids[own] = sample(policy, [row["ids"] for row in asked[own]], uniform[own].to(device), stops)
+        return [[token for token in row if token >= 0] for row in accelerator.reduce(ids).tolist()]
+
+    def score(asked: list[dict[str, Any]], responses: list[list[int]]) -> Tensor:
+        if function:
+            texts = [tokenizer.decode(y[: len(y) - (y[-1] in stops)]) for y in responses]
+            return torch.tensor(function_rewards(function, asked, texts), device=device)
+        with torch.no_grad(), accelerator.autocast():
+            return rewards(scorer, [[row["ids"], y] for row, y in zip(asked, responses)], pad, device)
+
+    caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
+    quiet = None if accelerator.is_main_process else Path(os.devnull).open("w")
+    bar = tqdm(total=total_steps, initial=step, unit="update", file=quiet)
+    stop = False
+    while True:
+        # ===== evaluate =====
+        model.eval()  # without gradient checkpointing, which samples without a cache
+        if step % (args.save_every or total_steps) == 0 or step >= total_steps:
+            noise = torch.Generator().manual_seed(args.seed)
+            responses = respond(held_out, torch.rand(len(held_out), R, generator=noise, dtype=torch.float64))
+            values = score(held_out, responses).tolist()
+            texts = [f"{tokenizer.decode(x['ids'] + y)} ({r:.2f})" for x, y, r in zip(held_out, responses, values)][:4]
+            mean = sum(values) / len(values)
+            accelerator.log({"eval/scores": mean, "samples": "\n\n".join(texts)}, step)
+            accelerator.print(f"\nupdate {step}: eval/scores {mean:.4f}", *texts[:2], sep="\n")
+        if stop or step >= total_steps:
+            break
+
+        # ===== collect =====
+        noise = torch.Generator().manual_seed(1_000_003 * args.seed + step)  # a resumed run needs no state of it
+        asked = [prompt for prompt in batch_at(prompts, step, B // G, args.seed) for _ in range(G)]
+        responses = respond(asked, torch.rand(B, R, generator=noise, dtype=torch.float64))
+        rows = [[prompt["ids"], response, [i]] for i, (prompt, response) in enumerate(zip(asked, responses))]
+
+        # ===== compute targets =====
+        lengths = torch.tensor([[len(response)] for response in responses], device=device)
+        mask = torch.arange(R, device=device) < lengths  # (B, R): tokens of responses, stop token included
+        tokens, scores = torch.zeros(2, B, R, device=device), torch.zeros(B, device=device)
+        for part in micro_batches(rows, args.micro_batch_size):
+            numbers = [i for *_, (i,) in part[own]]
+            part = [row[:2] for row in part[own]]
+            with torch.no_grad(), accelerator.autocast():
+                logprobs, part_mask = completion_logprobs(model, part, device)
+                with at_reference():
+                    ref, _ = completion_logprobs(reference, part, device)
+            found = torch.zeros(2, len(numbers), R, device=device)
+            found[:, mask[numbers]] = torch.stack([logprobs, ref])[:, part_mask]
+            tokens[:, numbers] = found
+            scores[numbers] = score([asked[i] for i in numbers], [responses[i] for i in numbers])
+        old_logprobs, ref_logprobs = accelerator.reduce(tokens)  # zeros but for each process's share
+        stopped = torch.tensor([response[-1] in stops for response in responses], device=device).float()
+        scores = accelerator.reduce(scores) - args.missing_eos_penalty * (1 - stopped)
+        groups = scores.view(-1, G)  # of one prompt each
+        advantages = group_advantages(groups, args.baseline == "leave-one-out", args.normalize_by_std)
+        advantages = advantages.view(B, 1).expand(B, R)
+        sizes = lengths if args.normalize_by_std else torch.full_like(lengths, R)  # |o_i| of Eq. 3; R in Dr. GRPO
+        shares = (1 / sizes).expand(B, R)
+
+        # ===== update =====
+        model.train()
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - step / total_steps)
+        metrics = defaultdict(list)
+        for _ in range(args.num_epochs):
+            for order in torch.randperm(B, generator=noise).chunk(args.num_minibatches):
+                count = mask[order].sum() / processes  # DDP takes the mean over these
+                optimizer.zero_grad()
+                for part in micro_batches([rows[i] for i in order], args.micro_batch_size):
+                    numbers = [i for *_, (i,) in part[own]]
+                    batch = (x[numbers][mask[numbers]] for x in (old_logprobs, ref_logprobs, advantages, shares))
+                    mb_logprobs, mb_ref_logprobs, mb_advantages, mb_shares = batch  # (n,)
+                    logprobs, part_mask = completion_logprobs(model, [row[:2] for row in part[own]], device)
+                    logprobs = logprobs[part_mask]
+                    log_ratio = logprobs - mb_logprobs
+                    pg_loss = policy_loss(log_ratio, mb_advantages, args.clip_coef)
+                    kl = kl_penalty(logprobs, mb_ref_logprobs)
+                    loss = ((pg_loss + args.kl_coef * kl) * mb_shares).sum() / len(order)  # GRPO Eq. 3, negated
+                    accelerator.backward(loss * processes)
+                    metrics["loss/policy"].append(pg_loss.detach().sum() / count)
+                    metrics["loss/kl"].append(kl.detach().sum() / count)
+                    metrics["policy/approxkl"].append(kl_penalty(mb_logprobs, logprobs.detach()).sum() / count)
+                metrics["grad_norm"].append(accelerator.clip_grad_norm_(policy.parameters(), 1.0))
+                optimizer.step()
+        step += 1
+
+        # ===== log and save =====
+        sums = accelerator.reduce({name: torch.stack(values).sum() for name, values in metrics.items()}, "mean")
+        means = {name: value.item() / args.num_epochs / args.num_minibatches for name, value in sums.items()}
+        if not math.isfinite(means["loss/policy"] + means["loss/kl"] + means["grad_norm"]):
+            raise SystemExit(f"\nthe loss became nan or inf before update {step}; {run_dir}/checkpoint is older")
+        kl, reward = (old_logprobs - ref_logprobs).sum(1).mean().item(), scores.mean().item()
+        means |= {"objective/kl": kl, "objective/scores": reward, "val/num_eos_tokens": stopped.mean().item()}
+        means["objective/entropy"] = -old_logprobs.sum(1).mean().item()
+        means["frac_reward_zero_std"] = (groups.std(1) == 0).float().mean().item()
+        means["lr"] = optimizer.param_groups[0]["lr"]
+        means["episodes_per_second"] = (step - bar.initial) * B / bar.format_dict["elapsed"]
+        accelerator.log(means, step)
+        bar.set_postfix_str(f"score {reward:.2f}, KL {kl:.2f}", refresh=False)
+        stop = accelerator.reduce(torch.tensor(len(caught), device=device)) > 0  # of any process
+        if stop or step == total_steps or args.save_every and step % args.save_every == 0:
+            folder = run_dir / "checkpoint"  # state.json names the folder of its tensors, and changes in one piece
+            accelerator.save_state(folder / str(step))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                (folder / "state.tmp").write_text(json.dumps({"script": SCRIPT, "args": asdict(args), "step": step}))
+                (folder / "state.tmp").replace(folder / "state.json")
+                for older in set(folder.glob("[0-9]*")) - {folder / str(step)}:
+                    shutil.rmtree(older)
+        bar.update(1)
+
+    bar.close()
+    if step < total_steps:
+        launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
+        raise SystemExit(f"stopped at update {step}; to go on: {launch} {sys.argv[0]} --resume {str(run_dir)!r}")
+    model = policy.merge_and_unload() if args.lora_rank and args.merge_lora else policy
+    weights = accelerator.get_state_dict(model.to(model.config.dtype))
+    if accelerator.is_main_process:
+        model.save_pretrained(run_dir / "model", state_dict=weights)
+        tokenizer.save_pretrained(run_dir / "model")
+
+
+if __name__ == "__main__":
+    main(*parse_args())

@@ -1,0 +1,275 @@
+"""grpo.py: advantages within groups, the penalty in the loss, whole runs on tiny models, and rewards in Python."""
+
+import json
+import math
+import signal
+import sys
+from types import SimpleNamespace
+
+import grpo
+import pytest
+import tiny
+import torch
+from accelerate.state import AcceleratorState
+from helpers import run as start
+from helpers import scalars, spy_on
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+EOS, CPU = 1, torch.device("cpu")
+REWARD = """
+def place(prompts, completions, place, **columns):
+    assert len(prompts) == len(completions) == len(place)
+    return [100.0 * number + len(text.split()) for number, text in zip(place, completions)]
+
+def same(prompts, completions, **columns):
+    return [2.5] * len(prompts)
+
+def nan(prompts, completions, **columns):
+    return [float("nan")] * len(prompts)
+"""
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """Each run in this process has an Accelerator of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A policy, a reward model, prompts with a number each, and a file of reward functions."""
+    root = tmp_path_factory.mktemp("world")
+    tiny.make_model(root / "policy")
+    reward_model = AutoModelForSequenceClassification.from_pretrained(root / "policy", num_labels=1)
+    torch.nn.init.normal_(reward_model.score.weight, std=0.5, generator=torch.Generator().manual_seed(1))
+    reward_model.save_pretrained(root / "reward")
+    tiny.word_tokenizer().save_pretrained(root / "reward")
+    rows = [{"prompt": row["prompt"], "place": i} for i, row in enumerate(tiny.preferences(16))]
+    tiny.write_jsonl(root / "data" / "train.jsonl", rows)
+    tiny.write_jsonl(root / "data" / "test.jsonl", rows[:5])
+    (root / "rewards.py").write_text(REWARD)
+    return root
+
+
+def settings(world, run_dir, **changed):
+    """Flags of a short run, as a dictionary."""
+    folders = {"model": str(world / "policy"), "reward_model": str(world / "reward"), "dataset": str(world / "data")}
+    sizes = {"batch_size": 8, "num_minibatches": 2, "micro_batch_size": 4, "num_epochs": 2, "total_episodes": 16}
+    lengths = {"group_size": 4, "response_length": 8, "max_length": 64, "learning_rate": 1e-2}
+    return folders | sizes | lengths | {"run_dir": str(run_dir), "device": "cpu"} | changed
+
+
+def run(args, saved=None):
+    """Run the script in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    grpo.main(args, saved)
+
+
+def train(monkeypatch, world, run_dir, **changed):
+    """Run main in this process; returns (arguments, result) of the calls of its functions, by name."""
+    names = ("group_advantages", "policy_loss", "kl_penalty", "rewards", "sample", "completion_logprobs", "batch_at")
+    with monkeypatch.context() as patch:
+        seen = SimpleNamespace(**{name: spy_on(patch, grpo, name) for name in names})
+        run(grpo.Args(**settings(world, run_dir, **changed)))
+    return seen
+
+
+def final(run_dir):
+    """Tensors of the final model of a run."""
+    return load_file(run_dir / "model" / "model.safetensors")
+
+
+def same(a, b):
+    """Whether two models have the same tensors bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- equations ---
+
+
+def test_advantages_are_those_of_a_group_by_hand():
+    scores = torch.tensor([[1.0, 2.0, 3.0, 6.0], [-1.0, -1.0, -1.0, -1.0]])
+    std = math.sqrt((4 + 1 + 0 + 9) / 3)
+    plain = grpo.group_advantages(scores, False, False)
+    assert plain.tolist() == [[-2, -1, 0, 3], [0, 0, 0, 0]]
+    divided = grpo.group_advantages(scores, False, True)
+    assert divided[0].tolist() == pytest.approx([x / (std + 1e-4) for x in (-2, -1, 0, 3)], rel=1e-6)
+    assert divided[1].tolist() == [0, 0, 0, 0]
+    others = grpo.group_advantages(scores, True, False)[0].tolist()  # each less the mean of the other three
+    assert others == pytest.approx([1 - 11 / 3, 2 - 10 / 3, 3 - 9 / 3, 6 - 6 / 3], rel=1e-6)
+
+
+def test_the_penalty_is_never_negative_and_its_mean_is_the_exact_kl_of_the_policy_to_the_reference():
+    generator = torch.Generator().manual_seed(0)
+    policy, reference = torch.randn(2, 6, generator=generator, dtype=torch.float64).log_softmax(-1)
+    penalty = grpo.kl_penalty(policy, reference)
+    exact, other = (policy.exp() * (policy - reference)).sum(), (reference.exp() * (reference - policy)).sum()
+    assert (penalty >= 0).all() and abs(exact - other) > 0.05
+    assert (policy.exp() * penalty).sum().item() == pytest.approx(exact.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("by_std", [True, False])
+def test_the_first_gradient_is_that_of_equation_3_written_as_a_loop_over_responses(
+    monkeypatch, world, tmp_path, by_std
+):
+    """At the first step the ratio is 1 and the penalty's gradient 0, so the gradient is Σ share·A·∇log π."""
+    changed = {
+        "num_minibatches": 1,
+        "num_epochs": 1,
+        "total_episodes": 8,
+        "normalize_by_std": by_std,
+        "learning_rate": 1e-6,
+    }
+    seen = train(monkeypatch, world, tmp_path, **changed)
+    model = AutoModelForCausalLM.from_pretrained(world / "policy").double()
+    tokenizer = tiny.word_tokenizer()
+    prompts = grpo.load_prompts(str(world / "data"), "train", tokenizer, 56)
+    asked = [row["ids"] for row in grpo.batch_at(prompts, 0, 2, 1) for _ in range(4)]
+    ((_, answered), responses), = [
+        ((args, args[1]), result) for args, result in seen.sample if len(args[1]) == 8 and args[3]
+    ]  # fmt: skip
+    responses = [[token for token in row if token >= 0] for row in responses.tolist()]
+    assert answered == asked
+    scores, _, _ = seen.group_advantages[0][0]
+    advantages = seen.group_advantages[0][1].flatten().double()
+    loss = 0
+    for prompt, response, advantage in zip(asked, responses, advantages):
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        total = logits[range(len(response)), response].sum()
+        loss = loss - advantage * total / (len(response) if by_std else 8) / 8
+    loss.backward()
+    norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm().item()
+    assert scalars(tmp_path, "grad_norm")[0][1] == pytest.approx(norm, rel=1e-4) and scores.shape == (2, 4)
+
+
+# --- whole runs ---
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, 1])
+def test_before_the_first_step_ratio_and_kl_are_exactly_neutral(monkeypatch, world, tmp_path, micro_batch_size):
+    seen = train(monkeypatch, world, tmp_path, micro_batch_size=micro_batch_size, total_episodes=8)
+    for (log_ratio, *_), _ in seen.policy_loss[: 4 // micro_batch_size]:
+        assert log_ratio.abs().max() <= 2e-6
+    assert scalars(tmp_path, "objective/kl") == [(1, 0.0)]
+
+
+def test_each_prompt_of_a_rollout_is_answered_by_a_group_and_scored_by_its_own_columns(monkeypatch, world, tmp_path):
+    flags = {"reward_model": f"{world / 'rewards.py'}:place", "missing_eos_penalty": 0.0, "save_every": 0}
+    seen = train(monkeypatch, world, tmp_path, **flags)
+    for update, ((scores, *_), _) in enumerate(seen.group_advantages):
+        asked = [row["place"] for row in seen.batch_at[update][1]]
+        assert (scores // 100).tolist() == [[float(place)] * 4 for place in asked]
+
+
+def test_advantages_go_with_the_tokens_of_their_own_response(monkeypatch, world, tmp_path):
+    flags = {"num_minibatches": 1, "num_epochs": 1, "total_episodes": 8, "micro_batch_size": 1, "save_every": 0}
+    seen = train(monkeypatch, world, tmp_path, **flags)
+    found = {}
+    for (_, advantages, _), _ in seen.policy_loss:  # one response each
+        assert (advantages == advantages[0]).all()
+        found[round(advantages[0].item(), 5)] = len(advantages)
+    _, expected = seen.group_advantages[0]
+    (_, responses), = [call for call in seen.sample if len(call[0][1]) == 8 and call[0][3]]  # fmt: skip
+    lengths = (responses >= 0).sum(1)
+    assert found == {round(a, 5): n for a, n in zip(expected.flatten().tolist(), lengths.tolist())}
+
+
+def test_the_reference_is_the_starting_policy_in_every_rollout(monkeypatch, world, tmp_path):
+    seen = train(monkeypatch, world, tmp_path, num_minibatches=1, num_epochs=1, micro_batch_size=1, total_episodes=24)
+    model = AutoModelForCausalLM.from_pretrained(world / "policy")
+    (_, rows, _), _ = seen.completion_logprobs[-1]
+    with torch.no_grad():
+        expected = grpo.completion_logprobs(model, rows, CPU)[0][0]
+    (logprobs, ref_logprobs), _ = [call for call in seen.kl_penalty if call[0][0].requires_grad][-1]
+    torch.testing.assert_close(ref_logprobs, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logprobs, ref_logprobs, atol=1e-3)
+
+
+def test_groups_of_equal_scores_are_counted_and_teach_nothing(monkeypatch, world, tmp_path):
+    flags = {"reward_model": f"{world / 'rewards.py'}:same", "missing_eos_penalty": 0.0, "kl_coef": 0.0}
+    train(monkeypatch, world, tmp_path, **flags)
+    assert [value for _, value in scalars(tmp_path, "frac_reward_zero_std")] == [1.0, 1.0]
+    assert same(final(tmp_path), load_file(world / "policy" / "model.safetensors"))
+
+
+def test_the_penalty_holds_the_policy_near_the_reference(monkeypatch, world, tmp_path):
+    for beta in (0.0, 20.0):
+        train(monkeypatch, world, tmp_path / str(beta), kl_coef=beta, total_episodes=80, learning_rate=3e-3)
+    free, held = (scalars(tmp_path / name, "objective/kl")[-1][1] for name in ("0.0", "20.0"))
+    assert held < 0.5 * free
+
+
+def test_a_reward_that_is_not_a_number_ends_the_run(world, tmp_path):
+    with pytest.raises(SystemExit, match="nan or inf; the first prompt is 'the film"):
+        run(grpo.Args(**settings(world, tmp_path, reward_model=f"{world / 'rewards.py'}:nan")))
+
+
+def test_held_out_prompts_are_scored_at_every_evaluation(monkeypatch, world, tmp_path):
+    train(monkeypatch, world, tmp_path, save_every=1, reward_model=f"{world / 'rewards.py'}:place")
+    values = dict(scalars(tmp_path, "eval/scores"))
+    assert list(values) == [0, 1, 2] and all(200 <= value < 220 for value in values.values())  # places 0 to 4
+
+
+def test_micro_batches_add_up_to_the_whole_batch(monkeypatch, world, tmp_path):
+    changed = {"num_minibatches": 1, "num_epochs": 1, "total_episodes": 8}
+    for size in (8, 1):
+        train(monkeypatch, world, tmp_path / str(size), micro_batch_size=size, **changed)
+    for tag in ("grad_norm", "loss/policy", "loss/kl"):
+        one, eight = (scalars(tmp_path / size, tag)[0][1] for size in ("1", "8"))
+        assert one == pytest.approx(eight, rel=1e-4, abs=1e-5), tag
+
+
+@pytest.mark.parametrize(
+    "changed", [{"gradient_checkpointing": True}, {"bf16": True}, {"baseline": "leave-one-out"}], ids=str
+)
+def test_it_runs_with(monkeypatch, world, tmp_path, changed):
+    train(monkeypatch, world, tmp_path / "run", **changed)
+    assert all(math.isfinite(value) for _, value in scalars(tmp_path / "run", "loss/policy"))
+    if changed.get("gradient_checkpointing"):
+        train(monkeypatch, world, tmp_path / "plain")
+        a, b = final(tmp_path / "run"), final(tmp_path / "plain")
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changed", [{}, {"lora_rank": 2}], ids=str)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(monkeypatch, world, tmp_path, changed):
+    changed = changed | {"total_episodes": 32, "merge_lora": True}
+    train(monkeypatch, world, tmp_path / "whole", save_every=0, **changed)
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo.shutil, "rmtree", lambda folder: None)  # older checkpoints stay
+        train(monkeypatch, world, tmp_path / "parts", save_every=1, **changed)
+    state = tmp_path / "parts" / "checkpoint" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"step": 2}))
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--resume", str(tmp_path / "parts")])
+    run(*grpo.parse_args())
+    assert same(final(tmp_path / "parts"), final(tmp_path / "whole"))
+    assert scalars(tmp_path / "parts", "loss/kl") == scalars(tmp_path / "whole", "loss/kl")
+
+
+def test_two_processes_train_like_one(monkeypatch, world, tmp_path):
+    changed = {"total_episodes": 8, "num_epochs": 1}
+    train(monkeypatch, world, tmp_path / "one", **changed)
+    given = settings(world, tmp_path / "two", **changed).items()
+    two = start("grpo", *(part for k, v in given for part in (f"--{k.replace('_', '-')}", v)), processes=2)
+    assert two.returncode == 0, two.stderr
+    for tag in ("objective/scores", "objective/entropy", "loss/policy", "loss/kl", "grad_norm"):
+        (_, a), (_, b) = scalars(tmp_path / "one", tag)[0], scalars(tmp_path / "two", tag)[0]
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-6), tag
+    a, b = final(tmp_path / "one"), final(tmp_path / "two")
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"group_size": 1}, {"group_size": 3}, {"num_minibatches": 3}, {"kl_coef": -1.0}, {"max_length": 8}, {"total_episodes": 7}],
+    ids=str,
+)  # fmt: skip
+def test_flags_that_cannot_work_are_refused(world, tmp_path, changed):
+    with pytest.raises(ValueError, match="must be"):
+        grpo.Args(**settings(world, tmp_path, **changed))
