@@ -27,6 +27,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -147,8 +148,8 @@ class Run:
             return self.launch(script, "--resume", str(self.dir))
         shutil.rmtree(self.dir, ignore_errors=True)
         self.log.unlink(missing_ok=True)
-        flags = [flag.format(benchmark=HERE) for flag in self.spec.flags]
-        self.launch(script, *flags, "--seed", str(self.seed), "--run-dir", str(self.dir))
+        flags = [*self.spec.flags_in(HERE), "--seed", str(self.seed), "--run-dir", str(self.dir)]
+        self.launch(script, *flags)
 
     def evaluate(self) -> None:
         """Start the second command of the spec."""
@@ -407,7 +408,7 @@ def record(spec: Spec, number: int, runs: Path) -> Path:
     if missing:
         error(f"{spec.name}: no finished run of seed {', '.join(missing)}: run.py run {spec.name} --seeds {number}")
     first = notes[wanted[0]]
-    flags = " ".join(flag.format(benchmark="benchmark") for flag in spec.flags)
+    flags = shlex.join(spec.flags_in("benchmark"))
     content = {
         "command": f"python algos/{spec.script}.py {flags} --seed S",
         "key": key(spec),

@@ -60,6 +60,10 @@ class Spec:
     """a second command, after the run, that writes figures to evaluation.json, a list of one; {run} is the run directory, {cache} a
     file that runs on the same assets share, other names are the script's flags"""
 
+    def flags_in(self, benchmark: object) -> list[str]:
+        """The flags, with the folder of the benchmark put in."""
+        return [flag.replace("{benchmark}", str(benchmark)) for flag in self.flags]
+
     @property
     def name(self) -> str:
         """As given on the command line."""

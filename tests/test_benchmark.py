@@ -561,6 +561,7 @@ def test_the_flags_of_a_spec_are_those_of_its_script(spec):
     names = re.findall(r"(?m)^    (\w+): .* = ", source)
     flags = [flag.removeprefix("--").replace("-", "_") for flag in spec.flags if flag.startswith("--")]
     assert [flag for flag in flags if flag not in names] == []
+    assert "{benchmark}" not in str(spec.flags_in("x")) and len(spec.flags_in("x")) == len(spec.flags)
 
 
 def test_references_fit_their_specs():
