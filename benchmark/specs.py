@@ -72,7 +72,7 @@ class Spec:
     @property
     def language(self) -> bool:
         """Whether it is a script on text, which reads the assets."""
-        return self.script in ("sft", "reward_model", "dpo", "rlhf_ppo")
+        return self.script in ("sft", "reward_model", "dpo", "rlhf_ppo", "grpo")
 
     @property
     def recorded_seeds(self) -> int:
@@ -145,7 +145,16 @@ RLHF = (
     Measure("objective/gold", "gold reward", margin=0.25, last=4),
     Measure("objective/kl", "KL from the reference", higher=False, margin=0.4, last=4, start=0.0),
 )
+GRPO = (
+    Measure("objective/scores", "score", margin=0.25, last=4),
+    Measure("eval/scores", "held-out score", margin=0.25),
+    Measure("objective/kl", "KL from the reference", higher=False, margin=0.4, last=4, start=0.0),
+    Measure("evaluation/share", "share of J* - J_ref", margin=0.25, start=0.0, optimum=lambda: 1.0),
+    Measure("evaluation/gold", "gold reward", margin=0.25, start=-0.2),
+)
 CPU = ("--device", "cpu")
+EVALUATE = ("evaluate_policy.py", "{run}", "--prompts", "1000",
+            "--reference-samples", "30000", "--golds", "{cache}", "--json", "{run}/evaluation.json")
 CONTROL = (*CPU, "--eval-episodes", "0")
 CHEETAH = (*CONTROL, "--env-id", "HalfCheetah-v5", "--normalize", "--total-timesteps", "1000000")
 PONG = ("--device", "cuda", "--compile", "--eval-episodes", "0", "--env-id", "ALE/Pong-v5",
@@ -202,10 +211,10 @@ SPECS = (
          peer="trl_reward_model_preferences.json"),
     Spec("dpo", "preferences", {"quick": 1, "full": 5}, 3, DPO, (*CPU, "--eval-every", "75"),
          peer="trl_dpo_preferences.json",
-         evaluation=("evaluate_policy.py", "{run}", "--prompts", "1000",
-                     "--reference-samples", "30000", "--golds", "{cache}", "--json", "{run}/evaluation.json")),
+         evaluation=EVALUATE),
     Spec("rlhf_ppo", "prompts", {"quick": 1, "full": 5}, 4, RLHF, (*CPU, "--gold", "{benchmark}/world.py"),
          peer="trl_rlhf_ppo_prompts.json"),
+    Spec("grpo", "prompts", {"quick": 1, "full": 5}, 3, GRPO, (*CPU, "--save-every", "8"), evaluation=EVALUATE),
     Spec("dqn", "Pong", {"gpu": 1}, 240, returns(-20.7, optimum=21.0),
          (*PONG, "--learning-rate", "1e-4", "--batch-size", "32", "--num-envs", "8", "--train-every", "4",
           "--buffer-size", "1000000", "--learning-starts", "80000", "--target-every", "1000", "--epsilon-end", "0.01",
