@@ -1,89 +1,105 @@
-"""The command-line contract that the scripts on language models share: what a run leaves, resume, processes, bad input.
+"""What all scripts on language models share: what a run leaves, resume, processes, and models and data that are wrong.
 
-Scripts are called in this process, with the command line that a user would type, where nothing has to be killed or
-started several times: importing transformers takes longer than these runs.
+Scripts run in this process, with the command line that a user would type, where nothing has to be killed.
 """
 
 import importlib
 import json
-import math
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import accelerate
+import peft
 import pytest
 import tiny
 import torch
-from helpers import ALGOS, command, run, scalars
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+import transformers
+from accelerate.state import AcceleratorState
+from helpers import ALGOS, command, scalars, spy_on
+from helpers import run as start
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-DATA = {"sft": tiny.completions, "reward_model": tiny.preferences, "dpo": tiny.preferences}
-LOADER = {"sft": AutoModelForCausalLM, "reward_model": AutoModelForSequenceClassification, "dpo": AutoModelForCausalLM}
-scripts = pytest.mark.parametrize("script", [script for script in DATA if (ALGOS / f"{script}.py").exists()])
-SHORT = ("--batch-size", 8, "--epochs", 2, "--save-every", 3, "--eval-every", 4, "--max-length", 64)  # 12 updates
+SCRIPTS = ["sft", "reward_model", "dpo"]
+SHORT = {"batch_size": 8, "micro_batch_size": 4, "max_length": 64, "learning_rate": 1e-3, "save_every": 0}
+SIX = {"max_steps": 6, "eval_every": 4, "device": "cpu"}  # two epochs
+FLAGS = {script: SHORT | SIX for script in SCRIPTS}
+LENGTH = {script: lambda updates: ["--max-steps", updates] for script in SCRIPTS}  # flags of a run of so many updates
+ROWS = {"sft": tiny.completions, "reward_model": tiny.preferences, "dpo": tiny.preferences}  # of a data set
+COLUMNS = {script: list(rows(1)[0]) for script, rows in ROWS.items()}
+RATES = {"sft": "2e-05", "reward_model": "1e-05", "dpo": "1e-06"}  # default for pretrained models
+LOADERS = {"sft": AutoModelForCausalLM, "reward_model": AutoModelForSequenceClassification, "dpo": AutoModelForCausalLM}
+TAGS = {"sft": "eval/loss", "reward_model": "eval/loss margin eval/accuracy eval/margin",
+        "dpo": "eval/loss rewards/chosen logps/chosen eval/rewards/margins"}  # fmt: skip
+scripts = pytest.mark.parametrize("script", SCRIPTS)
+row_scripts = pytest.mark.parametrize("script", [*ROWS])  # those that train on a data set's rows
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """Signals as they were, after a run in this process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with a tiny model and the data of each script."""
+    """A folder with a tiny model and, for each script, 26 rows to train on and 7 held out."""
     folder = tmp_path_factory.mktemp("world")
     tiny.make_model(folder / "model")
-    for script, rows in DATA.items():
-        tiny.write_jsonl(folder / script / "train.jsonl", rows(50))
-        tiny.write_jsonl(folder / script / "test.jsonl", rows(11))
+    for script in SCRIPTS:
+        tiny.write_jsonl(folder / script / "train.jsonl", ROWS[script](26))
+        tiny.write_jsonl(folder / script / "test.jsonl", ROWS[script](7))
     return folder
 
 
+def flags_of(world, script, **changed):
+    """Command line of a short run on the tiny world."""
+    flags = {"model": world / "model", "dataset": world / script} | FLAGS[script] | changed
+    return [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+
+
+def call(script, *flags):
+    """Run a script in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    module = importlib.import_module(script)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{ALGOS / script}.py", *map(str, flags)])
+        module.main(*module.parse_args())
+
+
 @pytest.fixture
-def call(world, tmp_path, monkeypatch, capsys):
-    """Run a script in this process on the tiny world; returns exit status, stdout, stderr and the run directory."""
+def train(world, tmp_path):
+    """Run a script in this process on the tiny world; returns the run directory."""
 
-    def call(script, *flags, run_dir="run", short=True):
-        module = importlib.import_module(script)
-        given = list(map(str, flags))
-        for flag, value in (
-            ("--model", world / "model"),
-            ("--dataset", world / script),
-            ("--run-dir", tmp_path / run_dir),
-        ):
-            if "--resume" not in given and flag not in given:
-                given += [flag, str(value)]
-        if short and "--resume" not in given:
-            given = [*map(str, SHORT), *given]
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *given])
-        capsys.readouterr()
-        status = 0
-        try:
-            module.main(module.parse_args())
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr(), tmp_path / run_dir
+    def train(script, *flags, run_dir="run", **changed):
+        call(script, *flags_of(world, script, run_dir=tmp_path / run_dir, **changed), *flags)
+        return tmp_path / run_dir
 
-    return call
+    return train
 
 
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory):
-    """Run directory of an uninterrupted short run of each script, through a process of its own."""
+    """Run directory of an uninterrupted run of a script, with no checkpoint before its end."""
     runs = {}
 
     def get(script):
         if script not in runs:
             runs[script] = tmp_path_factory.mktemp(script) / "run"
-            done = run(script, *SHORT, *where(world, script), "--run-dir", runs[script])
-            assert done.returncode == 0, done.stderr
+            call(script, *flags_of(world, script, run_dir=runs[script]))
         return runs[script]
 
     return get
-
-
-def where(world, script):
-    """Flags that name the tiny model and data."""
-    return ("--model", world / "model", "--dataset", world / script)
 
 
 def weights(run_dir):
@@ -96,365 +112,467 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def furthest(a, b):
-    """Largest difference between two models."""
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
+def state(run_dir):
+    """What the checkpoint says of its run."""
+    return json.loads((run_dir / "checkpoint" / "state.json").read_text())
 
 
-# --- what a run leaves behind ---
+# --- what a run leaves ---
 
 
 @scripts
 def test_a_run_leaves_arguments_events_a_checkpoint_and_a_model_that_transformers_opens(finished, script):
     run_dir = finished(script)
     assert {path.name.split(".")[0] for path in run_dir.iterdir()} == {"args", "checkpoint", "model", "events"}
-    assert json.loads((run_dir / "args.json").read_text())["epochs"] == 2
-    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    assert state["script"] == script and state["step"] == 12
-    model = LOADER[script].from_pretrained(run_dir / "model")
-    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
-    assert len(tokenizer) == model.config.vocab_size
-    stored = state["model"]
-    assert all(
-        torch.equal(parameter, stored[name]) for name, parameter in model.named_parameters() if "score" not in name
-    )
-    if script != "reward_model":
-        (answer,) = pipeline("text-generation", str(run_dir / "model"))("review of plot :", max_new_tokens=3)
-        assert answer["generated_text"].startswith("review of plot :")
+    assert json.loads((run_dir / "args.json").read_text())["seed"] == 1
+    assert state(run_dir)["script"] == script and state(run_dir)["step"] == 6
+    assert {path.name for path in (run_dir / "checkpoint").iterdir()} == {"6", "state.json"}
+    model, info = LOADERS[script].from_pretrained(run_dir / "model", output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    assert len(AutoTokenizer.from_pretrained(run_dir / "model")) == model.config.vocab_size
+    kept = load_file(run_dir / "checkpoint" / "6" / "model.safetensors")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items() if name in kept)
+    assert [step for step, _ in scalars(run_dir, "loss")] == [1, 6]
+    assert [step for step, _ in scalars(run_dir, "eval/loss")] == [0, 4, 6]
 
 
 @scripts
-def test_the_first_and_every_tenth_update_and_evaluations_are_logged(finished, script):
-    for tag in ("loss", "grad_norm", "learning_rate"):
-        points = scalars(finished(script), tag)
-        assert [step for step, _ in points] == [1, 3, 6, 9, 10, 12], tag  # and at checkpoints
-        assert all(math.isfinite(value) for _, value in points)
-    assert [step for step, _ in scalars(finished(script), "eval/loss")] == [0, 4, 8, 12]
+def test_samples_are_logged_at_every_evaluation(train, script):
+    with pytest.MonkeyPatch.context() as patch:
+        logs = spy_on(patch, accelerate.Accelerator, "log")
+        train(script)
+    samples = {step: values["samples"] for ((_, values, step), _) in logs if "samples" in values}
+    assert list(samples) == [0, 4, 6] and all("review of" in text for text in samples.values())
 
 
 @scripts
-def test_the_learning_rate_is_the_scheduled_one(finished, script):
-    scheduled = importlib.import_module(script).scheduled
-    peak = importlib.import_module(script).Args().learning_rate
-    for step, rate in scalars(finished(script), "learning_rate"):
-        assert rate == pytest.approx(scheduled(peak, step - 1, 12, 0.1, "cosine"), rel=1e-5)
+def test_help_names_every_flag_with_its_meaning(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(script, "--help")
+    text, module = capsys.readouterr().out, importlib.import_module(script)
+    assert stop.value.code == 0 and module.__doc__.splitlines()[0][:40] in text
+    assert all(f"--{name.replace('_', '-')}" in text for name in vars(module.Args()))
+    assert "held-out split" in text or "prompts" in text
 
 
 @scripts
-def test_the_gradient_is_clipped_to_its_largest_norm(script, call):
-    status, _, err, run_dir = call(script, "--max-steps", 1, "--max-grad-norm", 1e-3)
-    assert status == 0, err
-    moments = torch.load(run_dir / "checkpoint.pt", weights_only=True)["optimizer"]["state"].values()
-    norm = torch.cat([each["exp_avg"].flatten() for each in moments]).norm() / 0.1  # Adam's β1 is 0.9
-    assert norm.item() == pytest.approx(1e-3, rel=1e-2) and scalars(run_dir, "grad_norm")[0][1] > 1e-2
+def test_weights_keep_the_dtype_in_which_they_came(train, script, tmp_path):
+    for dtype in (torch.bfloat16, torch.float32):
+        tiny.make_model(tmp_path / "typed").to(dtype).save_pretrained(tmp_path / "typed")
+        run_dir = train(script, *LENGTH[script](1), model=tmp_path / "typed", run_dir=str(dtype))
+        assert {tensor.dtype for tensor in weights(run_dir).values()} == {dtype}
+        kept = load_file(run_dir / "checkpoint" / "1" / "model.safetensors")
+        assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
 
 
 @scripts
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(finished, script, call):
-    for seed, equal in ((1, True), (2, False)):
-        status, _, err, run_dir = call(script, "--seed", seed, run_dir=str(seed))
-        assert status == 0, err
-        assert same(weights(run_dir), weights(finished(script))) == equal
+def test_off_the_small_world_the_default_learning_rate_is_one_for_pretrained_models(train, script, capsys):
+    train(script, *LENGTH[script](1), learning_rate=0)
+    assert f"learning rate: {RATES[script]}\n" in capsys.readouterr().out
+
+
+@scripts
+def test_default_run_directories_of_one_second_differ(world, script, tmp_path, monkeypatch):
+    module, given = importlib.import_module(script), iter(range(9))
+
+    class Clock(module.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 11, 26, 12, 0, 0, next(given))
+
+    monkeypatch.setattr(module, "datetime", Clock)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        call(script, *flags_of(world, script), *LENGTH[script](1))
+    assert len(list((tmp_path / "runs").glob(f"{script}__{script}__1__20261126-120000*"))) == 2
+
+
+# --- interruptions ---
+
+
+def die_at(patch, owner, name, calls):
+    """Let a function raise at its so-manieth call, as if the process had died there; saving leaves half a file."""
+    original, seen = getattr(owner, name), []
+
+    def dies(*arguments, **keywords):
+        seen.append(name)
+        if len(seen) < calls:
+            return original(*arguments, **keywords)
+        if name == "save_state":
+            arguments[1].mkdir(parents=True)
+            (arguments[1] / "model.safetensors").write_bytes(b"half")
+        raise RuntimeError("died")
+
+    patch.setattr(owner, name, dies)
+
+
+@scripts
+@pytest.mark.parametrize("where", [(accelerate.Accelerator, "save_state", 3), (Path, "replace", 3), (shutil, "rmtree", 2)],
+                         ids=["tensors are written", "state.json changes", "older ones go"])  # fmt: skip
+def test_a_run_that_dies_while_it_saves_resumes_bit_for_bit(finished, train, script, where, tmp_path):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="died"):
+        die_at(patch, *where)
+        train(script, save_every=1)
+    assert state(tmp_path / "run")["step"] == (3 if where[1] == "rmtree" else 2)
+    call(script, "--resume", tmp_path / "run")
+    assert same(weights(tmp_path / "run"), weights(finished(script)))
+    assert dict(scalars(tmp_path / "run", "eval/loss")) == dict(scalars(finished(script), "eval/loss"))
+    assert {path.name for path in (tmp_path / "run" / "checkpoint").iterdir()} >= {"6", "state.json"}
+
+
+@scripts
+def test_a_run_killed_at_any_moment_resumes_to_the_same_weights_bit_for_bit(world, train, script, tmp_path):
+    length = [*LENGTH[script](60), "--eval-every", 20]
+    flags = [*flags_of(world, script, run_dir=tmp_path / "run", save_every=1), *length]
+    process = subprocess.Popen(command(script, *flags), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "checkpoint" / "state.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 1))
+    process.kill()
+    process.wait()
+    shutil.rmtree(tmp_path / "run" / "model", ignore_errors=True)  # if it was quicker than the kill
+    assert 0 < state(tmp_path / "run")["step"]
+    call(script, "--resume", tmp_path / "run", "--save-every", 0)
+    whole = train(script, *length, run_dir="whole")
+    assert same(weights(tmp_path / "run"), weights(whole))
+    assert dict(scalars(tmp_path / "run", "eval/loss")) == dict(scalars(whole, "eval/loss"))
+
+
+@scripts
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_first_and_the_printed_command_goes_on(world, script, number, tmp_path):
+    run_dir = tmp_path / "my run"
+    flags = [*flags_of(world, script, run_dir=run_dir, save_every=1), *LENGTH[script](100_000)]
+    process = subprocess.Popen(command(script, *flags), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (run_dir / "checkpoint" / "state.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=100)
+    last, step = err.strip().splitlines()[-1], state(run_dir)["step"]
+    assert process.returncode == 1 and "Traceback" not in err
+    assert step > 0 and last.startswith(f"stopped at update {step}; to go on: ")
+    python, file, *rest = shlex.split(last.partition("to go on: ")[2])
+    assert (python, Path(file)) == ("python", ALGOS / f"{script}.py") and rest == ["--resume", str(run_dir)]
+    call(script, *rest, *LENGTH[script](step + 2))
+    assert state(run_dir)["step"] == step + 2 and (run_dir / "model").exists()
 
 
 # --- resume ---
 
 
 @scripts
-def test_a_run_killed_at_any_moment_resumes_to_the_same_weights_bit_for_bit(finished, script, world, tmp_path):
-    run_dir = tmp_path / "run"
-    flags = (*SHORT, *where(world, script), "--run-dir", run_dir)
-    process = subprocess.Popen(command(script, *flags), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not (run_dir / "checkpoint.pt").exists() and time.time() < deadline:
-        time.sleep(0.005)
-    time.sleep(random.uniform(0, 0.3))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    shutil.rmtree(run_dir / "model", ignore_errors=True)  # if it was quicker than the kill
-    resumed = run(script, "--resume", run_dir / "checkpoint.pt")
-    assert resumed.returncode == 0, resumed.stderr
-    assert same(weights(run_dir), weights(finished(script)))
-    for tag in ("loss", "grad_norm"):
-        assert scalars(run_dir, tag) == scalars(finished(script), tag)
-
-
-@scripts
-def test_a_finished_run_is_only_evaluated(finished, script, tmp_path, call):
+def test_run_folder_and_checkpoint_folder_resume_and_flags_given_then_count(finished, script, tmp_path):
     shutil.copytree(finished(script), tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "model")
-    status, out, err, run_dir = call(script, "--resume", tmp_path / "run" / "checkpoint.pt")
-    assert status == 0, err
-    assert "update 12: held-out" in out and same(weights(run_dir), weights(finished(script)))
-    assert scalars(run_dir, "loss") == scalars(finished(script), "loss")
+    with pytest.MonkeyPatch.context() as patch:
+        loads, load = [], torch.load
+        patch.setattr(torch, "load", lambda *a, **k: loads.append(k.get("weights_only")) or load(*a, **k))
+        call(script, "--resume", tmp_path / "run")  # a finished run: nothing to train
+    assert loads and all(loads)  # no code of a checkpoint runs
+    assert same(weights(tmp_path / "run"), weights(finished(script)))
+    assert [step for step, _ in scalars(tmp_path / "run", "loss")] == [1, 6]
+    call(script, "--resume", tmp_path / "run" / "checkpoint", *LENGTH[script](8), "--learning-rate", 1e-2)
+    ran = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert ran["learning_rate"] == 1e-2 and ran == state(tmp_path / "run")["args"]
+    assert [step for step, _ in scalars(tmp_path / "run", "loss")] == [1, 6, 8]
+    assert not same(weights(tmp_path / "run"), weights(finished(script)))
 
 
 @scripts
-def test_a_checkpoint_of_other_data_or_another_model_is_refused(finished, script, world, call):
-    checkpoint = finished(script) / "checkpoint.pt"
-    for flag, name in (("--dataset", "dataset"), ("--model", "model"), ("--batch-size", "batch_size")):
-        value = world / "elsewhere" if flag != "--batch-size" else 4
-        status, _, err, _ = call(script, "--resume", checkpoint, flag, value)
-        assert status == 2 and err.startswith("error: --resume") and f"made with {name}" in err
+def test_a_checkpoint_of_another_script_or_none_is_refused(finished, script, tmp_path):
+    other = SCRIPTS[SCRIPTS.index(script) - 1]
+    with pytest.raises(SystemExit, match=rf"--resume .*checkpoint: written by {other}\.py, not {script}\.py"):
+        call(script, "--resume", finished(other))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        call(script, "--resume", tmp_path / "nowhere")
 
 
-# --- one gradient, however it is computed ---
+@scripts
+def test_a_directory_that_holds_a_run_is_refused_and_one_without_checkpoint_is_not(finished, train, script):
+    def files():
+        return sorted((path, path.stat().st_mtime_ns) for path in finished(script).rglob("*"))
+
+    before = files()
+    with pytest.raises(SystemExit, match="holds a run: choose another --run-dir, or continue it with --resume"):
+        train(script, run_dir=finished(script))
+    assert files() == before
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="died"):
+        die_at(patch, accelerate.Accelerator, "save_state", 1)
+        train(script)
+    assert same(weights(train(script)), weights(finished(script)))
 
 
-@pytest.fixture
-def curve(call, monkeypatch):
-    """Loss and gradient norm of each of the first updates with given flags."""
+# --- the same numbers, however they are computed ---
 
-    def get(script, *flags, run_dir="run"):
-        monkeypatch.setattr(importlib.import_module(script), "LOG_EVERY", 1)
-        status, _, err, run_dir = call(script, *flags, "--max-steps", 3, "--eval-every", 0, run_dir=run_dir)
-        assert status == 0, err
+
+@scripts
+def test_two_processes_compute_the_updates_of_one(finished, world, script, tmp_path):
+    done = start(script, *flags_of(world, script, run_dir=tmp_path / "two"), processes=2)
+    assert done.returncode == 0, done.stderr
+    for tag in ("loss", "grad_norm", *TAGS[script].split()):
+        one, two = (dict(scalars(run_dir, tag)) for run_dir in (finished(script), tmp_path / "two"))
+        assert one and two == pytest.approx(one, rel=1e-3, abs=1e-5), tag
+    one, two = weights(finished(script)), weights(tmp_path / "two")
+    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+
+
+@row_scripts
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_micro_batches_of_unequal_lengths_give_the_update_of_the_whole_batch(train, script, size):
+    runs = [train(script, *LENGTH[script](1), run_dir=str(b), micro_batch_size=b) for b in (8, size)]
+    files = [run_dir / "checkpoint" / "1" / "optimizer.bin" for run_dir in runs]
+    whole, parts = (torch.load(file, weights_only=True)["state"] for file in files)
+    for name in whole:
+        a, b = whole[name]["exp_avg"], parts[name]["exp_avg"]
+        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-7, name
+    for tag in ("loss", "grad_norm"):  # before clipping
+        assert scalars(runs[1], tag)[0][1] == pytest.approx(scalars(runs[0], tag)[0][1], rel=1e-4)
+
+
+@scripts
+def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(finished, train, script):
+    def curve(run_dir):
         return [value for tag in ("loss", "grad_norm") for _, value in scalars(run_dir, tag)]
 
-    return get
+    plain, passes = curve(finished(script)), []
+    for flags in ([], ["--gradient-checkpointing"]):
+        with pytest.MonkeyPatch.context() as patch:
+            calls = spy_on(patch, transformers.models.llama.modeling_llama.LlamaAttention, "forward")
+            assert curve(train(script, *flags, run_dir=f"run{flags}")) == pytest.approx(plain, rel=1e-5)
+            passes.append(len(calls))
+    assert passes[1] == passes[0] + 24  # 6 updates, 2 micro-batches, 2 layers
+    rounded = train(script, "--bf16", run_dir="rounded")
+    assert curve(rounded) == pytest.approx(plain, rel=0.1, abs=0.05)
+    assert curve(rounded) != pytest.approx(plain, rel=1e-5)
+    assert {tensor.dtype for tensor in weights(rounded).values()} == {torch.float32}
 
 
 @scripts
-def test_micro_batches_of_unequal_lengths_add_up_to_the_batch(script, curve):
-    whole = curve(script, run_dir="8")
-    for size in (1, 2, 4):
-        assert curve(script, "--micro-batch-size", size, run_dir=str(size)) == pytest.approx(whole, rel=1e-4)
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(train, finished, script, tmp_path):
+    shutil.copytree(finished(script), tmp_path / "run", ignore=shutil.ignore_patterns("model"))
+    with pytest.raises(SystemExit, match=r"became nan or inf before update \d+; .*run/checkpoint is older"):
+        call(script, "--resume", tmp_path / "run", *LENGTH[script](12), "--learning-rate", 1e30)
+    assert state(tmp_path / "run")["step"] == 6 and not (tmp_path / "run" / "model").exists()
+    tensors = load_file(tmp_path / "run" / "checkpoint" / "6" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+# --- models ---
+
+
+def loads(script, folder, max_length=64):
+    """A model as the script's main loads it."""
+    head = {"num_labels": 1} if script == "reward_model" else {}
+    return importlib.import_module(script).load_model(LOADERS[script], str(folder), max_length, **head)
+
+
+def with_names(change):
+    """A function that writes a checkpoint whose tensors have other names, or are left out where they have none."""
+
+    def write(folder):
+        tiny.make_model(folder)
+        tensors = {change(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+        tensors.pop("", None)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return write
+
+
+def of_config(name, **changed):
+    """A function that writes a language model of another family of transformers."""
+
+    def write(folder):
+        config = getattr(transformers, f"{name}Config")(vocab_size=23, hidden_size=32, num_hidden_layers=2, **changed)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tiny.word_tokenizer().save_pretrained(folder)
+
+    return write
+
+
+def with_larger_tokenizer(folder):
+    """A tokenizer with more tokens than the model has embeddings."""
+    tiny.make_model(folder)
+    tiny.bpe_tokenizer().save_pretrained(folder)
+
+
+BAD_MODELS = {  # a function that writes the model, and what the message has to say
+    "a layer missing": (with_names(lambda name: name * ("layers.1" not in name)), "lacks the weights .*layers.1.mlp"),
+    "names behind module.": (with_names("module.{}".format), "lacks the weights .*layers.0"),
+    "names behind _orig_mod.": (with_names("_orig_mod.{}".format), "lacks the weights .*layers.0"),
+    "an encoder": (of_config("Bert", num_attention_heads=4, intermediate_size=64), "not causal|lacks the weights"),
+    "mamba": (of_config("Mamba", state_size=8), "not causal, or keeps no cache|MambaConfig"),
+    "rwkv": (of_config("Rwkv", attention_hidden_size=32), "not causal, or keeps no cache|RwkvConfig"),
+    "no eos": (lambda folder: tiny.make_model(folder, tokenizer=tiny.word_tokenizer(eos=None)), "EOS None"),
+    "too few embeddings": (with_larger_tokenizer, "23 embeddings for 342 tokens"),
+    "too few positions": (lambda folder: tiny.make_model(folder, max_position_embeddings=32), "32 positions"),
+    "no such folder": (lambda folder: None, "Repo id .*nothing"),
+}
 
 
 @scripts
-def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(script, curve):
-    plain = curve(script, run_dir="plain")
-    assert curve(script, "--gradient-checkpointing", run_dir="recomputed") == pytest.approx(plain, rel=1e-5)
-    rounded = curve(script, "--dtype", "bfloat16", run_dir="rounded")
-    assert rounded == pytest.approx(plain, rel=0.1, abs=0.02) and rounded != pytest.approx(plain, rel=1e-6)
+@pytest.mark.parametrize("fault", BAD_MODELS)
+def test_models_that_would_be_silently_wrong_are_refused(script, fault, tmp_path):
+    write, message = BAD_MODELS[fault]
+    write(tmp_path / "nothing")
+    with pytest.raises((SystemExit, ValueError, OSError), match=message):
+        loads(script, tmp_path / "nothing")
 
 
 @scripts
-@pytest.mark.parametrize("flags", [(), ("--fsdp",)], ids=["replicated", "sharded"])
-def test_two_processes_compute_the_update_of_one(finished, script, flags, world, tmp_path):
-    done = run(script, *SHORT, *where(world, script), *flags, "--run-dir", tmp_path / "two", processes=2)
-    assert done.returncode == 0, done.stderr
-    for tag in ("loss", "grad_norm", "eval/loss"):
-        one = [value for _, value in scalars(finished(script), tag)]
-        assert [value for _, value in scalars(tmp_path / "two", tag)] == pytest.approx(one, rel=2e-3), tag
-    first = [scalars(run_dir, "grad_norm")[0][1] for run_dir in (finished(script), tmp_path / "two")]
-    assert first[0] == pytest.approx(first[1], rel=1e-5)
-    assert LOADER[script].from_pretrained(tmp_path / "two" / "model") is not None
-
-
-@scripts
-def test_a_sharded_run_resumes_to_the_weights_of_the_uninterrupted_one(script, world, tmp_path):
-    flags = (*SHORT, *where(world, script), "--fsdp", "--eval-split", "")
-    whole = run(
-        script, *flags, "--run-dir", tmp_path / "whole", "--max-steps", 4, "--schedule", "constant", processes=2
-    )
-    half = run(script, *flags, "--run-dir", tmp_path / "half", "--max-steps", 2, "--schedule", "constant", processes=2)
-    assert whole.returncode == half.returncode == 0, whole.stderr + half.stderr
-    rest = run(script, "--resume", tmp_path / "half" / "checkpoint.pt", "--max-steps", 4, processes=2)
-    assert rest.returncode == 0, rest.stderr
-    far = furthest(weights(tmp_path / "half"), weights(tmp_path / "whole"))
-    assert far < 1e-5  # rounding; lost moments would move weights by the learning rate
-
-
-@pytest.mark.parametrize("script", ["sft", "reward_model", "dpo", "rlhf_ppo"])
-def test_help_waits_for_none_of_the_heavy_libraries(script):
-    code = (
-        "import runpy, sys\n"
-        "try: runpy.run_path(sys.argv[1], run_name='__main__')\n"
-        "except SystemExit: print(*sorted(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, ALGOS / f"{script}.py", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
-    heavy = {"datasets", "transformers.modeling_utils", "torch.distributed.checkpoint", "torch.distributed.fsdp"}
-    assert not heavy & set(done.stdout.splitlines()[-1].split())
-
-
-# --- models and data of all kinds ---
+def test_a_reward_model_is_no_language_model_and_one_with_two_labels_no_reward_model(script, tmp_path):
+    tiny.make_model(tmp_path / "lm", "qwen3", tie_word_embeddings=False)
+    labels = {"num_labels": 2 if script == "reward_model" else 1}
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "lm", **labels).save_pretrained(tmp_path / "rm")
+    tiny.word_tokenizer().save_pretrained(tmp_path / "rm")
+    with pytest.raises((SystemExit, RuntimeError), match="lacks the weights .*lm_head.weight|ignore_mismatched_sizes"):
+        loads(script, tmp_path / "rm")
 
 
 @scripts
 @pytest.mark.parametrize("arch", tiny.CONFIGS)
-def test_every_causal_architecture_trains(script, arch, call, tmp_path):
-    tiny.make_model(tmp_path / arch, arch)
-    status, _, err, run_dir = call(script, "--model", tmp_path / arch, "--max-steps", 2)
-    assert status == 0, err
-    before, after = load_file(tmp_path / arch / "model.safetensors"), weights(run_dir)
-    assert any(not torch.equal(before[name], after[name]) for name in before.keys() & after.keys())
+def test_every_causal_architecture_trains(train, script, arch, tmp_path):
+    before = tiny.make_model(tmp_path / arch, arch).state_dict()
+    after = weights(train(script, *LENGTH[script](2), model=tmp_path / arch))
+    body = [name for name in after if name in before and before[name].dim() > 1]
+    assert len(body) >= 9 and not any(torch.equal(after[name], before[name]) for name in body)
 
 
+@pytest.mark.xfail(strict=True, reason="load_model leaves the merged weights frozen")
 @scripts
-def test_messages_files_and_slices_of_splits_do(script, call, world, tmp_path):
-    rows = DATA[script](40)
-    tiny.write_jsonl(tmp_path / "chat.jsonl", [tiny.as_messages(row) for row in rows])
-    (tmp_path / "plain.json").write_text(json.dumps(rows))
-    for name in ("chat.jsonl", "plain.json"):
-        flags = ("--dataset", tmp_path / name, "--train-split", "train[:80%]", "--eval-split", "train[80%:]")
-        status, _, err, run_dir = call(script, *flags, "--max-steps", 1, run_dir=name[:4])
-        assert status == 0, err
-        assert math.isfinite(scalars(run_dir, "eval/loss")[-1][1])
+def test_an_adapter_as_model_trains(train, world, script, tmp_path):
+    model, lora = AutoModelForCausalLM.from_pretrained(world / "model"), peft.LoraConfig(target_modules="all-linear")
+    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    tiny.word_tokenizer().save_pretrained(tmp_path / "adapter")
+    run_dir = train(script, model=tmp_path / "adapter")
+    assert scalars(run_dir, "eval/loss")[-1][1] < scalars(run_dir, "eval/loss")[0][1]
 
 
-@scripts
-def test_rows_that_are_cut_or_left_out_are_counted(script, call, tmp_path, world):
-    rows = DATA[script](20)
-    rows[3]["prompt"] = "review of the film " * 10 + ":"
+# --- from text to tokens ---
+
+
+@row_scripts
+@pytest.mark.parametrize("name", tiny.TOKENIZERS)
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_rows_of_a_run_begin_once_and_end_once_whatever_the_tokenizer(train, script, name, form, tmp_path):
+    make, turn_end = tiny.TOKENIZERS[name]
+    tokenizer, module = make(), importlib.import_module(script)
+    tiny.make_model(tmp_path / "model", tokenizer=tokenizer)
+    rows = ROWS[script](8) if form == "text" else [tiny.as_messages(row) for row in ROWS[script](8)]
     tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
-    flags = ("--dataset", tmp_path / "rows.jsonl", "--eval-split", "", "--max-length", 12, "--max-steps", 1)
-    status, out, err, _ = call(script, *flags)
-    assert status == 0, err
-    assert "split train: of 20 rows" in out and "12 tokens and 1 left out" in out
+    with pytest.MonkeyPatch.context() as patch:
+        batches = spy_on(patch, module, "batch_at")
+        flags = {"model": tmp_path / "model", "dataset": tmp_path / "rows.jsonl", "eval_split": "", "eval_every": 0}
+        run_dir = train(script, *LENGTH[script](1), **flags)
+    eos = tokenizer.eos_token
+    stop, eos = tokenizer.convert_tokens_to_ids([turn_end if form == "chat" else eos, eos])
+    begin = [i for i in (tokenizer.bos_token_id, tokenizer.cls_token_id) if i is not None]
+    for prompt, *texts in (row[: len(rows[0])] for row in batches[-1][1]):
+        assert prompt and (eos not in prompt if form == "text" else prompt[-1] != eos or turn_end == "[SEP]")
+        assert sum(map(prompt.count, begin)) <= 1
+        for text in texts:
+            assert text[-1] == stop and text.count(stop) == 1 and eos not in text[:-1]
+            assert not set(begin) & set(text)
+    if script == "reward_model":
+        assert AutoTokenizer.from_pretrained(run_dir / "model").pad_token_id not in (stop, eos, None)
+    else:  # generation stops where training ended the texts
+        stops = json.loads((run_dir / "model" / "generation_config.json").read_text())["eos_token_id"]
+        assert {stop, eos} <= set(stops)
 
 
-@scripts
-def test_a_loss_that_is_not_finite_stops_the_run_with_status_1(script, call):
-    status, _, err, run_dir = call(script, "--learning-rate", 1e30, "--max-grad-norm", "inf", "--warmup", 0)
-    assert status == 1 and "error: the loss became nan at step" in err
-    assert not (run_dir / "model").exists()
+# --- data ---
 
 
-# --- bad input ---
+def cells(*values):
+    """Text of a csv file whose last column has these values, for the columns of a script."""
+    return lambda columns: "\n".join([",".join(columns), *("a," * (len(columns) - 1) + value for value in values)])
 
 
-def broken_line(folder, rows):
-    lines = [json.dumps(row) for row in rows]
-    (folder / "train.jsonl").write_text("\n".join([*lines[:3], '{"prompt": "half a', *lines[3:]]) + "\n")
+def lines(*values):
+    """Text of a jsonl file whose last column has these values, for the columns of a script."""
+    return lambda columns: "\n".join(json.dumps(dict.fromkeys(columns, "a") | {columns[-1]: v}) for v in values)
 
 
-def with_change(number, **columns):
-    def change(folder, rows):
-        rows[number] = {name: value for name, value in (rows[number] | columns).items() if value is not ...}
-        tiny.write_jsonl(folder / "train.jsonl", rows)
-
-    return change
-
-
-def with_columns(**names):
-    def rename(folder, rows):
-        rows = [{names.get(name, name): value for name, value in row.items()} for row in rows]
-        tiny.write_jsonl(folder / "train.jsonl", rows)
-
-    return rename
-
-
-def broken_bytes(folder, rows):
-    """A text that is not UTF-8."""
-    (folder / "train.jsonl").write_bytes(json.dumps(rows[0]).encode() + b'\n{"prompt": "\xff"}\n')
-
-
-BAD_DATA = {  # what is wrong with the data set: a function that writes it, and words of the message
-    "a broken line": (broken_line, ["line 4 of train.jsonl"]),
-    "bytes that are no text": (broken_bytes, ["UTF-8"]),
-    "misnamed columns": (with_columns(prompt="question", chosen="good", completion="answer"), ["question", "needs"]),
-    "a number": (with_change(2, prompt=5), ["row 3", "prompt", "5"]),
-    "messages among texts": (with_change(4, prompt=[{"role": "user", "content": "x"}]), ["row 5", "mixed"]),
-    "an empty completion": (with_change(1, completion="  ", rejected=" "), ["row 2", "empty"]),
-    "a missing value": (with_change(6, completion=..., chosen=...), ["row 7", "None"]),
-    "no rows": (lambda folder, rows: (folder / "train.jsonl").write_text(""), ["no rows"]),
+CHAT, HALF = [{"role": "assistant", "content": "a"}], '\n{"prompt": "half a\n'
+BAD_DATA = {  # name of the file, its text, and what the message has to say; LAST is the last column
+    "numbers in csv": ("x.csv", cells("1", "2"), "x.csv, split train, row 1, column LAST: 1 is not text"),
+    "NA in csv": ("x.csv", cells("great", "NA"), "row 2, column LAST: None is not text"),
+    "an empty cell": ("x.csv", cells("great", "fine", ""), "row 3, column LAST: None is not text"),
+    "messages in csv": ("x.csv", cells('"[{""role"": ""user"", ""content"": ""a""}]"'), "row 1, column LAST.*if csv"),
+    "as Python has them": ("x.csv", cells("\"[{'role': 'user', 'content': 'a'}]\""), "row 1, column LAST.*if csv"),
+    "null": ("x.jsonl", lines("a", "b", None), "row 3, column LAST: None is not text"),
+    "a number": ("x.jsonl", lines(5), "row 1, column LAST: 5 is not text"),
+    "no messages": ("x.jsonl", lines(CHAT, []), r"row 2, column LAST: \[\] is not"),
+    "no content": ("x.jsonl", lines(CHAT, [{"role": "assistant", "content": None}]), "row 2, column LAST"),
+    "other messages": ("x.jsonl", lines([{"from": "gpt", "value": "a"}]), "row 1, column LAST.*'from'"),
+    "a broken line": ("x.jsonl", lambda columns: lines("a")(columns) + HALF, "in row 1"),
+    "half a surrogate pair": ("x.jsonl", lines("a \ud83d"), "surrogate.*in row 0"),
+    "a key twice": ("x.jsonl", lambda columns: lines("a")(columns)[:-1] + f', "{columns[0]}": ""}}', "specified twice"),
+    "misnamed columns": ("x.jsonl", lambda _: '{"q": "a", "a": "b"}', r"x.jsonl has the columns \['q', 'a'\]: rename"),
+    "no rows": ("x.jsonl", lambda _: "", ""),
+    "no such file": ("x.jsonl", None, "Unable to find .*x.jsonl"),
+    "no such folder": ("x", None, "Couldn't find .*x"),
+    "another kind of file": ("x.txt", lambda _: "a", "Couldn't find .*x.txt"),
 }
-
-
-def refused(outcome, *words):
-    """Whether the outcome of `call` is one clear line with these words, exit status 2, and nothing written."""
-    status, _, err, run_dir = outcome
-    assert status == 2, err
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    assert all(str(word) in err for word in words), err
-    assert not run_dir.exists()
 
 
 @scripts
 @pytest.mark.parametrize("fault", BAD_DATA)
-def test_bad_data_is_refused_by_row_or_line(script, fault, call, tmp_path):
-    write, words = BAD_DATA[fault]
-    (tmp_path / "data").mkdir()
-    write(tmp_path / "data", DATA[script](12))
-    refused(call(script, "--dataset", tmp_path / "data", "--eval-split", ""), "--dataset", *words)
+def test_bad_data_ends_the_run_and_names_the_place(train, script, fault, tmp_path):
+    name, text, message = BAD_DATA[fault]
+    if text:
+        (tmp_path / name).write_text(text(COLUMNS[script]))
+    with pytest.raises((SystemExit, Exception)) as stop:
+        train(script, dataset=tmp_path / name)
+    said = f"{stop.value} {stop.value.__cause__}"
+    assert re.search(message.replace("LAST", COLUMNS[script][-1]), said), said
+    assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.xfail(strict=True, reason="load_rows knows messages in csv by their first seven letters only")
 @scripts
-def test_bad_flags_models_and_places_are_refused(script, call, tmp_path, world):
-    for flags, words in {
-        ("--batch-size", 0): ["--batch-size"],
-        ("--batch-size", 6, "--micro-batch-size", 4): ["multiple of --micro-batch-size"],
-        ("--batch-size", 64): ["--batch-size 64", "50 rows"],
-        ("--warmup", 1.5): ["--warmup"],
-        ("--learning-rate", -1): ["--learning-rate"],
-        ("--max-length", 500): ["128", "--max-length"],
-        ("--max-length", 2): ["--max-length 2", "no row"],
-        ("--fsdp",): ["torchrun"],
-        ("--train-split", "validation"): ["validation", "train"],
-        ("--eval-split", "validation"): ["validation", "--eval-split ''"],
-        ("--dataset", tmp_path / "nothing.jsonl"): ["nothing.jsonl", "no such"],
-        ("--dataset", tmp_path / "nothing"): ["nothing", "no such"],
-        ("--dataset", ALGOS / "ppo.py"): [".jsonl"],
-        ("--model", tmp_path / "nothing"): ["--model", "no such folder"],
-        ("--run-dir", "/proc/run"): ["--run-dir /proc/run"],
-        ("--device", "cuda"): ["--device cuda"] if not torch.cuda.is_available() else None,
-        ("--resume", tmp_path / "no.pt"): ["--resume", "no such file"],
-    }.items():
-        if words:
-            refused(call(script, *flags), *words)
+@pytest.mark.parametrize("cell", ["[{'content': 'a', 'role': 'user'}]", "[ {'role': 'user', 'content': 'a'}]",
+                                  "[\n  {'role': 'user', 'content': 'a'}]"], ids=repr)  # fmt: skip
+def test_messages_that_csv_lost_are_refused_however_they_are_written(train, script, cell, tmp_path):
+    (tmp_path / "x.csv").write_text(cells(f'"{cell}"')(COLUMNS[script]))
+    with pytest.raises(SystemExit, match="row 1, column .*if csv lost"):
+        train(script, dataset=tmp_path / "x.csv")
 
 
-@scripts
-def test_a_model_without_weights_tokenizer_eos_or_template_is_refused(script, call, tmp_path, world):
-    whole = tmp_path / "whole"
-    tiny.make_model(whole)
-    bare = tmp_path / "bare"
-    shutil.copytree(whole, bare)
-    (bare / "model.safetensors").unlink()
-    refused(call(script, "--model", bare), "--model", "no weights")
-    lost = tmp_path / "lost"
-    shutil.copytree(whole, lost, ignore=shutil.ignore_patterns("tokenizer*"))
-    refused(call(script, "--model", lost), "--model", "tokenizer")
-    endless = tmp_path / "endless"
-    tiny.make_model(endless, tokenizer=tiny.word_tokenizer(eos=None))
-    refused(call(script, "--model", endless), "--model", "EOS")
-    small = tmp_path / "small"
-    shutil.copytree(whole, small)
-    larger = tiny.bpe_tokenizer()
-    larger.pad_token = "<s>"
-    larger.save_pretrained(small)
-    refused(call(script, "--model", small), "--model", "tokens in the tokenizer")
-    mute = tmp_path / "mute"
-    tokenizer = tiny.word_tokenizer()
-    tokenizer.chat_template = None
-    tiny.make_model(mute, tokenizer=tokenizer)
-    tiny.write_jsonl(tmp_path / "chat.jsonl", [tiny.as_messages(row) for row in DATA[script](12)])
-    refused(call(script, "--model", mute, "--dataset", tmp_path / "chat.jsonl", "--eval-split", ""), "chat template")
+@row_scripts
+def test_a_row_without_room_or_text_is_left_out_with_a_count_and_a_long_completion_cut(script, tmp_path, capsys):
+    rows, module = ROWS[script](5), importlib.import_module(script)
+    rows[1]["prompt"] = "review " * 8
+    rows[2][COLUMNS[script][-1]] = "  "
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    kept = module.load_rows(str(path), "train", tiny.word_tokenizer(), 8)
+    assert "2 of 5 rows left out" in capsys.readouterr().out and len(kept) == 3
+    assert all(len(prompt) + len(text) <= 8 and text for prompt, *texts in kept for text in texts)
+    assert any(len(prompt) + len(text) == 8 and text[-1] != 1 for prompt, *texts in kept for text in texts)
 
 
-@scripts
-def test_code_that_comes_with_a_model_is_never_run(script, call, tmp_path):
-    folder = tmp_path / "code"
-    tiny.make_model(folder)
-    config = json.loads((folder / "config.json").read_text())
-    auto = {
-        "AutoConfig": "evil.Config",
-        "AutoModelForCausalLM": "evil.M",
-        "AutoModelForSequenceClassification": "evil.M",
-    }
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": auto}))
-    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    refused(call(script, "--model", folder), "--model", "never run")
-    assert not (tmp_path / "ran").exists()
+@row_scripts
+def test_files_and_slices_of_splits_give_the_rows_of_a_folder(world, script, tmp_path):
+    module, rows, tokenizer = importlib.import_module(script), ROWS[script](26), tiny.word_tokenizer()
+    expected = module.load_rows(str(world / script), "train", tokenizer, 64)
+    (tmp_path / "rows.json").write_text(json.dumps([row | {"score": 3} for row in rows]))
+    (tmp_path / "rows.csv").write_text("\n".join([",".join(rows[0]), *(",".join(row.values()) for row in rows)]))
+    for file in ("rows.json", "rows.csv"):
+        begin, end = (
+            module.load_rows(str(tmp_path / file), f"train[{part}]", tokenizer, 64) for part in (":60%", "60%:")
+        )
+        assert begin + end == expected and 0 < len(begin) < 26
 
 
-@scripts
-def test_a_run_directory_that_is_taken_is_refused_and_kept(finished, script, call):
-    before = sorted(path.stat().st_mtime_ns for path in finished(script).rglob("*"))
-    status, _, err, _ = call(script, "--run-dir", finished(script))
-    assert status == 2 and "already holds a run" in err
-    assert sorted(path.stat().st_mtime_ns for path in finished(script).rglob("*")) == before
+@row_scripts
+@pytest.mark.parametrize("flags", [{"batch_size": 9}, {"micro_batch_size": 0}, {"max_length": 1}, {"epochs": 0},
+                                   {"learning_rate": -1}, {"warmup": -0.5}, {"save_every": -1}], ids=str)  # fmt: skip
+def test_flags_that_cannot_work_are_refused(train, script, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train(script, **flags)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and "must be" in said.out + said.err
 
 
-@scripts
-def test_a_copied_script_names_the_flags_it_needs(script, tmp_path):
-    shutil.copy(ALGOS / f"{script}.py", tmp_path / f"{script}.py")
-    done = subprocess.run(
-        [sys.executable, tmp_path / f"{script}.py"], capture_output=True, text=True, cwd=tmp_path, timeout=120
-    )
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: ") and "--model" in done.stderr and "--dataset" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == [f"{script}.py"]
+@row_scripts
+def test_more_rows_in_a_batch_than_in_the_data_are_refused(train, script):
+    with pytest.raises(SystemExit, match="26 (rows|pairs) don't fill a batch"):
+        train(script, batch_size=64)
