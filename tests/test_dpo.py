@@ -4,17 +4,14 @@ import itertools
 import json
 import math
 import signal
-import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import dpo
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from helpers import command, scalars
-from helpers import run as start
+from helpers import scalars
 from safetensors.torch import load_file
 from tiny import CONFIGS, as_messages, bpe_tokenizer, make_model, preferences, word_tokenizer, write_jsonl
 from torch import nn
@@ -161,7 +158,9 @@ def test_preference_loss_equals_hand_numbers():
     assert (found["logps/chosen"].item(), found["logps/rejected"].item()) == (-3, -5)
     smooth = 0.9 * math.log(1 + math.exp(-0.3)) + 0.1 * math.log(1 + math.exp(0.3))
     assert dpo.preference_loss(logprobs, ref, 0.2, 0.1, "sigmoid")["loss"].item() == pytest.approx(smooth, rel=1e-6)
-    assert dpo.preference_loss(logprobs, ref, 0.2, 0.0, "ipo")["loss"].item() == pytest.approx((1.5 - 2.5) ** 2, rel=1e-6)
+    assert dpo.preference_loss(logprobs, ref, 0.2, 0.0, "ipo")["loss"].item() == pytest.approx(
+        (1.5 - 2.5) ** 2, rel=1e-6
+    )
 
 
 def test_swapping_chosen_and_rejected_negates_the_margin_and_a_tie_is_half_a_success():
@@ -232,7 +231,9 @@ def test_on_an_enumerable_world_all_bradley_terry_pairs_lead_to_the_exact_optimu
 # --- runs ---
 
 
-@pytest.mark.parametrize("flags", [{}, {"micro_batch_size": 1}, {"lora_rank": 2}, {"epochs": 2}, {"bf16": True}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{}, {"micro_batch_size": 1}, {"lora_rank": 2}, {"epochs": 2}, {"bf16": True}], ids=str
+)
 def test_the_first_loss_is_ln_2_for_the_weights_in_memory(world, monkeypatch, flags):
     load = dpo.load_model
 
@@ -280,26 +281,10 @@ def test_logged_losses_are_means_over_the_interval(world, monkeypatch):
     assert metric(together, "loss")[4] == pytest.approx((one[2] + one[3] + one[4]) / 3, rel=1e-5)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_micro_batches_give_the_gradient_of_the_whole_batch(world, size):
-    whole = first_gradient(world("whole", micro_batch_size=8, max_steps=1))
-    parts = first_gradient(world("parts", micro_batch_size=size, max_steps=1))
-    for name, gradient in whole.items():
-        assert (gradient - parts[name]).norm() <= 1e-4 * gradient.norm() + 1e-7, name
-    norms = [metric(world(name), "grad_norm")[1] for name in ("whole", "parts")]  # before clipping
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
-
-
 def test_the_gradient_is_clipped_to_norm_one(world):
     args = world(max_steps=1, beta=20.0)
     norm = torch.cat([gradient.flatten() for gradient in first_gradient(args).values()]).norm().item()
     assert norm == pytest.approx(1, rel=1e-3) and metric(args, "grad_norm")[1] > 2
-
-
-def test_gradient_checkpointing_changes_nothing_and_samples_still_come(world):
-    plain, recomputed = world("plain"), world("recomputed", gradient_checkpointing=True)
-    run(plain), run(recomputed)
-    assert metric(recomputed, "loss") == pytest.approx(metric(plain, "loss"), rel=1e-5)
 
 
 @pytest.mark.parametrize("flags", [{}, {"lora_rank": 2}, {"micro_batch_size": 4}], ids=str)
@@ -315,81 +300,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(world, monkeypat
     assert list(scalars(tmp_path / "parts", "loss"))[-1][0] == 6
 
 
-def test_flags_given_on_resume_count_and_args_json_says_what_ran(world, monkeypatch):
-    args = world(save_every=3)
-    run(args)
-    folder = dpo.Path(args.run_dir)
-    resume(monkeypatch, folder / "checkpoint", "--max-steps", 8, "--beta", 2.0)
-    assert json.loads((folder / "args.json").read_text())["beta"] == 2.0
-    assert list(metric(args, "loss")) == [1, 3, 6, 8]
-    resume(monkeypatch, folder)  # a finished run: nothing to do
-    assert list(metric(args, "loss")) == [1, 3, 6, 8]
-
-
-def test_a_checkpoint_runs_no_code(world, monkeypatch):
-    args = world()
-    run(args)
-    loads, load = [], torch.load
-    monkeypatch.setattr(torch, "load", lambda *a, **k: loads.append(k.get("weights_only")) or load(*a, **k))
-    resume(monkeypatch, args.run_dir)
-    assert loads and all(loads)
-
-
-def test_two_processes_compute_the_updates_of_one(world, tmp_path):
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(world()).items()
-             if name in ("model", "dataset", "device", "max_length", "batch_size", "learning_rate", "max_steps")]
-    for processes in (1, 2):
-        done = start("dpo", *flags, "--micro-batch-size", 4, "--run-dir", tmp_path / str(processes), processes=processes)
-        assert done.returncode == 0, done.stderr
-    for tag in ("loss", "grad_norm", "eval/loss", "rewards/chosen", "eval/rewards/margins"):
-        one, two = (dict(scalars(tmp_path / folder, tag)) for folder in "12")
-        assert two == pytest.approx(one, rel=1e-3, abs=1e-5), tag
-    one, two = (load_file(tmp_path / folder / "model" / "model.safetensors") for folder in "12")
-    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_first_and_the_printed_command_goes_on(world, tmp_path, number):
-    flags = ["--model", tmp_path / "model", "--dataset", tmp_path / "data", "--max-length", 64, "--run-dir", tmp_path / "r"]
-    world()
-    process = subprocess.Popen(command("dpo", *flags, "--batch-size", 8, "--max-steps", 100_000), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-    deadline = time.time() + 100
-    while not list((tmp_path / "r").glob("events*")) and time.time() < deadline:
-        time.sleep(0.1)
-    time.sleep(3)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    last = err.strip().splitlines()[-1]
-    step = json.loads((tmp_path / "r" / "checkpoint" / "state.json").read_text())["step"]
-    assert step > 0 and last.startswith(f"stopped at update {step}; to go on: python ")
-    assert last.endswith(f"dpo.py --resume '{tmp_path / 'r'}'") and "Traceback" not in err
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(world):
-    args = world(learning_rate=1e30, warmup=0.0)
-    with pytest.raises(SystemExit, match="nan or inf"):
-        run(args)
-    assert not (dpo.Path(args.run_dir) / "model").exists()
-
-
-def test_a_directory_that_holds_a_run_is_refused(world):
-    args = world()
-    run(args)
-    with pytest.raises(SystemExit, match="holds a run"):
-        run(args)
-
-
-def test_default_run_directories_differ_and_the_rate_is_one_for_pretrained_models(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for rank in (0, 2):
-        args = world(max_steps=1, learning_rate=0.0, lora_rank=rank)
-        args.run_dir = ""
-        AcceleratorState._reset_state(reset_partial_state=True)
-        dpo.main(args)
-    out = capsys.readouterr().out
-    assert "learning rate: 1e-06" in out and "learning rate: 1e-05" in out
-    assert len(list((tmp_path / "runs").iterdir())) == 2
+def test_the_default_learning_rate_of_adapters_is_a_larger_one(world, capsys):
+    run(world(max_steps=1, learning_rate=0.0, lora_rank=2))
+    assert "learning rate: 1e-05" in capsys.readouterr().out
 
 
 # --- models ---
@@ -418,54 +331,6 @@ def test_an_adapter_as_model_is_base_plus_adapter(world, tmp_path):
     assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in merged.items())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_weights_are_saved_in_the_dtype_in_which_they_came(world, tmp_path, dtype):
-    make_model(tmp_path / "model").to(dtype).save_pretrained(tmp_path / "model")
-    assert {value.dtype for value in run(world(max_steps=1)).values()} == {dtype}
-
-
-def loads(folder, max_length=64):
-    return dpo.load_model(dpo.transformers.AutoModelForCausalLM, str(folder), max_length)
-
-
-def test_models_that_would_be_silently_wrong_are_refused(tmp_path):
-    import transformers
-
-    tokenizer = word_tokenizer()
-    make_model(tmp_path / "whole", "qwen3")
-    with pytest.raises(SystemExit, match="128 positions"):
-        loads(tmp_path / "whole", 129)
-    with pytest.raises(OSError, match="Repo id .*nothing"):
-        loads(tmp_path / "nothing")
-    scorer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole", num_labels=1)
-    scorer.save_pretrained(tmp_path / "scorer")
-    tokenizer.save_pretrained(tmp_path / "scorer")
-    with pytest.raises(SystemExit, match="lacks the weights .*lm_head.weight"):
-        loads(tmp_path / "scorer")
-    small = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
-    bert = transformers.BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **small)
-    mamba = transformers.MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=8)
-    for name, config in (("bert", bert), ("mamba", mamba)):
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-        with pytest.raises(SystemExit, match="not causal, or keeps no cache"):
-            loads(tmp_path / name)
-    make_model(tmp_path / "endless", tokenizer=word_tokenizer(eos=None))
-    with pytest.raises(SystemExit, match="EOS None"):
-        loads(tmp_path / "endless")
-    make_model(tmp_path / "narrow")
-    bpe_tokenizer().save_pretrained(tmp_path / "narrow")
-    with pytest.raises(SystemExit, match="23 embeddings for 342 tokens"):
-        loads(tmp_path / "narrow")
-
-
-@pytest.mark.parametrize("arch", CONFIGS)
-def test_causal_architectures_pass_the_probe(arch, tmp_path):
-    make_model(tmp_path, arch)
-    model, _ = loads(tmp_path)
-    assert model.dtype == torch.float32
-
-
 # --- data ---
 
 
@@ -490,49 +355,21 @@ def test_a_text_prompt_before_conversations_is_the_users_turn_as_in_ultrafeedbac
     user, says = {"role": "user", "content": "review of plot :"}, lambda text: {"role": "assistant", "content": text}
     tokenizer = word_tokenizer()
     plain = {"prompt": [user], "chosen": [says("great .")], "rejected": [says("dull .")]}
-    h4 = {"prompt": "review of plot :", "chosen": [user, says("great .")], "rejected": [user, says("dull .")], "score": 8}
+    h4 = {
+        "prompt": "review of plot :",
+        "chosen": [user, says("great .")],
+        "rejected": [user, says("dull .")],
+        "score": 8,
+    }
     expected = dpo.load_rows(str(write_jsonl(tmp_path / "plain.jsonl", [plain])), "train", tokenizer, 64)
     assert dpo.load_rows(str(write_jsonl(tmp_path / "h4.jsonl", [h4])), "train", tokenizer, 64) == expected
 
 
-def test_pairs_without_room_or_text_are_left_out_with_a_count_and_long_completions_cut(tmp_path, capsys):
-    rows = preferences(4)
-    rows[1]["prompt"] = "review " * 8
-    rows[2]["rejected"] = "  "
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    kept = dpo.load_rows(str(path), "train", word_tokenizer(), 8)
-    assert "2 of 4 rows left out" in capsys.readouterr().out and len(kept) == 2
-    assert all(len(prompt) + len(text) <= 8 and text for prompt, *texts in kept for text in texts)
-
-
-@pytest.mark.parametrize(
-    "row,message",
-    [
-        ({"prompt": "review", "chosen": "great"}, "columns .*rename them"),
-        ({"prompt": "review", "chosen": "great", "rejected": 3}, "row 2, column rejected: 3 is not text"),
-        ({"prompt": "review", "chosen": None, "rejected": "b"}, "row 2, column chosen: None is not text"),
-        ({"prompt": "review", "chosen": "a", "rejected": '[{"role": "user"}]'}, "row 2, column rejected.*csv"),
-        ({"prompt": "review", "chosen": "a", "rejected": [{"role": "user", "content": "x"}]}, "row 2, column rejected"),
-    ],
-    ids=["missing column", "a number", "null", "messages as text", "mixed"],
-)  # fmt: skip
-def test_bad_pairs_are_named(tmp_path, row, message):
-    good = {column: "x" for column in row}
-    with pytest.raises(SystemExit, match=message):
-        dpo.load_rows(str(write_jsonl(tmp_path / "bad.jsonl", [good, row])), "train", word_tokenizer(), 64)
-
-
 @pytest.mark.parametrize(
     "flags",
-    [{"beta": 0.0}, {"label_smoothing": 0.6}, {"label_smoothing": 0.1, "loss": "ipo"}, {"lora_rank": -1},
-     {"batch_size": 9}, {"micro_batch_size": 0}, {"max_length": 1}, {"epochs": 0}, {"learning_rate": -1.0}],
+    [{"beta": 0.0}, {"label_smoothing": 0.6}, {"label_smoothing": 0.1, "loss": "ipo"}, {"lora_rank": -1}],
     ids=str,
 )  # fmt: skip
 def test_flags_that_cannot_work_are_refused(world, flags):
     with pytest.raises(ValueError, match="must be"):
         world(**flags)
-
-
-def test_more_pairs_in_a_batch_than_in_the_data_are_refused(world):
-    with pytest.raises(SystemExit, match="32 pairs don't fill a batch"):
-        run(world(batch_size=64))

@@ -500,6 +500,7 @@ BAD_DATA = {  # name of the file, its text, and what the message has to say; LAS
     "as Python has them": ("x.csv", cells("\"[{'role': 'user', 'content': 'a'}]\""), "row 1, column LAST.*if csv"),
     "null": ("x.jsonl", lines("a", "b", None), "row 3, column LAST: None is not text"),
     "a number": ("x.jsonl", lines(5), "row 1, column LAST: 5 is not text"),
+    "messages among texts": ("x.jsonl", lines("a", CHAT), "row 2, column LAST"),
     "no messages": ("x.jsonl", lines(CHAT, []), r"row 2, column LAST: \[\] is not"),
     "no content": ("x.jsonl", lines(CHAT, [{"role": "assistant", "content": None}]), "row 2, column LAST"),
     "other messages": ("x.jsonl", lines([{"from": "gpt", "value": "a"}]), "row 1, column LAST.*'from'"),

@@ -1,6 +1,5 @@
 """sft.py: which tokens have a loss, how texts become tokens, and in which order rows come."""
 
-import json
 import random
 import signal
 
@@ -9,7 +8,6 @@ import sft
 import tiny
 import torch
 from accelerate.state import AcceleratorState
-from helpers import run as start
 from helpers import scalars
 from safetensors.torch import load_file
 
@@ -46,12 +44,6 @@ def run(args, saved=None):
     AcceleratorState._reset_state(reset_partial_state=True)
     sft.main(args, saved)
     return load_file(f"{args.run_dir}/model/model.safetensors")
-
-
-def rewind(run_dir, step):
-    """Make an older checkpoint of a run the one it resumes from."""
-    path = run_dir / "checkpoint" / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": step}))
 
 
 def metric(args, tag):
@@ -112,7 +104,9 @@ def test_tokens_of_the_prompt_have_no_gradient_and_the_eos_has_one_even_where_it
 def test_a_batch_is_the_sum_of_its_rows(tmp_path, arch):
     model, rows = tiny.make_model(tmp_path, arch), rows_of(tiny.word_tokenizer(), PAIRS)
     alone = sum(loss_of(model, [row]).item() * len(row[1]) for row in rows)
-    assert loss_of(model, rows).item() * sum(len(completion) for _, completion in rows) == pytest.approx(alone, rel=1e-5)
+    assert loss_of(model, rows).item() * sum(len(completion) for _, completion in rows) == pytest.approx(
+        alone, rel=1e-5
+    )
 
 
 def test_text_without_a_prompt_has_a_loss_on_every_token_but_the_first(tmp_path):
@@ -134,7 +128,9 @@ def test_a_chat_completion_ends_once_in_the_token_at_which_generation_stops(name
     assert [i for i in completion if i in ends] == completion[-1:] == ends[:1]
     assert prompt[-1] not in ends or name == "metaspace"  # whose template marks no assistant
     assert tokenizer.decode(completion[:-1]).split() == SENTENCE.split()
-    if tokenizer.bos_token_id is not None and tokenizer.bos_token in tokenizer.chat_template.replace("bos_token", "<s>"):
+    if tokenizer.bos_token_id is not None and tokenizer.bos_token in tokenizer.chat_template.replace(
+        "bos_token", "<s>"
+    ):
         assert (prompt + completion).count(tokenizer.bos_token_id) <= 1
 
 
@@ -192,7 +188,9 @@ def test_columns_of_each_layout_are_read_and_completions_may_repeat_their_prompt
 
     expected = load("plain", rows)
     assert load("repeated", [row | {"completion": row["prompt"] + row["completion"]} for row in rows]) == expected
-    assert load("text", [{"text": row["prompt"] + row["completion"]} for row in rows]) == [[[], p + c] for p, c in expected]
+    assert load("text", [{"text": row["prompt"] + row["completion"]} for row in rows]) == [
+        [[], p + c] for p, c in expected
+    ]
     chat = [tiny.as_messages(row) for row in rows]
     messages = load("messages", [{"messages": row["prompt"] + row["completion"]} for row in chat])
     assert messages == [[[], p + c] for p, c in load("chat", chat)]
@@ -233,40 +231,3 @@ def test_the_loss_falls_and_the_held_out_loss_is_that_of_one_batch_of_all_rows(w
     rows = sft.load_rows(args.dataset, "test", tokenizer, 64)
     assert metric(args, "eval/loss")[40] == pytest.approx(loss_of(model, rows).item(), rel=1e-5)
     assert metric(args, "eval/loss")[40] < 1 < metric(args, "loss")[1]
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_micro_batches_of_unequal_lengths_give_the_update_of_the_whole_batch(world, size):
-    run(world("whole", max_steps=1, micro_batch_size=8)), run(world("parts", max_steps=1, micro_batch_size=size))
-    whole, parts = (
-        torch.load(f"{world(name).run_dir}/checkpoint/1/optimizer.bin", weights_only=True)["state"]
-        for name in ("whole", "parts")
-    )
-    for name in whole:
-        a, b = whole[name]["exp_avg"], parts[name]["exp_avg"]
-        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-7, name
-    for tag in ("loss", "grad_norm"):
-        assert metric(world("parts"), tag)[1] == pytest.approx(metric(world("whole"), tag)[1], rel=1e-4)
-
-
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit_in_the_middle_of_an_epoch(world, monkeypatch, tmp_path):
-    whole = run(world("whole"))
-    with monkeypatch.context() as patch:
-        patch.setattr(sft.shutil, "rmtree", lambda folder: None)  # older checkpoints stay
-        run(world("parts", save_every=3))
-    rewind(tmp_path / "parts", 3)
-    monkeypatch.setattr(sft.sys, "argv", ["sft.py", "--resume", str(tmp_path / "parts")])
-    resumed = run(*sft.parse_args())
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
-def test_two_processes_compute_the_updates_of_one(world, tmp_path):
-    world()
-    flags = ["--model", tmp_path / "model", "--dataset", tmp_path / "data", "--device", "cpu", "--max-length", 64]
-    flags += ["--batch-size", 8, "--micro-batch-size", 4, "--max-steps", 6, "--learning-rate", 1e-3]
-    for processes in (1, 2):
-        done = start("sft", *flags, "--run-dir", tmp_path / str(processes), processes=processes)
-        assert done.returncode == 0, done.stderr
-    for tag in ("loss", "grad_norm", "eval/loss"):
-        one, two = (dict(scalars(tmp_path / folder, tag)) for folder in "12")
-        assert two == pytest.approx(one, rel=1e-3), tag
