@@ -80,7 +80,8 @@ class Args:
     centering: float = 0.0  # c: weight of (r(x, y_w) + r(x, y_l))², which keeps rewards around 0
 
     def __post_init__(self) -> None:
-        if min(self.micro_batch_size, self.epochs, self.max_length - 1) < 1 or self.batch_size % self.micro_batch_size:
+        micro = min(self.micro_batch_size, self.batch_size)
+        if min(micro, self.epochs, self.max_length - 1) < 1 or self.batch_size % micro:
             raise ValueError("batch-size must be a multiple of micro-batch-size, epochs at least 1, max-length 2")
         if min(self.save_every, self.eval_every, self.max_steps, self.learning_rate, self.warmup, self.centering) < 0:
             raise ValueError("save-every, eval-every, max-steps, learning-rate, warmup, centering must be at least 0")
@@ -219,7 +220,7 @@ def load_rows(name: str, split: str, tokenizer: Any, max_length: int) -> list[li
 
 
 def batch_at(rows: list[Any], step: int, batch_size: int, seed: int) -> list[Any]:
-    """Rows of update `step`, a function of the step, so that a resumed run needs no position in the data."""
+    """Rows of update `step`, a function of it, for resumed runs; what does not fill a batch is left out of an epoch."""
     epoch, batch = divmod(step, len(rows) // batch_size)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).tolist()
     return [rows[i] for i in order[batch * batch_size : (batch + 1) * batch_size]]

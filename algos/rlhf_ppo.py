@@ -98,7 +98,8 @@ class Args:
             raise ValueError("num-minibatches, num-ppo-epochs, response-length, micro-batch-size must be at least 1")
         if min(self.save_every, self.learning_rate, self.lora_rank, self.kl_coef, self.missing_eos_penalty) < 0:
             raise ValueError("save-every, learning-rate, lora-rank, kl-coef, missing-eos-penalty must be at least 0")
-        if self.batch_size % (self.num_minibatches * self.micro_batch_size) or self.total_episodes < self.batch_size:
+        micro = max(1, min(self.micro_batch_size, self.batch_size // self.num_minibatches))
+        if self.batch_size % (self.num_minibatches * micro) or self.total_episodes < self.batch_size:
             raise ValueError("batch-size must be a multiple of num-minibatches · micro-batch-size, total-episodes more")
         if self.max_length <= self.response_length or not 0 <= self.gae_lambda <= 1 or self.clip_coef <= 0:
             raise ValueError("max-length must be above response-length, gae-lambda between 0 and 1, clip-coef above 0")
@@ -317,7 +318,7 @@ def function_rewards(function: Callable[..., Any], rows: list[dict[str, Any]], t
 
 
 def batch_at(rows: list[Any], step: int, batch_size: int, seed: int) -> list[Any]:
-    """Rows of update `step`, a function of the step, so that a resumed run needs no position in the data."""
+    """Rows of update `step`, a function of it, for resumed runs; what does not fill a batch is left out of an epoch."""
     epoch, batch = divmod(step, len(rows) // batch_size)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).tolist()
     return [rows[i] for i in order[batch * batch_size : (batch + 1) * batch_size]]
