@@ -245,7 +245,7 @@ def test_the_first_loss_logged_is_that_of_the_model_at_the_start_and_an_easy_set
 
 
 def test_held_out_means_are_those_of_single_pairs_whatever_the_batch(world):
-    args = world(centering=0.1, micro_batch_size=8)  # 8 does not divide 10
+    args = world(centering=0.1, batch_size=9, micro_batch_size=3)  # 3 does not divide 10
     run(args)
     model, tokenizer, _ = load(f"{args.run_dir}/model")
     total = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
