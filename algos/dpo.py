@@ -31,7 +31,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -83,9 +82,8 @@ class Args:
     label_smoothing: float = 0  # ε: share of pairs whose label is taken to be wrong (cDPO)
 
     def __post_init__(self) -> None:
-        micro = min(self.micro_batch_size, self.batch_size)
-        if min(micro, self.epochs, self.max_length - 1) < 1 or self.batch_size % micro:
-            raise ValueError("batch-size must be a multiple of micro-batch-size, epochs at least 1, max-length 2")
+        if min(self.batch_size, self.micro_batch_size, self.epochs, self.max_length - 1) < 1:
+            raise ValueError("batch-size, micro-batch-size and epochs must be at least 1, max-length 2")
         if min(self.save_every, self.eval_every, self.max_steps, self.learning_rate, self.warmup, self.lora_rank) < 0:
             raise ValueError("save-every, eval-every, max-steps, learning-rate, warmup, lora-rank must be at least 0")
         if self.beta <= 0 or not 0 <= self.label_smoothing <= 0.5 or (self.label_smoothing and self.loss == "ipo"):
@@ -203,7 +201,10 @@ def load_rows(name: str, split: str, tokenizer: Any, max_length: int) -> list[li
     import datasets
 
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
-    data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split)
+    try:
+        data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split)
+    except Exception as fault:  # of the file, as a rule, of which the cause tells more than the exception
+        raise SystemExit(f"--dataset {name}, split {split}: {fault.__cause__ or repr(fault)}") from fault
     columns = next((layout for layout in LAYOUTS if set(layout) <= set(data.column_names)), None)
     if not columns:
         raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename them to one of {LAYOUTS}")
@@ -264,8 +265,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     model, tokenizer = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
     train = load_rows(args.dataset, args.train_split, tokenizer, args.max_length)
     held_out = load_rows(args.dataset, args.eval_split, tokenizer, args.max_length) if args.eval_split else []
-    if len(train) < args.batch_size or args.micro_batch_size % processes:
-        raise SystemExit(f"{len(train)} pairs don't fill a batch, or the processes cannot share a micro-batch evenly")
+    if len(train) < args.batch_size or min(args.batch_size, args.micro_batch_size) < processes:
+        raise SystemExit(f"{len(train)} pairs don't fill a batch, or micro-batches lack rows for {processes} processes")
     generation, stops = model.generation_config, tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
     generation.eos_token_id = list({*stops, *torch.tensor(generation.eos_token_id or []).flatten().long().tolist()})
     torch.set_num_threads(1 if model.num_parameters() < 10e6 else torch.get_num_threads())  # small ones lose by more
@@ -377,7 +378,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     bar.close()
     if step < total_steps:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-        raise SystemExit(f"stopped at update {step}; to go on: {launch} {sys.argv[0]} --resume {str(run_dir)!r}")
+        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__} --resume {str(run_dir)!r}")
     model = accelerator.unwrap_model(model)
     model = model.merge_and_unload() if args.lora_rank and args.merge_lora else model
     weights = accelerator.get_state_dict(model.to(model.config.dtype))

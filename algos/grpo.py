@@ -38,7 +38,6 @@ import os
 import runpy
 import shutil
 import signal
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -96,9 +95,8 @@ class Args:
             raise ValueError("num-minibatches, num-epochs, response-length, micro-batch-size, clip-coef must be over 0")
         if min(self.save_every, self.learning_rate, self.lora_rank, self.kl_coef, self.missing_eos_penalty) < 0:
             raise ValueError("save-every, learning-rate, lora-rank, kl-coef, missing-eos-penalty must be at least 0")
-        micro = max(1, min(self.micro_batch_size, self.batch_size // self.num_minibatches))
-        if self.batch_size % (self.num_minibatches * micro) or self.batch_size % self.group_size:
-            raise ValueError("batch-size must be a multiple of num-minibatches · micro-batch-size, and of group-size")
+        if self.batch_size % self.num_minibatches or self.batch_size % self.group_size:
+            raise ValueError("batch-size must be a multiple of num-minibatches, and of group-size")
         if self.max_length <= self.response_length or self.group_size < 2 or self.total_episodes < self.batch_size:
             raise ValueError("max-length must be above response-length, total-episodes at least batch-size, groups 2")
 
@@ -244,7 +242,10 @@ def load_prompts(name: str, split: str, tokenizer: Any, max_length: int) -> list
     import datasets
 
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
-    data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split)
+    try:
+        data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split)
+    except Exception as fault:  # of the file, as a rule, of which the cause tells more than the exception
+        raise SystemExit(f"--dataset {name}, split {split}: {fault.__cause__ or repr(fault)}") from fault
     if "prompt" not in data.column_names:
         raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename one of them to prompt")
     rows, start = data.to_list(), text_ends(tokenizer)[0]
@@ -330,8 +331,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     check_padding(policy)
     prompts = load_prompts(args.dataset, args.train_split, tokenizer, args.max_length - R)
     held_out = load_prompts(args.dataset, args.eval_split, tokenizer, args.max_length - R)[:B]
-    if len(prompts) < B // G or len(held_out) < processes or args.micro_batch_size % processes:
-        raise SystemExit(f"{len(prompts)} prompts don't fill a batch, or processes cannot share a micro-batch evenly")
+    if len(prompts) < B // G or min(len(held_out), B // args.num_minibatches, args.micro_batch_size) < processes:
+        raise SystemExit(f"{len(prompts)} prompts fill no batch, or micro-batches lack rows for {processes} processes")
     generation, stops = policy.generation_config, tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
     stops = list({*stops, *torch.tensor(generation.eos_token_id or []).flatten().long().tolist()})
     generation.eos_token_id = stops
@@ -482,7 +483,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     bar.close()
     if step < total_steps:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-        raise SystemExit(f"stopped at update {step}; to go on: {launch} {sys.argv[0]} --resume {str(run_dir)!r}")
+        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__} --resume {str(run_dir)!r}")
     model = policy.merge_and_unload() if args.lora_rank and args.merge_lora else policy
     weights = accelerator.get_state_dict(model.to(model.config.dtype))
     if accelerator.is_main_process:

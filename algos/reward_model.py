@@ -32,7 +32,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -80,9 +79,8 @@ class Args:
     centering: float = 0.0  # c: weight of (r(x, y_w) + r(x, y_l))², which keeps rewards around 0
 
     def __post_init__(self) -> None:
-        micro = min(self.micro_batch_size, self.batch_size)
-        if min(micro, self.epochs, self.max_length - 1) < 1 or self.batch_size % micro:
-            raise ValueError("batch-size must be a multiple of micro-batch-size, epochs at least 1, max-length 2")
+        if min(self.batch_size, self.micro_batch_size, self.epochs, self.max_length - 1) < 1:
+            raise ValueError("batch-size, micro-batch-size and epochs must be at least 1, max-length 2")
         if min(self.save_every, self.eval_every, self.max_steps, self.learning_rate, self.warmup, self.centering) < 0:
             raise ValueError("save-every, eval-every, max-steps, learning-rate, warmup, centering must be at least 0")
 
@@ -196,7 +194,10 @@ def load_rows(name: str, split: str, tokenizer: Any, max_length: int) -> list[li
     import datasets
 
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
-    data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split)
+    try:
+        data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split)
+    except Exception as fault:  # of the file, as a rule, of which the cause tells more than the exception
+        raise SystemExit(f"--dataset {name}, split {split}: {fault.__cause__ or repr(fault)}") from fault
     columns = next((layout for layout in LAYOUTS if set(layout) <= set(data.column_names)), None)
     if not columns:
         raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename them to one of {LAYOUTS}")
@@ -261,8 +262,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     pad = set_pad_token(model, tokenizer)
     train = load_rows(args.dataset, args.train_split, tokenizer, args.max_length)
     held_out = load_rows(args.dataset, args.eval_split, tokenizer, args.max_length) if args.eval_split else []
-    if len(train) < args.batch_size or args.micro_batch_size % processes:
-        raise SystemExit(f"{len(train)} pairs don't fill a batch, or the processes cannot share a micro-batch evenly")
+    if len(train) < args.batch_size or min(args.batch_size, args.micro_batch_size) < processes:
+        raise SystemExit(f"{len(train)} pairs don't fill a batch, or micro-batches lack rows for {processes} processes")
     torch.set_num_threads(1 if model.num_parameters() < 10e6 else torch.get_num_threads())  # small ones lose by more
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -356,7 +357,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     bar.close()
     if step < total_steps:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-        raise SystemExit(f"stopped at update {step}; to go on: {launch} {sys.argv[0]} --resume {str(run_dir)!r}")
+        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__} --resume {str(run_dir)!r}")
     model = accelerator.unwrap_model(model)
     weights = accelerator.get_state_dict(model.to(model.config.dtype))
     if accelerator.is_main_process:

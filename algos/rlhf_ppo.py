@@ -41,7 +41,6 @@ import os
 import runpy
 import shutil
 import signal
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -98,9 +97,8 @@ class Args:
             raise ValueError("num-minibatches, num-ppo-epochs, response-length, micro-batch-size must be at least 1")
         if min(self.save_every, self.learning_rate, self.lora_rank, self.kl_coef, self.missing_eos_penalty) < 0:
             raise ValueError("save-every, learning-rate, lora-rank, kl-coef, missing-eos-penalty must be at least 0")
-        micro = max(1, min(self.micro_batch_size, self.batch_size // self.num_minibatches))
-        if self.batch_size % (self.num_minibatches * micro) or self.total_episodes < self.batch_size:
-            raise ValueError("batch-size must be a multiple of num-minibatches · micro-batch-size, total-episodes more")
+        if self.batch_size % self.num_minibatches or self.total_episodes < self.batch_size:
+            raise ValueError("batch-size must be a multiple of num-minibatches, total-episodes more")
         if self.max_length <= self.response_length or not 0 <= self.gae_lambda <= 1 or self.clip_coef <= 0:
             raise ValueError("max-length must be above response-length, gae-lambda between 0 and 1, clip-coef above 0")
 
@@ -281,7 +279,10 @@ def load_prompts(name: str, split: str, tokenizer: Any, max_length: int) -> list
     import datasets
 
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
-    data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split)
+    try:
+        data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split)
+    except Exception as fault:  # of the file, as a rule, of which the cause tells more than the exception
+        raise SystemExit(f"--dataset {name}, split {split}: {fault.__cause__ or repr(fault)}") from fault
     if "prompt" not in data.column_names:
         raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename one of them to prompt")
     rows, start = data.to_list(), text_ends(tokenizer)[0]
@@ -367,8 +368,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     pad = set_pad_token(scorer, words)
     check_padding(policy)
     prompts = load_prompts(args.dataset, args.train_split, tokenizer, args.max_length - R)
-    if len(prompts) < B or args.micro_batch_size % processes:
-        raise SystemExit(f"{len(prompts)} prompts don't fill a batch, or processes cannot share a micro-batch evenly")
+    if len(prompts) < B or min(B // args.num_minibatches, args.micro_batch_size) < processes:
+        raise SystemExit(f"{len(prompts)} prompts fill no batch, or micro-batches lack rows for {processes} processes")
     gold_reward = runpy.run_path(args.gold)["gold_reward"] if args.gold else None
     generation, stops = policy.generation_config, tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
     stops = list({*stops, *torch.tensor(generation.eos_token_id or []).flatten().long().tolist()})
@@ -540,7 +541,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     bar.close()
     if step < total_steps:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-        raise SystemExit(f"stopped at update {step}; to go on: {launch} {sys.argv[0]} --resume {str(run_dir)!r}")
+        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__} --resume {str(run_dir)!r}")
     model = policy.merge_and_unload() if args.lora_rank and args.merge_lora else policy
     weights = accelerator.get_state_dict(model.to(model.config.dtype))
     if accelerator.is_main_process:

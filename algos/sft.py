@@ -27,7 +27,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -74,9 +73,8 @@ class Args:
     gradient_checkpointing: bool = False  # compute activations twice: less memory, about a third slower
 
     def __post_init__(self) -> None:
-        micro = min(self.micro_batch_size, self.batch_size)
-        if min(micro, self.epochs, self.max_length - 1) < 1 or self.batch_size % micro:
-            raise ValueError("batch-size must be a multiple of micro-batch-size, epochs at least 1, max-length 2")
+        if min(self.batch_size, self.micro_batch_size, self.epochs, self.max_length - 1) < 1:
+            raise ValueError("batch-size, micro-batch-size and epochs must be at least 1, max-length 2")
         if min(self.save_every, self.eval_every, self.max_steps, self.learning_rate, self.warmup) < 0:
             raise ValueError("save-every, eval-every, max-steps, learning-rate and warmup must be at least 0")
 
@@ -174,7 +172,10 @@ def load_rows(name: str, split: str, tokenizer: Any, max_length: int) -> list[li
     import datasets
 
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
-    data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split)
+    try:
+        data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split)
+    except Exception as fault:  # of the file, as a rule, of which the cause tells more than the exception
+        raise SystemExit(f"--dataset {name}, split {split}: {fault.__cause__ or repr(fault)}") from fault
     columns = next((layout for layout in LAYOUTS if set(layout) <= set(data.column_names)), None)
     if not columns:
         raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename them to one of {LAYOUTS}")
@@ -231,12 +232,11 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16" if args.bf16 else "no")
     device, processes = accelerator.device, accelerator.num_processes
     own = slice(accelerator.process_index, None, processes)  # of the rows of a micro-batch
-    torch.manual_seed(args.seed)
     model, tokenizer = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
     train = load_rows(args.dataset, args.train_split, tokenizer, args.max_length)
     held_out = load_rows(args.dataset, args.eval_split, tokenizer, args.max_length) if args.eval_split else []
-    if len(train) < args.batch_size or args.micro_batch_size % processes:
-        raise SystemExit(f"{len(train)} rows don't fill a batch, or the processes cannot share a micro-batch evenly")
+    if len(train) < args.batch_size or min(args.batch_size, args.micro_batch_size) < processes:
+        raise SystemExit(f"{len(train)} rows don't fill a batch, or micro-batches lack rows for {processes} processes")
     generation, stops = model.generation_config, tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
     generation.eos_token_id = list({*stops, *torch.tensor(generation.eos_token_id or []).flatten().long().tolist()})
     torch.set_num_threads(1 if model.num_parameters() < 10e6 else torch.get_num_threads())  # small ones lose by more
@@ -328,7 +328,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     bar.close()
     if step < total_steps:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-        raise SystemExit(f"stopped at update {step}; to go on: {launch} {sys.argv[0]} --resume {str(run_dir)!r}")
+        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__} --resume {str(run_dir)!r}")
     model = accelerator.unwrap_model(model)
     weights = accelerator.get_state_dict(model.to(model.config.dtype))
     if accelerator.is_main_process:

@@ -558,7 +558,7 @@ def test_two_processes_train_like_one(monkeypatch, world, tmp_path):
 
 REFUSED = {
     "minibatches that don't divide": {"num_minibatches": 3},
-    "micro-batches that don't divide": {"micro_batch_size": 3},
+    "empty micro-batches": {"micro_batch_size": 0},
     "less than one rollout": {"total_episodes": 7},
     "negative beta": {"kl_coef": -0.1},
     "no room for prompts": {"max_length": 8},
