@@ -105,7 +105,7 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     if adapter:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, name).merge_and_unload()
+        model = PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
     V, eos = model.get_input_embeddings().num_embeddings, tokenizer.eos_token
     L = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if eos is None or len(tokenizer) > V or max_length > L:
@@ -211,9 +211,9 @@ def load_rows(name: str, split: str, tokenizer: Any, max_length: int) -> list[li
     rows = data.select_columns(columns).to_list()
     for number, row in enumerate(rows, 1):
         for column, value in row.items():
-            messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
-            fits = messages and all(isinstance(m.get(key), str) for m in messages for key in ("role", "content"))
-            if not fits or type(value) is not type(rows[0][column]) or value[:7] in ("[{'role", '[{"role'):
+            turns = value if isinstance(value, list) else [{"role": "user", "content": value}]
+            ok = turns and all(isinstance(turn.get(key), str) for turn in turns for key in ("role", "content"))
+            if not ok or type(value) is not type(rows[0][column]) or re.match(r"\[\s*{\s*.[rc]o", turns[0]["content"]):
                 found = f"--dataset {name}, split {split}, row {number}, column {column}: {value!r:.40}"
                 raise SystemExit(f"{found} is not text or messages as in row 1; mend it, in jsonl if csv lost it")
     for column in columns[1:] if "prompt" in columns else ():  # prompts of other kind, completions with their prompt

@@ -118,7 +118,7 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     if adapter:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, name).merge_and_unload()
+        model = PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
     V, eos = model.get_input_embeddings().num_embeddings, tokenizer.eos_token
     L = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if eos is None or len(tokenizer) > V or max_length > L:
@@ -290,7 +290,7 @@ def load_prompts(name: str, split: str, tokenizer: Any, max_length: int) -> list
         text = row["prompt"]
         if isinstance(text, list):
             text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
-        if not isinstance(text, str) or text.startswith(("[{'role", '[{"role')):
+        if not isinstance(text, str) or text.lstrip("[{ \n").startswith(("'role'", '"role"', "'content'", '"content"')):
             raise SystemExit(f"--dataset {name}, {split}, row {number}: prompt {text!r:.40} is not text or messages")
         ids = tokenizer(text, add_special_tokens=False).input_ids if text.strip() else []
         row["ids"] = ids if isinstance(row["prompt"], list) or ids[:1] == start else start + ids
