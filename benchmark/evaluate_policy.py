@@ -1,6 +1,6 @@
 """How good policies of the small language world are: gold reward, KL from the reference, share of the optimum reached.
 
-    python benchmark/evaluate_policy.py runs/a runs/b                     # runs of dpo.py or rlhf_ppo.py, with their own β
+    python benchmark/evaluate_policy.py runs/a runs/b                     # runs of dpo.py, rlhf_ppo.py or grpo.py, with their own β
     python benchmark/evaluate_policy.py /tmp/trl_dpo --beta 0.5           # a model folder, with a β
     python benchmark/evaluate_policy.py runs/* --picture frontier.png     # the frontier of gold and proxy reward against KL
     python benchmark/evaluate_policy.py runs/* --golds /tmp/golds.json --json /tmp/figures.json   # keeps reference samples
@@ -154,7 +154,7 @@ def draw(rows: list[dict], golds: np.ndarray, path: Path) -> None:
         if best.reliable:
             panels[0].plot(best.kl_star, best.gold_star, "k.")
             panels[0].annotate(f"{beta:g}", (best.kl_star, best.gold_star), textcoords="offset points", xytext=(-4, 6), fontsize=8)
-    for script, colour, style in (("rlhf_ppo", "#0072B2", "o-"), ("dpo", "#D55E00", "s--")):
+    for script, colour, style in (("rlhf_ppo", "#0072B2", "o-"), ("dpo", "#D55E00", "s--"), ("grpo", "#009E73", "^:")):
         seeds = {}
         for row in rows:
             if row["script"] == script:
@@ -176,7 +176,7 @@ def draw(rows: list[dict], golds: np.ndarray, path: Path) -> None:
 def main() -> None:
     """Evaluate each policy and print a line for it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", type=Path, help="run directories of dpo.py or rlhf_ppo.py, or model folders")
+    parser.add_argument("models", nargs="+", type=Path, help="run directories of dpo.py, rlhf_ppo.py or grpo.py, or model folders")
     parser.add_argument("--reference", default=str(ASSETS / "sft"), help="folder of the reference policy")
     parser.add_argument("--reward-model", default=str(ASSETS / "reward"), help="folder of the reward model")
     parser.add_argument("--beta", type=float, help="β of the KL penalty (default: that of each run)")
@@ -192,9 +192,10 @@ def main() -> None:
         flags = json.loads((path / "args.json").read_text()) if (path / "args.json").exists() else {}
         beta = args.beta or flags.get("beta", flags.get("kl_coef"))
         if not beta:
-            print(f"error: {path}: no run of dpo.py or rlhf_ppo.py, whose β is known; give --beta", file=sys.stderr)
+            print(f"error: {path}: no run of dpo.py, rlhf_ppo.py or grpo.py, whose β is known; give --beta", file=sys.stderr)
             raise SystemExit(2)
-        settings[path] = ("rlhf_ppo" if "kl_coef" in flags else "dpo" if "beta" in flags else ""), beta
+        kinds = {"group_size": "grpo", "kl_coef": "rlhf_ppo", "beta": "dpo"}  # by a flag that only it has, in this order
+        settings[path] = next((script for flag, script in kinds.items() if flag in flags), ""), beta
     tokenizer = AutoTokenizer.from_pretrained(args.reference)
     reference = AutoModelForCausalLM.from_pretrained(args.reference).eval()
     scorer = AutoModelForSequenceClassification.from_pretrained(args.reward_model).eval()
