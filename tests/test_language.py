@@ -238,23 +238,44 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights_bit_for_bit(worl
     assert dict(scalars(tmp_path / "run", "eval/loss")) == dict(scalars(whole, "eval/loss"))
 
 
+def stopped(script, run_dir, said):
+    """Hold what a stopped run says last to its checkpoint; returns the step and the flags to go on."""
+    step = state(run_dir)["step"]
+    assert step > 0 and said.startswith(f"stopped at update {step}; to go on: ")
+    python, file, *flags = shlex.split(said.partition("to go on: ")[2])
+    assert (python, Path(file)) == ("python", ALGOS / f"{script}.py") and flags == ["--resume", str(run_dir)]
+    return step, flags
+
+
 @scripts
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_first_and_the_printed_command_goes_on(world, script, number, tmp_path):
+def test_ctrl_c_saves_first_and_the_printed_command_goes_on(world, script, tmp_path):
     run_dir = tmp_path / "my run"
     flags = [*flags_of(world, script, run_dir=run_dir, save_every=1), *LENGTH[script](100_000)]
     process = subprocess.Popen(command(script, *flags), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     while not (run_dir / "checkpoint" / "state.json").exists() and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=100)
-    last, step = err.strip().splitlines()[-1], state(run_dir)["step"]
     assert process.returncode == 1 and "Traceback" not in err
-    assert step > 0 and last.startswith(f"stopped at update {step}; to go on: ")
-    python, file, *rest = shlex.split(last.partition("to go on: ")[2])
-    assert (python, Path(file)) == ("python", ALGOS / f"{script}.py") and rest == ["--resume", str(run_dir)]
-    call(script, *rest, *LENGTH[script](step + 2))
+    step, flags = stopped(script, run_dir, err.strip().splitlines()[-1])
+    call(script, *flags, *LENGTH[script](step + 2))
     assert state(run_dir)["step"] == step + 2 and (run_dir / "model").exists()
+
+
+@scripts
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_stopped_by_a_signal_in_an_epoch_goes_on_to_the_same_weights(finished, train, script, number, tmp_path):
+    module, run_dir = importlib.import_module(script), tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        batch_at, steps = module.batch_at, []
+        patch.setattr(
+            module, "batch_at", lambda *x: steps.append(x[1] == 3 and signal.raise_signal(number)) or batch_at(*x)
+        )
+        train(script)
+    step, flags = stopped(script, run_dir, stop.value.code)
+    assert step == 4 and not (run_dir / "model").exists()
+    call(script, *flags)
+    assert same(weights(run_dir), weights(finished(script)))
 
 
 # --- resume ---
@@ -564,7 +585,7 @@ def test_files_and_slices_of_splits_give_the_rows_of_a_folder(world, script, tmp
 
 
 @row_scripts
-@pytest.mark.parametrize("flags", [{"batch_size": 9}, {"micro_batch_size": 0}, {"max_length": 1}, {"epochs": 0},
+@pytest.mark.parametrize("flags", [{"batch_size": 0}, {"micro_batch_size": 0}, {"max_length": 1}, {"epochs": 0},
                                    {"learning_rate": -1}, {"warmup": -0.5}, {"save_every": -1}], ids=str)  # fmt: skip
 def test_flags_that_cannot_work_are_refused(train, script, flags, capsys):
     with pytest.raises(SystemExit) as stop:
