@@ -17,7 +17,7 @@ RESPONSES = [("the acting was good . i loved the superb music .", True), ("the a
 
 def command(*args):
     path = REPO / "benchmark" / "evaluate_policy.py"
-    return subprocess.run([sys.executable, path, *map(str, args)], capture_output=True, text=True)
+    return subprocess.run([sys.executable, path, *map(str, args)], capture_output=True, text=True, check=False)
 
 
 def test_log_probabilities_are_those_of_each_response_alone_with_its_end_if_it_has_one():
