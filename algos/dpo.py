@@ -70,7 +70,7 @@ class Args:
     learning_rate: float = 0  # at its peak; 0: 1e-4 on the small world's model, 1e-6 on others, 1e-5 there with LoRA
     warmup: float = 0.1  # share of the updates over which the learning rate rises, before a half cosine to 0
     batch_size: int = 32  # B: pairs of an update, over all processes
-    micro_batch_size: int = 8  # b: pairs of a forward pass, over all processes: less memory, same gradient
+    micro_batch_size: int = 16  # b: pairs of a forward pass, over all processes: less memory, same gradient
     epochs: int = 1  # passes over the data
     max_steps: int = 0  # updates to train for, if not 0, instead of --epochs
     bf16: bool = False  # compute in bfloat16; weights and log-probabilities stay float32
@@ -126,15 +126,18 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=rows[0][1][-1]).to(device)  # (b, L)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
     start = max(1, min(len(prompt) for prompt, _ in rows))  # nothing comes before a row's first token to predict it
-    logits = model(ids[:, :-1], logits_to_keep=ids.shape[1] - start, use_cache=False).logits.float().transpose(1, 2)
-    logprobs = -nn.functional.cross_entropy(logits, labels[:, start:], reduction="none")  # (b, V, R) to (b, R)
-    return logprobs, labels[:, start:] != -100
+    logits = model(ids[:, :-1], logits_to_keep=ids.shape[1] - start, use_cache=False).logits.float()  # (b, R, V)
+    logprobs = -nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, start:].flatten(), reduction="none")
+    return logprobs.view(len(rows), -1), labels[:, start:] != -100
 
 
 def pair_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> Tensor:
     """log π(y|x) = Σ_t log π(y_t | x, y_<t) of both completions of rows [prompt, chosen, rejected, …]: (2, b)."""
     pairs = [[prompt, chosen] for prompt, chosen, *_ in rows] + [[prompt, rejected] for prompt, _, rejected, *_ in rows]
-    return completion_logprobs(model, pairs, device)[0].sum(1).view(2, -1)
+    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))  # two passes, short and long: less padding
+    halves = [pairs[i] for i in order[: len(rows)]], [pairs[i] for i in order[len(rows) :]]
+    sums = torch.cat([completion_logprobs(model, half, device)[0].sum(1) for half in halves])
+    return sums[torch.tensor(order, device=device).argsort()].view(2, -1)
 
 
 # --- algorithm ---

@@ -154,9 +154,9 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=rows[0][1][-1]).to(device)  # (b, L)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
     start = max(1, min(len(prompt) for prompt, _ in rows))  # nothing comes before a row's first token to predict it
-    logits = model(ids[:, :-1], logits_to_keep=ids.shape[1] - start, use_cache=False).logits.float().transpose(1, 2)
-    logprobs = -nn.functional.cross_entropy(logits, labels[:, start:], reduction="none")  # (b, V, R) to (b, R)
-    return logprobs, labels[:, start:] != -100
+    logits = model(ids[:, :-1], logits_to_keep=ids.shape[1] - start, use_cache=False).logits.float()  # (b, R, V)
+    logprobs = -nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, start:].flatten(), reduction="none")
+    return logprobs.view(len(rows), -1), labels[:, start:] != -100
 
 
 @torch.no_grad()

@@ -134,7 +134,10 @@ def rewards(model: nn.Module, rows: list[Any], pad: int, device: torch.device) -
 def pair_rewards(model: nn.Module, rows: list[Any], pad: int, device: torch.device) -> Tensor:
     """r(x, y) of both completions of rows [prompt, chosen, rejected]: (2, b)."""
     pairs = [[prompt, chosen] for prompt, chosen, _ in rows] + [[prompt, rejected] for prompt, _, rejected in rows]
-    return rewards(model, pairs, pad, device).view(2, -1)
+    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))  # two passes, short and long: less padding
+    halves = [pairs[i] for i in order[: len(rows)]], [pairs[i] for i in order[len(rows) :]]
+    scores = torch.cat([rewards(model, half, pad, device) for half in halves])
+    return scores[torch.tensor(order, device=device).argsort()].view(2, -1)
 
 
 # --- algorithm ---

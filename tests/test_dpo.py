@@ -126,7 +126,8 @@ def test_only_logits_that_predict_completion_tokens_get_a_gradient_and_eos_does_
     model = make_model(tmp_path, tokenizer=word_tokenizer(pad="<eos>"))
     kept = []
     model.register_forward_hook(lambda _, __, output: (output.logits.retain_grad(), kept.append(output.logits))[0])
-    logprobs = dpo.pair_logprobs(model, ROWS, CPU)
+    pairs = [[prompt, text] for which in (0, 1) for prompt, *texts in ROWS for text in texts[which : which + 1]]
+    logprobs = dpo.completion_logprobs(model, pairs, CPU)[0].sum(1).view(2, -1)
     dpo.preference_loss(logprobs, torch.zeros(2, 4), 0.1, 0.0, "sigmoid")["loss"].sum().backward()
     (logits,) = kept
     touched = logits.grad.abs().sum(-1) > 0  # (rows, R): column j predicts the token at position start + j

@@ -597,7 +597,7 @@ def test_a_reward_model_that_does_not_fit_is_refused(world, tmp_path):
 
 def test_too_few_prompts_are_refused(world, tmp_path):
     path = tiny.write_jsonl(tmp_path / "one.jsonl", [{"prompt": "review :"}])
-    assert "1 prompts don't fill a batch" in refusal(world, tmp_path, dataset=str(path))
+    assert "1 prompts fill no batch" in refusal(world, tmp_path, dataset=str(path))
     path = tiny.write_jsonl(tmp_path / "other.jsonl", [{"question": "review :"}])
     assert "rename one of them to prompt" in refusal(world, tmp_path, dataset=str(path))
     path = tiny.write_jsonl(tmp_path / "csv.jsonl", [{"prompt": '[{"role": "user", "content": "x"}]'}] * 8)
