@@ -100,7 +100,8 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     config, tokenizer = transformers.AutoConfig.from_pretrained(base), transformers.AutoTokenizer.from_pretrained(name)
     changes |= {key: 0.0 for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
     model, info = loader.from_pretrained(base, dtype="auto", output_loading_info=True, **changes)
-    if info["missing_keys"] - ({"score.weight"} if "num_labels" in changes else set()):
+    is_new = "num_labels" in changes and "ForSequenceClassification" not in str(config.architectures)  # the head
+    if info["missing_keys"] - ({"score.weight"} if is_new else set()):
         raise SystemExit(f"{base} lacks the weights {sorted(info['missing_keys'])}")
     if adapter:
         from peft import PeftModel

@@ -95,7 +95,8 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     config, tokenizer = transformers.AutoConfig.from_pretrained(base), transformers.AutoTokenizer.from_pretrained(name)
     changes |= {key: 0.0 for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
     model, info = loader.from_pretrained(base, dtype="auto", output_loading_info=True, **changes)
-    if info["missing_keys"] - ({"score.weight"} if "num_labels" in changes else set()):
+    is_new = "num_labels" in changes and "ForSequenceClassification" not in str(config.architectures)  # the head
+    if info["missing_keys"] - ({"score.weight"} if is_new else set()):
         raise SystemExit(f"{base} lacks the weights {sorted(info['missing_keys'])}")
     if adapter:
         from peft import PeftModel
@@ -260,7 +261,9 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     torch.manual_seed(args.seed)
     loader = transformers.AutoModelForSequenceClassification
     model, tokenizer = load_model(loader, args.model, args.max_length, num_labels=1)
-    if "ForSequenceClassification" not in str(model.config.architectures):  # a new head: the loss starts near ln 2
+    adapter = transformers.utils.find_adapter_config_file(args.model)
+    made_of = Path(adapter).read_text() if adapter else str(model.config.architectures)
+    if not ("SEQ_CLS" in made_of or "ForSequenceClassification" in made_of):  # a new head: the loss starts near ln 2
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)  # arXiv 2009.01325
     pad = set_pad_token(model, tokenizer)
     train = load_rows(args.dataset, args.train_split, tokenizer, args.max_length)

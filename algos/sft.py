@@ -14,9 +14,8 @@ that RLHF and DPO start from and are held to. Paper: Ouyang et al. 2022, arXiv 2
 Data: columns `prompt` and `completion`, whose tokens alone get a loss, or `messages` or `text`: texts or lists of
 {"role", "content"} messages. Letters: B rows, R tokens of completions, L of whole rows, V words. Losses are in nats.
 
-Differs from the paper:
- 1. One loss per token, averaged over the tokens of the whole batch; no mixing of prompts by source.
- 2. AdamW without weight decay, a cosine schedule, the gradient's norm clipped to 1, no dropout, no batch of two epochs.
+Differs from the paper: (1) a mean over all tokens of a batch; no mixing of prompts by source; (2) AdamW without weight
+decay, a cosine schedule, the gradient's norm clipped to 1, no dropout, no batch of two epochs.
 """
 
 import argparse
@@ -89,7 +88,8 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     config, tokenizer = transformers.AutoConfig.from_pretrained(base), transformers.AutoTokenizer.from_pretrained(name)
     changes |= {key: 0.0 for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
     model, info = loader.from_pretrained(base, dtype="auto", output_loading_info=True, **changes)
-    if info["missing_keys"] - ({"score.weight"} if "num_labels" in changes else set()):
+    is_new = "num_labels" in changes and "ForSequenceClassification" not in str(config.architectures)  # the head
+    if info["missing_keys"] - ({"score.weight"} if is_new else set()):
         raise SystemExit(f"{base} lacks the weights {sorted(info['missing_keys'])}")
     if adapter:
         from peft import PeftModel

@@ -308,7 +308,7 @@ FAULTS = (
     Fault("reward-centring-of-the-difference", "reward_model", "(chosen + rejected) ** 2", "(chosen - rejected) ** 2",
           "test_reward_model.py::test_centering_adds_the_squared_sum"),
     Fault("reward-head-too-large", "reward_model", "(model.score.in_features + 1) ** -0.5", "1.0", "test_reward_model.py::test_a_new_head_has_the_std_of_the_paper_and_an_old_one_is_kept"),
-    Fault("reward-head-drawn-anew", "reward_model", 'if "ForSequenceClassification" not in str(model.config.architectures):',
+    Fault("reward-head-drawn-anew", "reward_model", 'if not ("SEQ_CLS" in made_of or "ForSequenceClassification" in made_of):',
           "if True:", "test_reward_model.py::test_a_new_head_has_the_std_of_the_paper_and_an_old_one_is_kept"),
     Fault("reward-mean-over-micro-batches", "reward_model dpo", 'found["loss"].sum() * processes / args.batch_size',
           'found["loss"].mean() * processes', "test_language.py::test_micro_batches_of_unequal_lengths_give_the_update_of_the_whole_batch"),

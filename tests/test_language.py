@@ -360,7 +360,8 @@ def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(finished, tr
             calls = spy_on(patch, transformers.models.llama.modeling_llama.LlamaAttention, "forward")
             assert curve(train(script, *flags, run_dir=f"run{flags}")) == pytest.approx(plain, rel=1e-5)
             passes.append(len(calls))
-    assert passes[1] == passes[0] + 24  # 6 updates, 2 micro-batches, 2 layers
+    halves = 1 if script == "sft" else 2  # passes of a micro-batch
+    assert passes[1] == passes[0] + 24 * halves  # 6 updates, 2 micro-batches, 2 layers
     rounded = train(script, "--bf16", run_dir="rounded")
     assert curve(rounded) == pytest.approx(plain, rel=0.1, abs=0.05)
     assert curve(rounded) != pytest.approx(plain, rel=1e-5)
@@ -457,7 +458,6 @@ def test_every_causal_architecture_trains(train, script, arch, tmp_path):
     assert len(body) >= 9 and not any(torch.equal(after[name], before[name]) for name in body)
 
 
-@pytest.mark.xfail(strict=True, reason="load_model leaves the merged weights frozen")
 @scripts
 def test_an_adapter_as_model_trains(train, world, script, tmp_path):
     model, lora = AutoModelForCausalLM.from_pretrained(world / "model"), peft.LoraConfig(target_modules="all-linear")
@@ -549,7 +549,6 @@ def test_bad_data_ends_the_run_and_names_the_place(train, script, fault, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="load_rows knows messages in csv by their first seven letters only")
 @scripts
 @pytest.mark.parametrize("cell", ["[{'content': 'a', 'role': 'user'}]", "[ {'role': 'user', 'content': 'a'}]",
                                   "[\n  {'role': 'user', 'content': 'a'}]"], ids=repr)  # fmt: skip

@@ -191,7 +191,6 @@ def test_a_new_head_has_the_std_of_the_paper_and_an_old_one_is_kept(world, tmp_p
     torch.testing.assert_close(run(old)["score.weight"], first, atol=1e-9, rtol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="load_model accepts a missing score.weight of a reward model too")
 def test_a_reward_model_whose_head_has_another_name_is_refused(world):
     args = world()
     LOADER.from_pretrained(args.model, num_labels=1).save_pretrained(args.model)
@@ -202,7 +201,6 @@ def test_a_reward_model_whose_head_has_another_name_is_refused(world):
         run(args)
 
 
-@pytest.mark.xfail(strict=True, reason="load_model leaves merged weights frozen, and main draws the head anew")
 def test_the_head_of_an_adapter_is_kept(world, tmp_path):
     from peft import LoraConfig, get_peft_model
 
