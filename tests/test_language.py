@@ -25,6 +25,7 @@ from accelerate.state import AcceleratorState
 from helpers import ALGOS, command, scalars, spy_on
 from helpers import run as start
 from safetensors.torch import load_file, save_file
+from tensorboard.summary.writer import event_file_writer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 SCRIPTS = ["sft", "reward_model", "dpo"]
@@ -55,6 +56,7 @@ def fresh_state():
 def world(tmp_path_factory):
     """A folder with a tiny model and, for each script, 26 rows to train on and 7 held out."""
     folder = tmp_path_factory.mktemp("world")
+    event_file_writer._global_uid = event_file_writer.AtomicCounter(1000)  # TensorBoard reads files in order of names
     tiny.make_model(folder / "model")
     for script in SCRIPTS:
         tiny.write_jsonl(folder / script / "train.jsonl", ROWS[script](26))
@@ -230,6 +232,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights_bit_for_bit(worl
     time.sleep(random.uniform(0, 1))
     process.kill()
     process.wait()
+    time.sleep(1)  # names of event files begin with the second
     shutil.rmtree(tmp_path / "run" / "model", ignore_errors=True)  # if it was quicker than the kill
     assert 0 < state(tmp_path / "run")["step"]
     call(script, "--resume", tmp_path / "run", "--save-every", 0)
