@@ -305,7 +305,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         print(f"run directory: {run_dir}, learning rate: {args.learning_rate:g}")
-    logs = TensorBoardTracker(run_dir.name, run_dir.parent, purge_step=step + 1)
+    logs = TensorBoardTracker(run_dir.name, run_dir.parent, purge_step=step + 1, flush_secs=1)
     accelerator.log_with = [logs, *["wandb"] * args.track]
     accelerator.init_trackers("algos", init_kwargs={"wandb": {"name": run_dir.name, "config": asdict(args)}})
 
