@@ -269,7 +269,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     model, tokenizer = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
     train = load_rows(args.dataset, args.train_split, tokenizer, args.max_length)
     held_out = load_rows(args.dataset, args.eval_split, tokenizer, args.max_length) if args.eval_split else []
-    if len(train) < args.batch_size or min(args.batch_size, args.micro_batch_size) < processes:
+    if min(args.micro_batch_size, args.batch_size, len(held_out or train)) < processes or len(train) < args.batch_size:
         raise SystemExit(f"{len(train)} pairs don't fill a batch, or micro-batches lack rows for {processes} processes")
     generation, stops = model.generation_config, tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
     generation.eos_token_id = list({*stops, *torch.tensor(generation.eos_token_id or []).flatten().long().tolist()})
@@ -352,7 +352,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             accelerator.backward(found["loss"].sum() * processes / args.batch_size)  # DDP takes the mean over processes
             for name, values in found.items():
                 metrics[name].append(values.detach())
-        metrics["grad_norm"].append(accelerator.clip_grad_norm_(model.parameters(), 1.0).view(1))
+        norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        metrics["grad_norm"].append(getattr(norm, "full_tensor", norm.clone)().view(1))  # FSDP2's norm is in parts
         optimizer.step()
         step += 1
 
@@ -382,7 +383,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     bar.close()
     if step < total_steps:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__} --resume {str(run_dir)!r}")
+        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__!r} --resume {str(run_dir)!r}")
     model = accelerator.unwrap_model(model)
     model = model.merge_and_unload() if args.lora_rank and args.merge_lora else model
     weights = accelerator.get_state_dict(model.to(model.config.dtype))

@@ -484,7 +484,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     bar.close()
     if step < total_steps:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__} --resume {str(run_dir)!r}")
+        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__!r} --resume {str(run_dir)!r}")
     model = policy.merge_and_unload() if args.lora_rank and args.merge_lora else policy
     weights = accelerator.get_state_dict(model.to(model.config.dtype))
     if accelerator.is_main_process:

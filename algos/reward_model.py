@@ -268,7 +268,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     pad = set_pad_token(model, tokenizer)
     train = load_rows(args.dataset, args.train_split, tokenizer, args.max_length)
     held_out = load_rows(args.dataset, args.eval_split, tokenizer, args.max_length) if args.eval_split else []
-    if len(train) < args.batch_size or min(args.batch_size, args.micro_batch_size) < processes:
+    if min(args.micro_batch_size, args.batch_size, len(held_out or train)) < processes or len(train) < args.batch_size:
         raise SystemExit(f"{len(train)} pairs don't fill a batch, or micro-batches lack rows for {processes} processes")
     torch.set_num_threads(1 if model.num_parameters() < 10e6 else torch.get_num_threads())  # small ones lose by more
     if args.gradient_checkpointing:
@@ -333,7 +333,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             accelerator.backward(found["loss"].sum() * processes / args.batch_size)  # DDP takes the mean over processes
             for name, values in found.items():
                 metrics[name].append(values.detach())
-        metrics["grad_norm"].append(accelerator.clip_grad_norm_(model.parameters(), 1.0).view(1))
+        norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        metrics["grad_norm"].append(getattr(norm, "full_tensor", norm.clone)().view(1))  # FSDP2's norm is in parts
         optimizer.step()
         step += 1
 
@@ -363,7 +364,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     bar.close()
     if step < total_steps:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__} --resume {str(run_dir)!r}")
+        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__!r} --resume {str(run_dir)!r}")
     model = accelerator.unwrap_model(model)
     weights = accelerator.get_state_dict(model.to(model.config.dtype))
     if accelerator.is_main_process:

@@ -13,7 +13,6 @@ that RLHF and DPO start from and are held to. Paper: Ouyang et al. 2022, arXiv 2
 
 Data: columns `prompt` and `completion`, whose tokens alone get a loss, or `messages` or `text`: texts or lists of
 {"role", "content"} messages. Letters: B rows, R tokens of completions, L of whole rows, V words. Losses are in nats.
-
 Differs from the paper: (1) a mean over all tokens of a batch; no mixing of prompts by source; (2) AdamW without weight
 decay, a cosine schedule, the gradient's norm clipped to 1, no dropout, no batch of two epochs.
 """
@@ -235,7 +234,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     model, tokenizer = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
     train = load_rows(args.dataset, args.train_split, tokenizer, args.max_length)
     held_out = load_rows(args.dataset, args.eval_split, tokenizer, args.max_length) if args.eval_split else []
-    if len(train) < args.batch_size or min(args.batch_size, args.micro_batch_size) < processes:
+    if min(args.micro_batch_size, args.batch_size, len(held_out or train)) < processes or len(train) < args.batch_size:
         raise SystemExit(f"{len(train)} rows don't fill a batch, or micro-batches lack rows for {processes} processes")
     generation, stops = model.generation_config, tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
     generation.eos_token_id = list({*stops, *torch.tensor(generation.eos_token_id or []).flatten().long().tolist()})
@@ -298,7 +297,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             logprobs, mask = completion_logprobs(model, rows[own], device)
             accelerator.backward(sft_loss(logprobs, count) * processes)  # DDP takes the mean over these
             metrics["loss"].append(-logprobs[mask].detach())
-        metrics["grad_norm"].append(accelerator.clip_grad_norm_(model.parameters(), 1.0).view(1))
+        norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        metrics["grad_norm"].append(getattr(norm, "full_tensor", norm.clone)().view(1))  # FSDP2's norm is in parts
         optimizer.step()
         step += 1
 
@@ -328,7 +328,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     bar.close()
     if step < total_steps:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__} --resume {str(run_dir)!r}")
+        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__!r} --resume {str(run_dir)!r}")
     model = accelerator.unwrap_model(model)
     weights = accelerator.get_state_dict(model.to(model.config.dtype))
     if accelerator.is_main_process:
