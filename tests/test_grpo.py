@@ -124,6 +124,7 @@ def test_the_first_gradient_is_that_of_equation_3_written_as_a_loop_over_respons
         "normalize_by_std": by_std,
         "learning_rate": 1e-6,
     }
+    changed["response_length"] = 32  # long enough that some end before
     seen = train(monkeypatch, world, tmp_path, **changed)
     model = AutoModelForCausalLM.from_pretrained(world / "policy").double()
     tokenizer = tiny.word_tokenizer()
@@ -140,7 +141,7 @@ def test_the_first_gradient_is_that_of_equation_3_written_as_a_loop_over_respons
     for prompt, response, advantage in zip(asked, responses, advantages):
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         total = logits[range(len(response)), response].sum()
-        loss = loss - advantage * total / (len(response) if by_std else 8) / 8
+        loss = loss - advantage * total / (len(response) if by_std else 32) / 8
     loss.backward()
     norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm().item()
     assert scalars(tmp_path, "grad_norm")[0][1] == pytest.approx(norm, rel=1e-4) and scores.shape == (2, 4)
@@ -159,6 +160,7 @@ def test_before_the_first_step_ratio_and_kl_are_exactly_neutral(monkeypatch, wor
 
 def test_each_prompt_of_a_rollout_is_answered_by_a_group_and_scored_by_its_own_columns(monkeypatch, world, tmp_path):
     flags = {"reward_model": f"{world / 'rewards.py'}:place", "missing_eos_penalty": 0.0, "save_every": 0}
+    flags |= {"num_minibatches": 1, "micro_batch_size": 8, "total_episodes": 40}  # both groups in one micro-batch
     seen = train(monkeypatch, world, tmp_path, **flags)
     for update, ((scores, *_), _) in enumerate(seen.group_advantages):
         asked = [row["place"] for row in seen.batch_at[update][1]]
@@ -167,6 +169,7 @@ def test_each_prompt_of_a_rollout_is_answered_by_a_group_and_scored_by_its_own_c
 
 def test_advantages_go_with_the_tokens_of_their_own_response(monkeypatch, world, tmp_path):
     flags = {"num_minibatches": 1, "num_epochs": 1, "total_episodes": 8, "micro_batch_size": 1, "save_every": 0}
+    flags["response_length"] = 32  # long enough that some end before
     seen = train(monkeypatch, world, tmp_path, **flags)
     found = {}
     for (_, advantages, _), _ in seen.policy_loss:  # one response each
@@ -175,6 +178,7 @@ def test_advantages_go_with_the_tokens_of_their_own_response(monkeypatch, world,
     _, expected = seen.group_advantages[0]
     (_, responses), = [call for call in seen.sample if len(call[0][1]) == 8 and call[0][3]]  # fmt: skip
     lengths = (responses >= 0).sum(1)
+    assert len({*lengths.tolist()}) > 2
     assert found == {round(a, 5): n for a, n in zip(expected.flatten().tolist(), lengths.tolist())}
 
 
