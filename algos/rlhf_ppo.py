@@ -304,11 +304,11 @@ def load_prompts(name: str, split: str, tokenizer: Any, max_length: int) -> list
 def function_rewards(function: Callable[..., Any], rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
     """function(prompts, completions, **other columns), as in TRL; stops the run unless it gives a number for each."""
     prompts = [row["prompt"] for row in rows]
-    chat = isinstance(prompts[0], list)
-    completions = [[{"role": "assistant", "content": text}] if chat else text for text in texts]
+    if isinstance(prompts[0], list):
+        texts = [[{"role": "assistant", "content": text}] for text in texts]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "ids")}
     try:
-        values = [float(value) for value in function(prompts, completions, **columns)]
+        values = [float(value) for value in function(prompts, texts, **columns)]
     except Exception as fault:
         fault.add_note(f"raised by the reward function for {len(prompts)} prompts, the first of them {prompts[0]!r}")
         raise
