@@ -1,23 +1,24 @@
-"""benchmark/evaluate_policy.py: KL by hand, the reference judged by itself, the command line."""
+"""benchmark/world/evaluate_policy.py: KL by hand, the reference judged by itself, the command line."""
 
 import json
 import subprocess
 import sys
 
-import evaluate_policy
 import pytest
 import torch
 from helpers import REPO
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-SFT, REWARD = (REPO / "benchmark" / "assets" / name for name in ("sft", "reward"))
+from world import ASSETS, evaluate_policy
+
+SFT, REWARD = ASSETS / "sft", ASSETS / "reward"
 PROMPT = "review of silent river , a drama , on acting and music :"
 RESPONSES = [("the acting was good . i loved the superb music .", True), ("the acting was", False)]
 
 
 def command(*args):
-    path = REPO / "benchmark" / "evaluate_policy.py"
-    return subprocess.run([sys.executable, path, *map(str, args)], capture_output=True, text=True, check=False)
+    entry = [sys.executable, REPO / "benchmark" / "run.py", "evaluate"]
+    return subprocess.run([*entry, *map(str, args)], capture_output=True, text=True, check=False)
 
 
 def test_log_probabilities_are_those_of_each_response_alone_with_its_end_if_it_has_one():

@@ -8,14 +8,17 @@ start, a random or untrained policy's level, to the reference. References are re
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from world import ASSETS, grammar
 
-HERE = Path(__file__).resolve().parent
-ALGOS, ASSETS, REFERENCE = HERE.parent / "algos", HERE / "assets", HERE / "reference"
+BENCHMARK = Path(__file__).resolve().parent.parent
+ALGOS, REFERENCE, RESULTS = BENCHMARK.parent / "algos", BENCHMARK / "reference", BENCHMARK / "results"
 TIERS = ("quick", "full", "gpu")
 
 
@@ -57,8 +60,8 @@ class Spec:
     published: tuple[str, str] | None = None
     """collection and script in reference/published.json, for the environment `task` (Pong: PongNoFrameskip-v4)"""
     evaluation: tuple[str, ...] = ()
-    """a second command, after the run, that writes figures to evaluation.json, a list of one; {run} is the run directory, {cache} a
-    file that runs on the same assets share, other names are the script's flags"""
+    """a sub-command of run.py, after the run, that writes figures to evaluation.json, a list of one; {run} is the run directory,
+    {cache} a file that runs on the same assets share, other names are the script's flags"""
 
     def flags_in(self, benchmark: object) -> list[str]:
         """The flags, with the folder of the benchmark put in."""
@@ -84,6 +87,23 @@ class Spec:
         return (index + 1) * (1 if self.language else 1000)
 
 
+def results(name: str) -> Any:
+    """What a command measured for the report, from results/<name>.json; empty when it has not run."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def keep(name: str, content: object) -> None:
+    """Write results/<name>.json."""
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def flags_of_script(script: str) -> set[str]:
+    """Names of a script's flags, the fields of its Args."""
+    source = (ALGOS / f"{script}.py").read_text().partition("class Args")[2].partition("\ndef ")[0]
+    return set(re.findall(r"(?m)^    (\w+): .* = ", source))
+
+
 # --- measures ---
 
 
@@ -93,36 +113,30 @@ def returns(start: float, margin: float = 0.1, optimum: float | None = None) -> 
     return (Measure("charts/episodic_return", "return", start=start, margin=margin, last=100, optimum=best),)
 
 
-def rows(path: Path) -> list[dict]:
-    """Rows of a jsonl file."""
-    return [json.loads(line) for line in path.open()]
-
-
 @functools.cache
+def held_out(data: str) -> list[dict]:
+    """The held-out rows of a data set of the small world."""
+    return [json.loads(line) for line in (ASSETS / data / "test.jsonl").open()]
+
+
 def sft_floor() -> float:
     """Loss of the grammar itself on the held-out reviews, in nats per token."""
-    from build_assets import generator_loss
-
-    return generator_loss(ASSETS / "reviews" / "test.jsonl")
+    return grammar.generator_loss(held_out("reviews"))
 
 
-@functools.cache
+def held_out_golds() -> np.ndarray:
+    """Gold rewards (n, 2) of the chosen and the rejected text of the held-out pairs."""
+    return np.array([(row["gold_chosen"], row["gold_rejected"]) for row in held_out("preferences")])
+
+
 def bayes_accuracy() -> float:
     """Accuracy on the held-out pairs of someone who knows the gold rewards."""
-    import world
-
-    pairs = rows(ASSETS / "preferences" / "test.jsonl")
-    return world.bayes_accuracy([(row["gold_chosen"], row["gold_rejected"]) for row in pairs])
+    return grammar.bayes_accuracy(held_out_golds())
 
 
-@functools.cache
 def bayes_loss() -> float:
     """Expected loss -log P(label) on the held-out pairs of someone who knows the gold rewards."""
-    import world
-
-    pairs = rows(ASSETS / "preferences" / "test.jsonl")
-    golds = np.array([(row["gold_chosen"], row["gold_rejected"]) for row in pairs])
-    p = world.preference_probability(golds[:, 0], golds[:, 1])
+    p = grammar.preference_probability(*held_out_golds().T)
     return float(-(p * np.log(p) + (1 - p) * np.log(1 - p)).mean())
 
 
@@ -153,7 +167,7 @@ GRPO = (
     Measure("evaluation/gold", "gold reward", margin=0.25, start=-0.2),
 )
 CPU = ("--device", "cpu")
-EVALUATE = ("evaluate_policy.py", "{run}", "--prompts", "1000",
+EVALUATE = ("evaluate", "{run}", "--prompts", "1000",
             "--reference-samples", "30000", "--golds", "{cache}", "--json", "{run}/evaluation.json")
 CONTROL = (*CPU, "--eval-episodes", "0")
 CHEETAH = (*CONTROL, "--env-id", "HalfCheetah-v5", "--normalize", "--total-timesteps", "1000000")
@@ -212,7 +226,7 @@ SPECS = (
     Spec("dpo", "preferences", {"quick": 1, "full": 5}, 3, DPO, (*CPU, "--eval-every", "75"),
          peer="trl_dpo_preferences.json",
          evaluation=EVALUATE),
-    Spec("rlhf_ppo", "prompts", {"quick": 1, "full": 5}, 4, RLHF, (*CPU, "--gold", "{benchmark}/world.py"),
+    Spec("rlhf_ppo", "prompts", {"quick": 1, "full": 5}, 4, RLHF, (*CPU, "--gold", "{benchmark}/world/grammar.py"),
          peer="trl_rlhf_ppo_prompts.json"),
     Spec("grpo", "prompts", {"quick": 1, "full": 5}, 3, GRPO, (*CPU, "--save-every", "8"), evaluation=EVALUATE),
     Spec("dqn", "Pong", {"gpu": 1}, 240, returns(-20.7, optimum=21.0),

@@ -1,27 +1,28 @@
 """Write what TRL's trainers reached on the small language world into reference/peers, for run.py to compare with.
 
-    for s in 1 2 3; do /tmp/trl/bin/python benchmark/trl_reward_model.py train --seed $s > runs/trl/reward_model_$s; done
-    python benchmark/record_trl.py reward_model runs/trl/reward_model_*
+    for s in 1 2 3; do /tmp/trl/bin/python benchmark/peers/trl_reward_model.py train --seed $s > runs/trl_rm_$s; done
+    python benchmark/run.py record-trl reward_model runs/trl_rm_*
 
-    for s in 1 2 3; do /tmp/trl/bin/python benchmark/trl_dpo.py train --seed $s --out runs/trl_dpo_$s; done
-    python benchmark/evaluate_policy.py runs/trl_dpo_* --beta 0.5 --golds runs/golds.json --json runs/trl_dpo.json
-    python benchmark/record_trl.py dpo runs/trl_dpo.json
+    for s in 1 2 3; do /tmp/trl/bin/python benchmark/peers/trl_dpo.py train --seed $s --out runs/trl_dpo_$s; done
+    python benchmark/run.py evaluate runs/trl_dpo_* --beta 0.5 --golds runs/golds.json --json runs/trl_dpo.json
+    python benchmark/run.py record-trl dpo runs/trl_dpo.json
 
-    for s in 1 2 3; do /tmp/trl_ppo/bin/python benchmark/trl_ppo.py --seed $s --out runs/trl_ppo_$s; done
-    python benchmark/record_trl.py rlhf_ppo runs/trl_ppo_*/log.jsonl
+    for s in 1 2 3; do /tmp/trl_ppo/bin/python benchmark/peers/trl_ppo.py --seed $s --out runs/trl_ppo_$s; done
+    python benchmark/run.py record-trl rlhf_ppo runs/trl_ppo_*/log.jsonl
 
 Seeds are numbered in the order given. Run the trainers with OMP_NUM_THREADS=1 where several run side by side.
 """
 
-import argparse
 import json
 import re
 from datetime import date
 from pathlib import Path
 
 import numpy as np
-import specs
-from run import Figures, compact, error, figures_of, machine
+
+from core import specs
+from core.curves import Figures, figures_of
+from core.references import machine, write
 
 TRAINERS = {  # with script and requirements
     "reward_model": ("RewardTrainer", "trl_reward_model.py", "trl_requirements.txt"),
@@ -44,22 +45,19 @@ def figures(script: str, path: Path) -> list[Figures]:
     return [{tag: figures_of(steps, np.array([row[tag] for row in rows]), np.ones(len(rows)), len(rows), 4) for tag in PPO_TAGS}]
 
 
-def main() -> None:
-    """Write the file of one trainer."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("script", choices=list(TRAINERS))
-    parser.add_argument("files", nargs="+", type=Path, help="what the trainer's script or evaluate_policy.py wrote")
-    args = parser.parse_args()
-    for path in args.files:
+def record(script: str, files: list[Path]) -> None:
+    """Write the file of one trainer, from what its script or run.py evaluate wrote."""
+    for path in files:
         if not path.is_file():
-            error(f"{path}: no such file")
-    (spec,) = (spec for spec in specs.SPECS if spec.script == args.script)
-    trainer, script, requirements = TRAINERS[args.script]
-    versions = dict(re.findall(r"^(\S+)==(\S+)$", (specs.HERE / requirements).read_text(), re.MULTILINE))
-    found = [one for path in args.files for one in figures(args.script, path)]
-    record = {
+            raise SystemExit(f"error: {path}: no such file")
+    (spec,) = (spec for spec in specs.SPECS if spec.script == script)
+    trainer, peer, requirements = TRAINERS[script]
+    pinned = (Path(__file__).parent / requirements).read_text()
+    versions = dict(re.findall(r"^(\S+)==(\S+)$", pinned, re.MULTILINE))
+    found = [one for path in files for one in figures(script, path)]
+    content = {
         "library": f"TRL {versions['trl']}",
-        "script": f"{trainer}, benchmark/{script} train",
+        "script": f"{trainer}, benchmark/peers/{peer} train",
         "date": str(date.today()),
         "versions": versions,
         "machine": f"{machine()}; one thread per run",
@@ -68,9 +66,5 @@ def main() -> None:
         "seeds": {str(seed): one for seed, one in enumerate(found, 1)},
     }
     path = specs.REFERENCE / "peers" / spec.peer
-    path.write_text(compact(json.dumps(record, indent=1)) + "\n")
+    write(path, content)
     print(f"wrote {path}: {len(found)} seeds")
-
-
-if __name__ == "__main__":
-    main()
