@@ -1,4 +1,4 @@
-"""Write what TRL's trainers reached on the small language world into reference/peers, for run.py to compare with.
+"""Write what TRL's trainers reached on the small language world into reference/peers, to be compared with.
 
     for s in 1 2 3; do /tmp/trl/bin/python benchmark/peers/trl_reward_model.py train --seed $s > runs/trl_rm_$s; done
     python benchmark/run.py record-trl reward_model runs/trl_rm_*
