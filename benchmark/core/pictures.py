@@ -23,7 +23,7 @@ def draw_panel(axes: Any, groups: Mapping[str, tuple[np.ndarray, int]], title: s
         steps = (np.arange(curves.shape[1]) + 0.5) * total_steps / curves.shape[1]
         axes.plot(steps, curves.mean(0), line, color=colour, label=f"{group} ({len(curves)} seeds)")
         axes.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
-    for (level, value), line in zip(levels.items(), (":", (0, (6, 3)))):
+    for (level, value), line in zip(levels.items(), (":", (0, (6, 3)), (0, (3, 1, 1, 1)), (0, (1, 4)))):
         axes.axhline(value, color="#444444", linestyle=line, linewidth=1.2, label=level)
     longest = max(total_steps for _, total_steps in groups.values())
     axes.set(xlabel=unit, ylabel=name, title=title, xlim=(0, longest))

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 from core import curves, specs
 from core.curves import Figures
 from core.runs import finished, key
-from core.specs import Spec
+from core.specs import REFERENCE, Spec
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,47 @@ def peer(spec: Spec) -> Reference | None:
 def load(spec: Spec) -> list[Reference]:
     """All that is recorded: ours first."""
     return [reference for reference in (ours(spec), peer(spec)) if reference]
+
+
+@dataclass(frozen=True)
+class Published:
+    """One number of others."""
+
+    source: str
+    env: str
+    mean: float
+    std: float | None
+    steps: int | None
+    """environment steps of training, where they are said"""
+    unlike: str
+    """why it can't be compared with the final level of the spec; empty when it can"""
+
+
+def collections() -> list[dict[str, Any]]:
+    """The tables of published.json that say how their numbers were measured."""
+    content = json.loads((REFERENCE / "published.json").read_text())
+    return [each for each in content.values() if isinstance(each, dict) and "training" in each]
+
+
+def published(spec: Spec, trained: int) -> list[Published]:
+    """What others published of the spec's algorithm on its task, in any version of it; ours trained for so many steps."""
+    found = []
+    for collection in collections():
+        for row in collection["rows"]:
+            if row["script"].split("_")[0] != spec.script or family(row["env"]) != family(spec.task):
+                continue
+            steps = row.get("steps")
+            unlike = "" if row["env"] in (spec.task, f"{spec.task}NoFrameskip-v4") else "another version"
+            unlike = unlike or "another time limit" * ("--env-kwargs" in spec.flags)
+            unlike = unlike or "evaluation of one tuned agent" * (not collection["training"])
+            unlike = unlike or "longer training" * ((steps or 0) > trained)
+            found.append(Published(collection["name"], row["env"], row["mean"], row.get("std"), steps, unlike))
+    return found
+
+
+def family(env: str) -> str:
+    """An environment without its version."""
+    return re.sub(r"^ALE/|NoFrameskip|-v\d+$|-v\d+ .*", "", env)
 
 
 def machine() -> str:

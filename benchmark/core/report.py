@@ -62,21 +62,6 @@ def two_cells(measure: Measure, reference: Reference) -> list[str]:
     return [name + with_interval(values_of(measure, reference.seeds, x)) for x in ("final", "area")]
 
 
-def published_row(spec: Spec) -> dict[str, Any] | None:
-    """The row of published.json that a spec names."""
-    if not spec.published:
-        return None
-    collection, script = spec.published
-    rows = json.loads((specs.REFERENCE / "published.json").read_text())[collection]["rows"]
-    envs = (spec.task, f"{spec.task}NoFrameskip-v4")
-    return next(row for row in rows if row["script"] == script and row["env"] in envs)
-
-
-def published_name(spec: Spec) -> str:
-    """Where that row is from."""
-    return {"cleanrl": "CleanRL's docs", "rl_zoo": "RL Zoo"}[spec.published[0]]
-
-
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
@@ -112,23 +97,58 @@ def results() -> str:
     rows = []
     for spec in specs.SPECS:
         ours, peer = references.ours(spec), references.peer(spec)
-        published = published_row(spec)
         for number, measure in enumerate(spec.measures):
             cells = two_cells(measure, ours) if ours else ["not recorded yet", ""]
             cells += two_cells(measure, peer) if peer else ["", ""]
-            said = ""
-            if published and number == 0:
-                said = f"{published['mean']:g} ± {published['std']:g} ({published_name(spec)})".replace("-", "−")
             best = shown(measure.optimum()) if measure.optimum else ""
             steps = f"{ours.steps:,}" if ours else ""
             seeds = str(len(ours.seeds)) if ours else ""
             label = [spec.name, steps, seeds] if number == 0 else ["", "", ""]
-            rows.append([*label, measure.name, *cells, said, best])
+            rows.append([*label, measure.name, *cells, best])
     header = ["spec", "steps", "seeds", "measure", "ours: final", "ours: area", "peer: final", "peer: area"]
-    header += ["published", "best possible"]
+    header += ["best possible"]
+    return "## Results\n\nMeans over seeds with 95 % intervals.\n\n" + table(header, rows)
+
+
+def level_at(ours: Reference, measure: Measure, steps: int | None) -> tuple[float, float, float]:
+    """Mean and 95 % interval of our seeds after so many steps, at the end where these are all or not known."""
+    if not steps or steps >= ours.steps:
+        return verdict.mean_interval(values_of(measure, ours.seeds, "final"))
+    found = [figures[measure.tag]["curve"] for figures in ours.seeds.values()]
+    last = steps * len(found[0]) // ours.steps - 1  # the bin that ends there
+    return verdict.mean_interval([curve[last] for curve in found])
+
+
+def published() -> str:
+    """Ours beside the numbers of others, and by how much we are below, where they are alike and where they are not."""
+    rows, below, unlike_below = [], [], []
+    for spec in specs.SPECS:
+        ours, measure = references.ours(spec), spec.measures[0]
+        for number in references.published(spec, ours.steps if ours else 0):
+            theirs = f"{number.mean:g}{f' ± {number.std:g}' if number.std is not None else ''}".replace("-", "−")
+            cells = ["not recorded yet", "", ""]
+            if ours:
+                mean, low, high = level_at(ours, measure, number.steps)
+                share = (mean - number.mean) / abs(number.mean - measure.start)
+                gap = f"{shown(mean - number.mean)} ({share:+.0%})".replace("-", "−")
+                answer = "level" if low <= number.mean <= high else "above" if share > 0 else "**below**"
+                answer = f"not alike: {number.unlike}" if number.unlike else answer
+                cells = ["{} [{}, {}]".format(*map(shown, (mean, low, high))), gap, answer]
+                if answer == "**below**":
+                    below.append(f"{spec.name} {gap} against {number.source}")
+                if number.unlike and high < number.mean:
+                    unlike_below.append(f"{spec.name} {gap} against {number.source} ({number.unlike})")
+            steps = f"{number.steps:,}" if number.steps else "not said"
+            rows.append([spec.name, number.source, number.env, steps, theirs, *cells])
+    protocols = "".join(f"- {x['name']}: {x['protocol']} ({x['source']}).\n" for x in references.collections())
+    header = ["spec", "source", "environment", "steps", "published", "ours after as many", "ours less theirs", "answer"]
     return (
-        "## Results\n\nMeans over seeds with 95 % intervals. Published numbers follow protocols of their own "
-        "(`reference/published.json`).\n\n" + table(header, rows)
+        "## Published numbers\n\nAlike are the same version of an environment and returns of training episodes after no "
+        "more steps than ours. Ours is the level after as many steps (the bin of the curve that ends there; at the end "
+        "the last 100 episodes), with its 95 % interval, the difference also a share of |theirs - random policy|; level: "
+        f"theirs lies in our interval.\n\n{protocols}\n"
+        f"Below numbers that are alike: {'; '.join(below) or 'none'}.\n\n"
+        f"Below numbers that are not: {'; '.join(unlike_below) or 'none'}.\n\n" + table(header, rows)
     )
 
 
@@ -248,8 +268,9 @@ def draw_measure(axes: Any, spec: Spec, measure: Measure, known: list[Reference]
             name = pictures.OURS if reference.name == "ours" else reference.name
             groups[name] = np.array(found), known[0].steps
     levels = {}
-    if measure is spec.measures[0] and (published := published_row(spec)):
-        levels[f"{published_name(spec)}, final"] = published["mean"]
+    for number in references.published(spec, known[0].steps) if measure is spec.measures[0] else ():
+        if not number.unlike:
+            levels[f"{number.source}, final"] = number.mean
     if measure.optimum:
         levels["best possible"] = measure.optimum()
     unit = "updates" if spec.language else "environment steps"
@@ -261,7 +282,7 @@ def draw_measure(axes: Any, spec: Spec, measure: Measure, known: list[Reference]
 
 def write(out: Path, more: list[str]) -> None:
     """results/README.md and pictures/ in the folder `out`, with the sections of other rooms at the end."""
-    parts = [INTRO, tiers(), results(), learning_curves(out / "pictures"), against_peers(), policies(), METHOD, power(), alarms()]
+    parts = [INTRO, tiers(), results(), learning_curves(out / "pictures"), against_peers(), published(), policies(), METHOD, power(), alarms()]
     path = out / "results" / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(part for part in [*parts, *more] if part))
