@@ -78,6 +78,7 @@ class Args:
     vf_coef: float = 1.0  # value loss coefficient
 
     def __post_init__(self) -> None:
+        json.loads(self.env_kwargs)  # raises a ValueError
         if self.total_timesteps < 1 or self.num_envs < 1 or self.num_steps < 2:
             raise ValueError("total-timesteps and num-envs must be at least 1, num-steps at least 2")
         if not (0 <= self.gamma <= 1 and 0 <= self.gae_lambda <= 1):
@@ -152,10 +153,10 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
-        """Draw actions from π(·|s), or take the likeliest: (B,) integers or (B, A) floats, on the CPU."""
+        """Draw actions from π(·|s) (Gumbel-max), or take the likeliest: (B,) integers or (B, A) floats, on the CPU."""
         policy = self.actor(self.features(obs)).cpu()  # whose random numbers a checkpoint keeps
         if self.discrete:
-            return policy.argmax(-1) if greedy else policy.softmax(-1).multinomial(1).squeeze(-1)
+            return (policy if greedy else policy - torch.empty_like(policy).exponential_().log()).argmax(-1)
         return policy if greedy else policy + self.log_std.exp().cpu() * torch.randn_like(policy)
 
 
@@ -207,9 +208,9 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict[str, Any]) -> gym.vec
     if isinstance(obs, Discrete):
         envs = wrap.FlattenObservation(envs)
     if isinstance(action, Box) and len(action.shape) == 1 and action.dtype.kind == "f":
-        finite = np.isfinite(action.low) & np.isfinite(action.high)
-        envs = wrap.RescaleAction(envs, np.where(finite, -1, action.low), np.where(finite, 1, action.high))
-        return wrap.ClipAction(envs)
+        finite = (action.low > -1e30) & (action.high < 1e30)
+        low, high = np.where(finite, -1, action.low), np.where(finite, 1, action.high)
+        return wrap.ClipAction(wrap.RescaleAction(envs, low, high) if finite.any() else envs)
     if not isinstance(action, Discrete) or action.start != 0:
         raise SystemExit(f"{env_id}: actions must be Discrete from 0 or a one-dimensional Box of floats, not {action}")
     return envs
@@ -222,7 +223,7 @@ def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: torch.device)
     for _ in tqdm(range(MAX_EVAL_STEPS), "evaluation", unit="step", leave=False):
         action = agent.act(torch.as_tensor(obs, device=device), greedy=True).numpy()
         obs, reward, terminated, truncated, _ = envs.step(action)
-        returns += reward * running
+        returns += np.where(running, reward, 0)
         running &= ~(terminated | truncated)
         if not running.any():
             break
@@ -256,9 +257,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     optimizer = torch.optim.RMSprop(agent.parameters(), args.learning_rate, eps=1e-5, foreach=True)
     forward, act = (torch.compile(f, dynamic=True) if args.compile else f for f in (agent.forward, agent.act))
     torch.set_num_threads(torch.get_num_threads() if agent.is_image else 1)  # small MLPs only lose time to more
-    step = 0
+    step = saved["step"] if saved else 0
     if saved:
-        step = saved["step"]
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
         if args.seed == saved["args"]["seed"]:
@@ -281,10 +281,10 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         wandb.init(project="algos", name=run_dir.name, config=asdict(args), dir=run_dir, sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step")
-    caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
-    save_now, stop = True, step >= args.total_timesteps  # saved from the start: a run directory has a checkpoint
+    caught, signals = [], (signal.SIGINT, signal.SIGTERM)  # after one the run is saved; a second one kills
+    for number in signals:
+        signal.signal(number, lambda *_: caught.extend(signal.signal(number, signal.SIG_DFL) for number in signals))
+    save_now, stop = not (run_dir / "checkpoint.pt").exists(), step >= args.total_timesteps  # saved from the start
     while True:
         # ===== save =====
         if save_now:  # to another file first, so that a crash leaves the former checkpoint whole
@@ -321,18 +321,18 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         v = values.detach()  # no gradient goes through the targets
         advantages = compute_gae(b_rewards, v[:-1], v[1:], b_terminated, b_done, args.gamma, args.gae_lambda)
         returns = advantages + v[:-1]
-        batch = [x[:T].flatten()[steps] for x in (logprobs, entropy, values, advantages, returns)]  # (B,)
-        metrics["losses/explained_variance"].append(1 - batch[3].var(correction=0) / batch[4].var(correction=0))
+        batch = [x[:T].flatten()[steps] for x in (logprobs, entropy, values, advantages, returns)]
+        logprobs, entropy, values, advantages, returns = batch  # (B,)
+        metrics["losses/explained_variance"].append(1 - advantages.var() / (returns.var() + 1e-8))
 
         # ===== update =====
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * step_before / args.total_timesteps)
-        logprobs, entropy, values, advantages, returns = batch
         pg_loss = -(logprobs * advantages).mean()  # its gradient is that of -J (A3C §4)
         v_loss = 0.5 * ((values - returns) ** 2).mean()
         loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
         optimizer.zero_grad()
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
+        grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.5)
         optimizer.step()
         metrics["losses/policy_loss"].append(pg_loss.detach())
         metrics["losses/value_loss"].append(v_loss.detach())
@@ -362,10 +362,10 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     bar.close()
     if caught:
         raise SystemExit(f"stopped at step {step}; to go on: python {sys.argv[0]} --resume {str(run_dir)!r}")
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in signals:
         signal.signal(number, signal.SIG_DFL)
     (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))
-    if args.eval_episodes:
+    if args.eval_episodes > 0:
         returns = evaluate(agent, make_envs(args.env_id, args.eval_episodes, env_kwargs), device)
         writer.add_scalar("eval/return_mean", returns.mean(), step)
         writer.add_scalar("eval/return_std", returns.std(), step)

@@ -87,6 +87,7 @@ class Args:
     exploration_fraction: float = 0.5  # share of total_timesteps over which ε falls linearly
 
     def __post_init__(self) -> None:
+        json.loads(self.env_kwargs)  # raises a ValueError
         if min(self.total_timesteps, self.num_envs, self.batch_size, self.train_every, self.target_every) < 1:
             raise ValueError("total-timesteps, num-envs, batch-size, train-every and target-every must be at least 1")
         if self.buffer_size < 8 * self.num_envs:
@@ -231,9 +232,9 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict[str, Any]) -> gym.vec
     if isinstance(obs, Discrete):
         envs = wrap.FlattenObservation(envs)
     if isinstance(action, Box) and len(action.shape) == 1 and action.dtype.kind == "f":
-        finite = np.isfinite(action.low) & np.isfinite(action.high)
-        envs = wrap.RescaleAction(envs, np.where(finite, -1, action.low), np.where(finite, 1, action.high))
-        return wrap.ClipAction(envs)
+        finite = (action.low > -1e30) & (action.high < 1e30)
+        low, high = np.where(finite, -1, action.low), np.where(finite, 1, action.high)
+        return wrap.ClipAction(wrap.RescaleAction(envs, low, high) if finite.any() else envs)
     if not isinstance(action, Discrete) or action.start != 0:
         raise SystemExit(f"{env_id}: actions must be Discrete from 0 or a one-dimensional Box of floats, not {action}")
     return envs
@@ -246,7 +247,7 @@ def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: torch.device)
     for _ in tqdm(range(MAX_EVAL_STEPS), "evaluation", unit="step", leave=False):
         action = agent.act(torch.as_tensor(obs, device=device), greedy=True).numpy()
         obs, reward, terminated, truncated, _ = envs.step(action)
-        returns += reward * running
+        returns += np.where(running, reward, 0)
         running &= ~(terminated | truncated)
         if not running.any():
             break
@@ -283,11 +284,10 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     stack = obs_space.shape[0] if "ALE/" in args.env_id else 1  # frames in an observation
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_space, stack)
     torch.set_num_threads(torch.get_num_threads() if agent.is_image else 1)  # small MLPs only lose time to more
-    step = 0
+    step = saved["step"] if saved else 0
     if saved:
         if any(getattr(args, name) != saved["args"][name] for name in ("buffer_size", "num_envs")):
             raise SystemExit("--buffer-size and --num-envs cannot change on resume: the replay buffer is made of them")
-        step = saved["step"]
         agent.load_state_dict(saved["agent"])
         target_network.load_state_dict(saved["target_network"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -314,10 +314,10 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         wandb.init(project="algos", name=run_dir.name, config=asdict(args), dir=run_dir, sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step")
-    caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
-    save_now, stop = True, step >= args.total_timesteps  # saved from the start: a run directory has a checkpoint
+    caught, signals = [], (signal.SIGINT, signal.SIGTERM)  # after one the run is saved; a second one kills
+    for number in signals:
+        signal.signal(number, lambda *_: caught.extend(signal.signal(number, signal.SIG_DFL) for number in signals))
+    save_now, stop = not (run_dir / "checkpoint.pt").exists(), step >= args.total_timesteps  # saved from the start
     while True:
         # ===== save =====
         if save_now:  # to another file first, so that a crash leaves the former checkpoint whole
@@ -386,10 +386,10 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     bar.close()
     if caught:
         raise SystemExit(f"stopped at step {step}; to go on: python {sys.argv[0]} --resume {str(run_dir)!r}")
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in signals:
         signal.signal(number, signal.SIG_DFL)
     (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))
-    if args.eval_episodes:
+    if args.eval_episodes > 0:
         returns = evaluate(agent, make_envs(args.env_id, args.eval_episodes, env_kwargs), device)
         writer.add_scalar("eval/return_mean", returns.mean(), step)
         writer.add_scalar("eval/return_std", returns.std(), step)

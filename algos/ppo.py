@@ -86,6 +86,7 @@ class Args:
     vf_coef: float = 0.5  # value loss coefficient c1 (PPO Eq. 9)
 
     def __post_init__(self) -> None:
+        json.loads(self.env_kwargs)  # raises a ValueError
         if min(self.total_timesteps, self.num_envs, self.num_steps - 1, self.num_epochs, self.num_minibatches) < 1:
             raise ValueError("total-timesteps, num-envs, num-epochs, num-minibatches must be at least 1, num-steps 2")
         if self.num_envs * self.num_steps < 2 * self.num_minibatches:
@@ -162,10 +163,10 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
-        """Draw actions from π(·|s), or take the likeliest: (B,) integers or (B, A) floats, on the CPU."""
+        """Draw actions from π(·|s) (Gumbel-max), or take the likeliest: (B,) integers or (B, A) floats, on the CPU."""
         policy = self.actor(self.features(obs)).cpu()  # whose random numbers a checkpoint keeps
         if self.discrete:
-            return policy.argmax(-1) if greedy else policy.softmax(-1).multinomial(1).squeeze(-1)
+            return (policy if greedy else policy - torch.empty_like(policy).exponential_().log()).argmax(-1)
         return policy if greedy else policy + self.log_std.exp().cpu() * torch.randn_like(policy)
 
 
@@ -198,8 +199,11 @@ def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tens
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float) -> Tensor:
     """Half squared error per sample (PPO Eq. 9's L^VF), the worse of V and V clipped to V_old ± ε; ε = inf: no clip."""
-    clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+    losses = (values - returns) ** 2
+    if clip_coef < torch.inf:
+        clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+        losses = torch.max(losses, (clipped - returns) ** 2)
+    return 0.5 * losses
 
 
 # --- environments ---
@@ -229,9 +233,9 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict[str, Any]) -> gym.vec
     if isinstance(obs, Discrete):
         envs = wrap.FlattenObservation(envs)
     if isinstance(action, Box) and len(action.shape) == 1 and action.dtype.kind == "f":
-        finite = np.isfinite(action.low) & np.isfinite(action.high)
-        envs = wrap.RescaleAction(envs, np.where(finite, -1, action.low), np.where(finite, 1, action.high))
-        return wrap.ClipAction(envs)
+        finite = (action.low > -1e30) & (action.high < 1e30)
+        low, high = np.where(finite, -1, action.low), np.where(finite, 1, action.high)
+        return wrap.ClipAction(wrap.RescaleAction(envs, low, high) if finite.any() else envs)
     if not isinstance(action, Discrete) or action.start != 0:
         raise SystemExit(f"{env_id}: actions must be Discrete from 0 or a one-dimensional Box of floats, not {action}")
     return envs
@@ -244,7 +248,7 @@ def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: torch.device)
     for _ in tqdm(range(MAX_EVAL_STEPS), "evaluation", unit="step", leave=False):
         action = agent.act(torch.as_tensor(obs, device=device), greedy=True).numpy()
         obs, reward, terminated, truncated, _ = envs.step(action)
-        returns += reward * running
+        returns += np.where(running, reward, 0)
         running &= ~(terminated | truncated)
         if not running.any():
             break
@@ -278,9 +282,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
     forward, act = (torch.compile(f, dynamic=True) if args.compile else f for f in (agent.forward, agent.act))
     torch.set_num_threads(torch.get_num_threads() if agent.is_image else 1)  # small MLPs only lose time to more
-    step = 0
+    step = saved["step"] if saved else 0
     if saved:
-        step = saved["step"]
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
         if args.seed == saved["args"]["seed"]:
@@ -304,10 +307,10 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         wandb.init(project="algos", name=run_dir.name, config=asdict(args), dir=run_dir, sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step")
-    caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
-    save_now, stop = True, step >= args.total_timesteps  # saved from the start: a run directory has a checkpoint
+    caught, signals = [], (signal.SIGINT, signal.SIGTERM)  # after one the run is saved; a second one kills
+    for number in signals:
+        signal.signal(number, lambda *_: caught.extend(signal.signal(number, signal.SIG_DFL) for number in signals))
+    save_now, stop = not (run_dir / "checkpoint.pt").exists(), step >= args.total_timesteps  # saved from the start
     while True:
         # ===== save =====
         if save_now:  # to another file first, so that a crash leaves the former checkpoint whole
@@ -345,25 +348,25 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         advantages = compute_gae(b_rewards, values[:-1], values[1:], b_terminated, b_done, args.gamma, args.gae_lambda)
         returns = advantages + values[:-1]
         batch = [x[:T].flatten(0, 1)[steps] for x in (b_obs, b_actions, logprobs, values, advantages, returns)]
-        metrics["losses/explained_variance"].append(1 - batch[4].var(correction=0) / batch[5].var(correction=0))
+        metrics["losses/explained_variance"].append(1 - batch[4].var() / (batch[5].var() + 1e-8))
 
         # ===== update =====
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * step_before / args.total_timesteps)
         for _ in range(args.num_epochs):
-            for rows in torch.randperm(len(steps)).to(device).chunk(args.num_minibatches):  # (M,)
+            for rows in torch.randperm(len(steps)).to(device).tensor_split(args.num_minibatches):  # (M,)
                 mb_obs, mb_actions, mb_logprobs, mb_values, mb_advantages, mb_returns = (x[rows] for x in batch)
                 new_logprobs, entropy, new_values = forward(mb_obs, mb_actions)
                 mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std(correction=0) + 1e-8)
                 log_ratio = new_logprobs - mb_logprobs
-                pg_loss = policy_loss(log_ratio, mb_advantages, args.clip_coef).mean()
-                v_loss = value_loss(new_values, mb_values, mb_returns, value_clip).mean()
-                loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()  # PPO Eq. 9, negated
+                pg_loss = policy_loss(log_ratio, mb_advantages, args.clip_coef)
+                v_loss = value_loss(new_values, mb_values, mb_returns, value_clip)
+                loss = (pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy).mean()  # PPO Eq. 9, negated
                 optimizer.zero_grad()
                 loss.backward()
-                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
+                grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.5)
                 optimizer.step()
-                metrics["losses/policy_loss"].append(pg_loss.detach())
-                metrics["losses/value_loss"].append(v_loss.detach())
+                metrics["losses/policy_loss"].append(pg_loss.detach().mean())
+                metrics["losses/value_loss"].append(v_loss.detach().mean())
                 metrics["losses/entropy"].append(entropy.detach().mean())
                 metrics["losses/approx_kl"].append((log_ratio.exp() - 1 - log_ratio).detach().mean())
                 metrics["losses/grad_norm"].append(grad_norm)
@@ -391,10 +394,10 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     bar.close()
     if caught:
         raise SystemExit(f"stopped at step {step}; to go on: python {sys.argv[0]} --resume {str(run_dir)!r}")
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in signals:
         signal.signal(number, signal.SIG_DFL)
     (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))
-    if args.eval_episodes:
+    if args.eval_episodes > 0:
         returns = evaluate(agent, make_envs(args.env_id, args.eval_episodes, env_kwargs), device)
         writer.add_scalar("eval/return_mean", returns.mean(), step)
         writer.add_scalar("eval/return_std", returns.std(), step)

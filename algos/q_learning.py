@@ -58,8 +58,9 @@ class Args:
     exploration_fraction: float = 0.5  # share of total_timesteps over which ε falls linearly
 
     def __post_init__(self) -> None:
-        if min(self.total_timesteps, self.num_envs) < 1 or not 0 <= self.gamma < 1 or self.alpha_decay < 0:
-            raise ValueError("total-timesteps and num-envs must be at least 1, gamma and alpha-decay 0, gamma below 1")
+        in_range = 0 <= self.gamma < 1 and 0 <= self.epsilon_end <= 1 and self.alpha_decay >= 0
+        if min(self.total_timesteps, self.num_envs) < 1 or not in_range:
+            raise ValueError("total-timesteps, num-envs must be at least 1, alpha-decay 0, gamma < 1, epsilon-end <= 1")
 
 
 def epsilon_at(step: int, end: float, duration: float) -> float:
@@ -108,8 +109,7 @@ def save_checkpoint(run_dir: Path, args: Args, step: int, **modules: Any) -> Non
 def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     torch.manual_seed(args.seed)
     sys.path.append("")  # a user's own module may lie there
-    env_kwargs = json.loads(args.env_kwargs)
-    envs = gym.make_vec(args.env_id, args.num_envs, "sync", None, **env_kwargs)
+    envs = gym.make_vec(args.env_id, args.num_envs, "sync", None, **json.loads(args.env_kwargs))
     spaces = envs.single_observation_space, envs.single_action_space
     if any(not isinstance(space, gym.spaces.Discrete) or space.start != 0 for space in spaces):
         raise SystemExit(f"{args.env_id}: observations and actions must be Discrete from 0, not {spaces}")
@@ -138,9 +138,9 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     save_checkpoint(run_dir, args, step, agent=agent)
     obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))
-    caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
+    caught, signals = [], (signal.SIGINT, signal.SIGTERM)  # after one the run is saved; a second one kills
+    for number in signals:
+        signal.signal(number, lambda *_: caught.extend(signal.signal(number, signal.SIG_DFL) for number in signals))
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step")
     while step < args.total_timesteps:
         # ===== collect =====
@@ -181,13 +181,13 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
 
     # ===== evaluate =====
     (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))
-    for name, table in tables.items() if args.eval_episodes else ():
-        envs = gym.make_vec(args.env_id, args.eval_episodes, "sync", None, **env_kwargs)
+    for name, table in tables.items() if args.eval_episodes > 0 else ():
+        envs = gym.make_vec(args.env_id, args.eval_episodes, "sync", None, **json.loads(args.env_kwargs))
         obs, _ = envs.reset(seed=args.seed)
         returns, running = np.zeros(len(obs)), np.ones(len(obs), dtype=bool)
         for _ in range(MAX_EVAL_STEPS):
             obs, reward, terminated, truncated, _ = envs.step(table[obs].argmax(-1).numpy())
-            returns += reward * running
+            returns += np.where(running, reward, 0)
             running &= ~(terminated | truncated)
             if caught or not running.any():
                 break

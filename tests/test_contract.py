@@ -373,7 +373,7 @@ def test_a_finished_run_is_only_evaluated_and_trains_on_when_more_steps_are_aske
     invoke(script, "--resume", "run", "--eval-episodes", 5)
     assert "over 5 greedy episodes" in capsys.readouterr().out
     after = load("run")
-    assert all(same(after[key], before[key]) for key in ("agent", "optimizer", "step"))
+    assert all(same(after[key], before[key]) for key in ("agent", "optimizer", "step", "rng"))
     assert same(weights(Path("run")), weights(once(script, HALF)))
     assert len(scalars(Path("run"), "charts/SPS")) == len(scalars(once(script, HALF), "charts/SPS"))
     invoke(script, "--resume", "run", "--total-timesteps", WHOLE)
@@ -543,6 +543,7 @@ def test_sigterm_at_any_moment_saves_what_was_reached(script, moment, monkeypatc
         train(script, "run", *flags)
     stopped = load("run")["step"]
     assert stopped == int(re.search(r"step (\d+)", str(stop.value))[1]) > 0
+    assert all(signal.getsignal(number) == signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT))  # either kills
     invoke(script, "--resume", "run", "--env-kwargs", "{}", "--total-timesteps", stopped + 200)
     assert load("run")["step"] >= stopped + 200
 
@@ -590,6 +591,7 @@ BAD_FLAGS = {
     "--num-envs 0": "num-envs|numbers of things",
     "--total-timesteps 0": "total-timesteps",
     "--gamma 1.5": "gamma",
+    "--env-kwargs {length:4}": "property name enclosed in double quotes",
     "--num-envs many": "num-envs",
     "--numb-envs 4": "--numb-envs",
 }

@@ -112,7 +112,9 @@ def test_finite_bounds_of_actions_become_plus_minus_1_and_sampled_actions_are_cl
 
 
 def test_unbounded_actions_are_passed_as_they_are_and_one_sided_bounds_clip():
-    for low, high, expected in ((-np.inf, np.inf, [-3, 0.5, 9]), (0, np.inf, [0, 0.5, 9])):
+    largest = np.finfo(np.float32).max  # stands for "unbounded" in many an environment
+    cases = ((-np.inf, np.inf, [-3, 0.5, 9]), (0, np.inf, [0, 0.5, 9]), (-largest, largest, [-3, 0.5, 9]))
+    for low, high, expected in cases:
         seen = []
         gym.register("Bounds-v0", entry_point=lambda: probe_envs.Bounds(low, high, seen))  # noqa: B023
         envs = ppo.make_envs("Bounds-v0", 1, {})
@@ -344,6 +346,31 @@ def test_greedy_returns_are_those_of_the_first_episode_of_each_environment():
     envs = ppo.make_envs("probe_envs:StaggeredGrowing-v0", 4, {})
     returns = ppo.evaluate(Still(1, 1), envs, torch.device("cpu"))
     assert returns.tolist() == [4, 8, 11, 11]  # by then the first two have played more, for more
+
+
+def test_an_infinite_reward_after_its_episode_changes_no_greedy_return():
+    class Envs(gym.vector.VectorEnv):
+        num_envs, time = 2, 0
+
+        def reset(self, seed):
+            return np.zeros((2, 1), np.float32), {}
+
+        def step(self, action):
+            self.time += 1
+            reward = np.array([1.0 if self.time == 1 else np.inf, 2.0])
+            return np.zeros((2, 1), np.float32), reward, np.array([self.time == 1, self.time == 3]), np.zeros(2, bool), {}
+
+    class Still(torch.nn.Linear):
+        def act(self, obs, greedy):
+            return torch.zeros(len(obs), dtype=torch.int64)
+
+    assert ppo.evaluate(Still(1, 1), Envs(), torch.device("cpu")).tolist() == [1, 6]
+
+
+@actor_critics
+def test_the_explained_variance_of_constant_returns_is_a_number(script, tmp_path):
+    run_dir = train(script, tmp_path, "Endless-v0", total_timesteps=200, gamma=0.0, gae_lambda=1.0)  # 1, at each step
+    assert all(np.isfinite(value) for _, value in scalars(run_dir, "losses/explained_variance"))
 
 
 @all_scripts

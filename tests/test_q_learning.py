@@ -305,7 +305,7 @@ def test_other_spaces_than_discrete_ones_from_0_are_refused_in_one_sentence(tmp_
     assert "\n" not in str(refusal.value) and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("flags", [{"gamma": 1.0}, {"num_envs": 0}, {"total_timesteps": 0}, {"alpha_decay": -1.0}])
+@pytest.mark.parametrize("flags", [{"gamma": 1.0}, {"num_envs": 0}, {"total_timesteps": 0}, {"alpha_decay": -1.0}, {"epsilon_end": 5.0}])
 def test_flags_that_cannot_work_are_refused(flags):
     with pytest.raises(ValueError, match="must be at least"):
         q_learning.Args(**flags)
