@@ -236,7 +236,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     argument("--out", type=Path, default=BENCHMARK, help="folder of results/ and pictures/ (default: benchmark)")
     argument = add(curves_command)
     argument("runs", type=Path, nargs="+", help="run directories")
-    argument("--tag", help="what to read (default: the return of training episodes, or the first measure of the script)")
+    argument("--tag", help="what to read (default: the return of training episodes, or the script's first measure)")
     argument("--peer", type=Path, help="reference curves (json) to compare with")
     argument("--level", type=float, help="also tell after how many steps the mean of the last entries got to this")
     argument("--picture", type=Path, help="png to draw")

@@ -70,7 +70,9 @@ def test_areas_are_compared_by_rank():
 
 def test_seeds_are_averaged_and_runs_with_other_flags_are_settings_of_their_own(tmp_path, capsys):
     runs = [
-        write_run(tmp_path / f"{level}{seed}", ppo.Args(seed=seed, num_steps=steps, total_timesteps=1000), level=level + seed)
+        write_run(
+            tmp_path / f"{level}{seed}", ppo.Args(seed=seed, num_steps=steps, total_timesteps=1000), level=level + seed
+        )
         for level, steps in ((100, 32), (50, 64))
         for seed in (1, 3)
     ]
@@ -98,7 +100,8 @@ def test_runs_of_several_scripts_are_named_by_them_and_their_own_flags(tmp_path)
 
 def test_language_runs_are_compared_by_a_measure_of_their_script_or_a_tag(tmp_path, capsys):
     runs = [
-        write_run(tmp_path / str(beta), dpo.Args(beta=beta), "eval/loss", level, 400) for beta, level in ((0.1, 0.6), (0.5, 0.5))
+        write_run(tmp_path / str(beta), dpo.Args(beta=beta), "eval/loss", level, 400)
+        for beta, level in ((0.1, 0.6), (0.5, 0.5))
     ]
     assert benchmark.main(["curves", *runs, "--tag", "eval/loss"]) == 0
     said = capsys.readouterr().out
@@ -122,7 +125,10 @@ def test_a_peer_is_compared_with_each_setting(tmp_path, capsys):
         (["{tmp}/run", "{tmp}/other"], "of several tasks: Acrobot-v1, CartPole-v1"),
         (["{tmp}/run", "--tag", "eval/loss"], "holds no values of eval/loss"),
         (["{tmp}/run", "--peer", "{tmp}/none.json"], "no such file"),
-        (["{tmp}/run", "--peer", str(PEER)], "is about CartPole-v1 over 500,000 steps, not charts/episodic_return of CartPole-v1 over 1,000"),
+        (
+            ["{tmp}/run", "--peer", str(PEER)],
+            "is about CartPole-v1 over 500,000 steps, not charts/episodic_return of CartPole-v1 over 1,000",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_line(flags, expected, tmp_path, capsys):

@@ -43,9 +43,7 @@ def save(path: Path, panels: list[Callable[[Any], None]], size: tuple[float, flo
 
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(size[0] * columns, size[1] * lines), dpi=110, squeeze=False
-    )
+    figure, axes = plt.subplots(lines, columns, figsize=(size[0] * columns, size[1] * lines), dpi=110, squeeze=False)
     for place in axes.flat[len(panels) :]:
         place.axis("off")
     for place, draw in zip(axes.flat, panels):

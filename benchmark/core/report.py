@@ -1,6 +1,5 @@
 """Writes results/README.md and pictures/ from what is recorded: references, policies, false alarms, and what other rooms add."""
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -282,8 +281,9 @@ def draw_measure(axes: Any, spec: Spec, measure: Measure, known: list[Reference]
 
 def write(out: Path, more: list[str]) -> None:
     """results/README.md and pictures/ in the folder `out`, with the sections of other rooms at the end."""
-    parts = [INTRO, tiers(), results(), learning_curves(out / "pictures"), against_peers(), published(), policies(), METHOD, power(), alarms()]
+    parts = [INTRO, tiers(), results(), learning_curves(out / "pictures"), against_peers(), published(), policies()]
+    parts += [METHOD, power(), alarms(), *more]
     path = out / "results" / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(part for part in [*parts, *more] if part))
+    path.write_text("\n".join(part for part in parts if part))
     print(f"wrote {path}")

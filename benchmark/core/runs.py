@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from world import ASSETS
 
 from core import curves, specs
 from core.specs import BENCHMARK, Spec
+from world import ASSETS
 
 LANGUAGE = ("torch", "numpy", "transformers", "tokenizers", "accelerate")
 PACKAGES = {False: ("torch", "numpy", "gymnasium"), True: LANGUAGE}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from world import ASSETS, grammar
 
 BENCHMARK = Path(__file__).resolve().parent.parent
@@ -165,8 +166,8 @@ GRPO = (
     Measure("evaluation/gold", "gold reward", margin=0.25, start=-0.2),
 )
 CPU = ("--device", "cpu")
-EVALUATE = ("evaluate", "{run}", "--prompts", "1000",
-            "--reference-samples", "30000", "--golds", "{cache}", "--json", "{run}/evaluation.json")
+EVALUATE = ("evaluate", "{run}", "--prompts", "1000", "--reference-samples", "30000",
+            "--golds", "{cache}", "--json", "{run}/evaluation.json")  # fmt: skip
 CONTROL = (*CPU, "--eval-episodes", "0")
 
 

@@ -182,7 +182,7 @@ def measure_alarms(chosen: list[tuple[Spec, int]], runs: Path) -> None:
         wanted -= set(map(int, reference.seeds))
         notes = {seed: note["measures"] for seed, note in finished(spec, runs).items() if seed in wanted}
         if not notes:
-            raise SystemExit(f"error: {spec.name}: all finished runs are in the reference: make more with run.py run --seeds")
+            raise SystemExit(f"error: {spec.name}: all finished runs are in the reference: more by run.py run --seeds")
         seeds, kept[spec.name] = list(notes), {}
         for size in (1, 2, 5):
             groups = [seeds[i : i + size] for i in range(0, len(seeds) - size + 1, size)]

@@ -1,7 +1,9 @@
 """Plants each fault of the table in a copy of the repository and runs the tests named for it.
 
-    python benchmark/run.py faults                        # all, one after the other; kept in benchmark/results/faults.json
+    python benchmark/run.py faults                        # all, one after the other
     python benchmark/run.py faults 'dqn-*' --specs        # some, and run the specs named for them on the faulty script
+
+What came of it is kept in results/faults.json.
 """
 
 import fnmatch

@@ -36,13 +36,17 @@ def figures(script: str, path: Path) -> list[Figures]:
     """Figures of each seed that a file holds, by the tags of the script's spec."""
     lines = [line for line in path.read_text().splitlines() if line.startswith("{")]
     if script == "dpo":
-        return [{f"evaluation/{x}": {"final": row[x]} for x in ("share", "gold", "kl")} for row in json.loads(path.read_text())]
+        return [
+            {f"evaluation/{x}": {"final": row[x]} for x in ("share", "gold", "kl")}
+            for row in json.loads(path.read_text())
+        ]
     if script == "reward_model":
         after = json.loads(lines[-1])["after"]
         return [{"eval/accuracy": {"final": after["accuracy"]}, "eval/loss": {"final": after["loss"]}}]
     rows = [row for row in map(json.loads, lines) if "objective/scores" in row]
-    steps = np.arange(1, len(rows) + 1)
-    return [{tag: figures_of(steps, np.array([row[tag] for row in rows]), np.ones(len(rows)), len(rows), 4) for tag in PPO_TAGS}]
+    steps, ones = np.arange(1, len(rows) + 1), np.ones(len(rows))
+    values = {tag: np.array([row[tag] for row in rows]) for tag in PPO_TAGS}
+    return [{tag: figures_of(steps, values[tag], ones, len(rows), 4) for tag in PPO_TAGS}]
 
 
 def record(script: str, files: list[Path]) -> None:

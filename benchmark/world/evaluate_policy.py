@@ -62,7 +62,8 @@ def encoded(tokenizer: PreTrainedTokenizerFast, prompts: list[str], responses: l
     """
     asked, texts = tokenizer(prompts).input_ids, tokenizer([text for text, _ in responses]).input_ids
     rows = [
-        prompt + ids + [tokenizer.eos_token_id] * finished for prompt, ids, (_, finished) in zip(asked, texts, responses)
+        prompt + ids + [tokenizer.eos_token_id] * finished
+        for prompt, ids, (_, finished) in zip(asked, texts, responses)
     ]
     length = max(map(len, rows))
     padded = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
@@ -141,6 +142,7 @@ def draw(rows: list[dict], golds: np.ndarray, path: Path) -> None:
     """Gold and proxy reward against KL, one point per script and β (mean of its policies), with what no policy can pass."""
     import matplotlib.pyplot as plt
 
+    small = {"textcoords": "offset points", "fontsize": 8}
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), dpi=130, sharex=True)
     frontier = [grammar.optimum_from_samples(golds, beta) for beta in np.geomspace(0.05, 20, 60)]
     frontier = [best for best in frontier if best.reliable]
@@ -150,7 +152,7 @@ def draw(rows: list[dict], golds: np.ndarray, path: Path) -> None:
         best = grammar.optimum_from_samples(golds, beta)
         if best.reliable:
             panels[0].plot(best.kl_star, best.gold_star, "k.")
-            panels[0].annotate(f"{beta:g}", (best.kl_star, best.gold_star), textcoords="offset points", xytext=(-4, 6), fontsize=8)
+            panels[0].annotate(f"{beta:g}", (best.kl_star, best.gold_star), xytext=(-4, 6), **small)
     for script, colour, style in (("rlhf_ppo", "#0072B2", "o-"), ("dpo", "#D55E00", "s--"), ("grpo", "#009E73", "^:")):
         seeds = {}
         for row in rows:
@@ -158,9 +160,10 @@ def draw(rows: list[dict], golds: np.ndarray, path: Path) -> None:
                 seeds.setdefault(row["beta"], []).append([row["kl"], row["gold"], row["proxy"]])
         points = sorted((*np.mean(numbers, axis=0), beta) for beta, numbers in seeds.items())
         for panel, which in zip(panels, (1, 2)):
-            panel.plot([point[0] for point in points], [point[which] for point in points], style, color=colour, label=f"{script}.py")
+            x, y = [point[0] for point in points], [point[which] for point in points]
+            panel.plot(x, y, style, color=colour, label=f"{script}.py")
             for point in points:
-                panel.annotate(f"{point[3]:g}", (point[0], point[which]), textcoords="offset points", xytext=(4, -11), fontsize=8)
+                panel.annotate(f"{point[3]:g}", (point[0], point[which]), xytext=(4, -11), **small)
     panels[0].set(xlabel="KL(π || π_ref), nats", ylabel="gold reward", title="what is wanted (β beside each point)")
     panels[1].set(xlabel="KL(π || π_ref), nats", ylabel="reward model's score", title="what RLHF sees")
     for panel in panels:
@@ -178,7 +181,8 @@ def evaluate_all(args: argparse.Namespace) -> None:
         beta = args.beta or flags.get("beta", flags.get("kl_coef"))
         if not beta:
             raise SystemExit(f"error: {path}: no run of dpo.py, rlhf_ppo.py or grpo.py, whose β is known; give --beta")
-        kinds = {"group_size": "grpo", "kl_coef": "rlhf_ppo", "beta": "dpo"}  # by a flag that only it has, in this order
+        # by a flag that only it has, in this order
+        kinds = {"group_size": "grpo", "kl_coef": "rlhf_ppo", "beta": "dpo"}
         settings[path] = next((script for flag, script in kinds.items() if flag in flags), ""), beta
     tokenizer = AutoTokenizer.from_pretrained(args.reference)
     reference = AutoModelForCausalLM.from_pretrained(args.reference).eval()
@@ -210,7 +214,8 @@ def evaluate_all(args: argparse.Namespace) -> None:
         policy = AutoModelForCausalLM.from_pretrained(path / "model" if script else path).eval()
         found = evaluate(policy, reference, scorer, tokenizer, prompts, beta)
         best = grammar.optimum_from_samples(golds, beta)
-        row = asdict(found) | {"name": str(path), "script": script, "beta": beta, "j_star": best.j_star, "j_ref": best.j_ref}
+        row = asdict(found) | {"name": str(path), "script": script, "beta": beta}
+        row |= {"j_star": best.j_star, "j_ref": best.j_ref}
         row["proxy"] -= float(np.mean(known["proxy"]))
         row["share"] = (found.j - best.j_ref) / (best.j_star - best.j_ref) if best.reliable else None
         rows.append(row)

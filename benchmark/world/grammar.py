@@ -331,8 +331,7 @@ def sentence_entropy(polarity: int) -> float:
 def sentence_length(polarity: int) -> float:
     """Mean length of a sentence given its polarity, in tokens."""
     length = {
-        sign: sum(p * len(phrase.split()) for phrase, p in phrase_probabilities(sign).items())
-        for sign in (1, -1)
+        sign: sum(p * len(phrase.split()) for phrase, p in phrase_probabilities(sign).items()) for sign in (1, -1)
     }
     plain, feeling, contrast = 4 + length[polarity], 6, 5 + length[polarity] + length[-polarity]
     return FORMS["plain"] * plain + FORMS["feeling"] * feeling + FORMS["contrast"] * contrast
