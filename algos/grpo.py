@@ -12,7 +12,7 @@ Papers: Shao et al. 2024, arXiv 2402.03300 (GRPO); Liu et al. 2025, arXiv 2503.2
 arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
 
     python algos/grpo.py  # the small language world: held-out score from -1.1 to 0.73
-    python algos/grpo.py --reward-model benchmark/name_aspects.py:reward  # name all aspects of the prompt
+    python algos/grpo.py --reward-model benchmark/world/name_aspects.py:reward  # name all aspects of the prompt
     accelerate launch algos/grpo.py --model Qwen/Qwen3-0.6B --reward-model my_rewards.py:correct --dataset my.jsonl \\
         --kl-coef 0.05 --total-episodes 100000 --batch-size 512 --micro-batch-size 16 --bf16 --gradient-checkpointing
 
@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-ASSETS = Path(__file__).resolve().parent.parent / "benchmark" / "assets"  # the small language world
+ASSETS = Path(__file__).resolve().parent.parent / "benchmark/world/assets"  # the small language world
 
 
 @dataclass

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-ASSETS = Path(__file__).resolve().parent.parent / "benchmark" / "assets"  # the small language world
+ASSETS = Path(__file__).resolve().parent.parent / "benchmark/world/assets"  # the small language world
 LAYOUTS = [["prompt", "chosen", "rejected"], ["chosen", "rejected"]]  # columns of a data set
 LOG_EVERY = 10  # updates
 

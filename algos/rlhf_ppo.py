@@ -58,7 +58,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-ASSETS = Path(__file__).resolve().parent.parent / "benchmark" / "assets"  # the small language world
+ASSETS = Path(__file__).resolve().parent.parent / "benchmark/world/assets"  # the small language world
 VF_COEF = 0.1  # c1: weight of the value loss (PPO Eq. 9)
 
 

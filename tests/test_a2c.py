@@ -55,7 +55,14 @@ def test_ppo_with_one_epoch_on_the_full_batch_and_its_extras_off_is_a2c(env_id, 
     monkeypatch.setattr(torch.optim, "Adam", lambda p, lr, eps, fused: rmsprop(p, lr, alpha=0.99, eps=eps))
     monkeypatch.setattr(torch, "randperm", torch.arange)  # a full batch needs no order, A2C draws none
     common = {"env_id": env_id, "num_envs": 8, "num_steps": 5, "gae_lambda": 0.9, "learning_rate": 7e-4}
-    common |= {"gamma": 0.99, "anneal_lr": False, "ent_coef": 0.01, "vf_coef": 0.5, "total_timesteps": 640, "eval_episodes": 0}
+    common |= {
+        "gamma": 0.99,
+        "anneal_lr": False,
+        "ent_coef": 0.01,
+        "vf_coef": 0.5,
+        "total_timesteps": 640,
+        "eval_episodes": 0,
+    }
     a2c.main(a2c.Args(**common, device="cpu", run_dir=str(tmp_path / "a2c")))
     once = {"num_minibatches": 1, "num_epochs": 1}
     plain.main(plain.Args(**common, **once, device="cpu", run_dir=str(tmp_path / "ppo")))

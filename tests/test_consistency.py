@@ -128,7 +128,7 @@ def test_header_requirements_and_imports_agree(script):
         assert name in pinned, f"{name} is not in requirements.txt"
         kinds, pinned_kinds = (set(re.findall(r"[\w-]+", text)) for text in (extras, pinned[name][0]))
         assert kinds <= pinned_kinds, f"{name}{extras} in the header, {pinned[name][0]} in requirements.txt"
-        number = lambda version: tuple(map(int, version.split(".")))  # noqa: E731
+        number = lambda version: tuple(map(int, version.split(".")))
         assert number(bound) <= number(pinned[name][1])
         bounds[name] = bound
     imported = {

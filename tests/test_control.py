@@ -8,7 +8,7 @@ import shlex
 import gymnasium as gym
 import numpy as np
 import ppo
-import probe_envs  # noqa: F401  (registers the environments)
+import probe_envs
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
@@ -233,7 +233,9 @@ def test_the_last_learning_rate_is_that_of_the_last_update(script, tmp_path):
 
 def test_rewards_are_scaled_by_the_deviation_of_discounted_returns_and_clipped(tmp_path, monkeypatch):
     gae = spy_on(monkeypatch, ppo, "compute_gae")
-    run_dir = train("ppo", tmp_path, "Spike-v0", num_envs=1, num_steps=500, normalize=True, total_timesteps=500, gamma=0.99)
+    run_dir = train(
+        "ppo", tmp_path, "Spike-v0", num_envs=1, num_steps=500, normalize=True, total_timesteps=500, gamma=0.99
+    )
     (scaled, *_), _ = gae[0]
     raw, discounted, running = [], [], 0.0
     env = gym.make("probe_envs:Spike-v0")
@@ -358,7 +360,13 @@ def test_an_infinite_reward_after_its_episode_changes_no_greedy_return():
         def step(self, action):
             self.time += 1
             reward = np.array([1.0 if self.time == 1 else np.inf, 2.0])
-            return np.zeros((2, 1), np.float32), reward, np.array([self.time == 1, self.time == 3]), np.zeros(2, bool), {}
+            return (
+                np.zeros((2, 1), np.float32),
+                reward,
+                np.array([self.time == 1, self.time == 3]),
+                np.zeros(2, bool),
+                {},
+            )
 
     class Still(torch.nn.Linear):
         def act(self, obs, greedy):
@@ -386,7 +394,7 @@ def test_a_truncated_episode_of_the_greedy_policy_is_over(script, tmp_path):
 def test_the_lines_of_the_readme_load_a_model_and_play(env_id, normalize, tmp_path, monkeypatch):
     flags = {"num_envs": 4, "total_timesteps": 300, "eval_episodes": 0, "device": "cpu"}
     ppo.main(ppo.Args(env_id=env_id, normalize=normalize, run_dir=str(tmp_path / "run"), **flags))
-    (block,) = re.findall(r"```python\n(import json.*?)```", (REPO / "README.md").read_text(), re.S)
+    (block,) = re.findall(r"```python\n(import json.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
     block = block.replace("runs/my-run", str(tmp_path / "run")).replace('"human"', '"rgb_array"')
     assert "while True" in block
     namespace = {}
@@ -397,7 +405,7 @@ def test_the_lines_of_the_readme_load_a_model_and_play(env_id, normalize, tmp_pa
 
 def test_the_environment_of_the_readme_trains_from_the_current_directory(tmp_path):
     readme = (REPO / "README.md").read_text()
-    (source,) = re.findall(r"```python\n# my_envs.py\n(.*?)```", readme, re.S)
+    (source,) = re.findall(r"```python\n# my_envs.py\n(.*?)```", readme, re.DOTALL)
     (command,) = re.findall(r"(?m)^python algos/ppo.py (--env-id my_envs:.*)$", readme)
     (tmp_path / "my_envs.py").write_text(source)
     done = run("ppo", *shlex.split(command), "--run-dir", "run", cwd=tmp_path)

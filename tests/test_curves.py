@@ -1,15 +1,31 @@
-"""benchmark/curves.py: the statistics by hand, and its errors."""
+"""benchmark/core/curves.py by hand, and compare.py: what is averaged, what is told apart, its errors."""
 
 import json
-import subprocess
-import sys
+from dataclasses import asdict
 
+import dpo
 import numpy as np
+import ppo
 import pytest
+import reinforce
 from helpers import REPO
+from torch.utils.tensorboard import SummaryWriter
 
-sys.path.insert(0, str(REPO / "benchmark"))
-import curves  # noqa: E402
+import run as benchmark
+from core import compare, curves
+
+PEER = REPO / "benchmark" / "reference" / "peers" / "cleanrl_ppo_CartPole-v1.json"
+
+
+def write_run(folder, args, tag="charts/episodic_return", level=100.0, steps=1000):
+    """A run directory that logged ten values, rising evenly to a level."""
+    folder.mkdir()
+    (folder / "args.json").write_text(json.dumps(asdict(args) | {"run_dir": str(folder)}))
+    with SummaryWriter(str(folder)) as writer:
+        for i in range(1, 11):
+            writer.add_scalar(tag, level * i / 10, steps * i // 10)
+            writer.add_scalar("charts/episodes", 20, steps * i // 10)
+    return str(folder)
 
 
 def test_a_curve_is_the_weighted_mean_of_each_bin_and_repeats_the_last_one_over_gaps():
@@ -35,46 +51,89 @@ def test_the_final_level_is_the_mean_of_exactly_the_last_100_episodes():
     assert curves.final_level(np.array([4.0]), np.array([7.0])) == 4
 
 
-def test_a_level_is_reached_when_the_mean_of_the_last_100_episodes_is_at_least_it():
-    steps, returns, numbers = np.array([10, 20, 30]), np.array([9.0, 1.0, 5.0]), np.array([50.0, 50.0, 80.0])
-    assert curves.reached(steps, returns, numbers, 5.0) == (100, 20)
-    assert curves.reached(steps, returns, numbers, 6.0) == (np.inf, np.inf)  # 9 came before there were 100 episodes
-    assert curves.reached(steps, np.array([0.0, 1.0, 5.0]), numbers, 4.2) == (180, 30)  # (20·1 + 80·5) / 100
+def test_a_level_is_reached_when_the_mean_of_the_last_100_episodes_gets_to_it():
+    steps, numbers = np.array([10, 20, 30]), np.array([50.0, 50.0, 80.0])
+    run = steps, np.array([9.0, 1.0, 5.0]), numbers
+    assert compare.reached((steps, np.array([0.0, 10.0, 5.0]), numbers), 5.0, 100) == 20
+    assert compare.reached(run, 10.0, 100) == np.inf
+    assert compare.reached((steps, np.array([0.0, 1.0, 5.0]), numbers), 4.2, 100) == 30  # (20·1 + 80·5) / 100
+    loss = steps, np.array([3.0, 2.0, 1.0]), np.ones(3)
+    assert compare.reached(loss, 2.0, 1) == 20 and compare.reached(loss, 0.5, 1) == np.inf  # from above
 
 
-def test_areas_are_compared_by_rank_and_by_the_number_of_seeds_below_a_bound():
+def test_areas_are_compared_by_rank():
     ours, peers = np.array([1.0, 2.0, -50.0]), np.array([3.0, 4.0, 5.0])
-    # of the 20 ways to share out six ranks, two are as extreme; of those to share out the one below, all are
-    assert curves.chance(ours, peers, 0.0) == "median area 1.00 and 4.00, p = 0.1; share below 0: p = 1"
-    assert curves.chance(ours, ours, None) == "median area 1.00 and 1.00, p = 1"
+    # of the 20 ways to share out six ranks, two are as extreme
+    assert compare.chance(ours, peers) == "median area 1 and 4, p = 0.1"
+    assert compare.chance(ours, ours) == "median area 1 and 1, p = 1"
+
+
+def test_seeds_are_averaged_and_runs_with_other_flags_are_settings_of_their_own(tmp_path, capsys):
+    runs = [
+        write_run(
+            tmp_path / f"{level}{seed}", ppo.Args(seed=seed, num_steps=steps, total_timesteps=1000), level=level + seed
+        )
+        for level, steps in ((100, 32), (50, 64))
+        for seed in (1, 3)
+    ]
+    assert benchmark.main(["curves", *runs, "--picture", str(tmp_path / "picture.png"), "--level", "60"]) == 0
+    said = capsys.readouterr().out
+    # levels 101 and 103, of which the last 100 of 200 episodes have 0.8, and 50 bins (9·0.1 + 5·(0.2 + … + 0.9) + 1)/50
+    assert "--num-steps 32: 2 seeds, 1,000 steps, final level 81.6 ± 0.8, area 48.76" in said
+    assert "--num-steps 64: 2 seeds, 1,000 steps, final level 41.6 ± 0.8" in said
+    assert "    60 reached after 800, 800 steps" in said and "reached after inf, inf steps" in said
+    assert "--num-steps 64 against --num-steps 32: median area" in said
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_several_scripts_are_named_by_them_and_their_own_flags(tmp_path):
+    flags = [
+        asdict(args) | {"run_dir": str(i), "seed": i}
+        for i, args in enumerate((ppo.Args(), ppo.Args(), ppo.Args(gamma=0.9), reinforce.Args()))
+    ]
+    default = "ppo --gamma 0.98"
+    assert compare.label_settings(flags) == [default, default, "ppo --gamma 0.9", "reinforce"]
+    assert compare.label_settings(flags[:2]) == ["this repository"] * 2
+    without = {name: value for name, value in flags[1].items() if name != "vf_coef"}  # of an older version
+    assert compare.label_settings([flags[0], without]) == ["--vf-coef 0.5", "--vf-coef absent"]
+
+
+def test_language_runs_are_compared_by_a_measure_of_their_script_or_a_tag(tmp_path, capsys):
+    runs = [
+        write_run(tmp_path / str(beta), dpo.Args(beta=beta), "eval/loss", level, 400)
+        for beta, level in ((0.1, 0.6), (0.5, 0.5))
+    ]
+    assert benchmark.main(["curves", *runs, "--tag", "eval/loss"]) == 0
+    said = capsys.readouterr().out
+    assert "--beta 0.1: 1 seeds, 400 steps, final level 0.6 " in said and "--beta 0.5: 1 seeds" in said
+    assert benchmark.main(["curves", *runs]) == 2
+    assert "holds no values of eval/rewards/accuracies" in capsys.readouterr().err  # the first measure of dpo's spec
+
+
+def test_a_peer_is_compared_with_each_setting(tmp_path, capsys):
+    runs = [write_run(tmp_path / str(gamma), ppo.Args(gamma=gamma), steps=500_000) for gamma in (0.9, 0.99)]
+    assert benchmark.main(["curves", *runs, "--peer", str(PEER)]) == 0
+    said = capsys.readouterr().out
+    assert "CleanRL: 5 seeds, 500,000 steps, final level 487.9" in said
+    assert "--gamma 0.9 against CleanRL: " in said and "--gamma 0.99 against CleanRL: " in said
 
 
 @pytest.mark.parametrize(
     "flags,expected",
     [
         (["{tmp}/nothing"], "is not a run directory"),
-        (["{tmp}/empty"], "holds no run with finished episodes"),
-        (["{tmp}/empty", "--peer", "{tmp}/none.json"], "holds no run"),
+        (["{tmp}/run", "{tmp}/other"], "of several tasks: Acrobot-v1, CartPole-v1"),
+        (["{tmp}/run", "--tag", "eval/loss"], "holds no values of eval/loss"),
+        (["{tmp}/run", "--peer", "{tmp}/none.json"], "no such file"),
+        (
+            ["{tmp}/run", "--peer", str(PEER)],
+            "is about CartPole-v1 over 500,000 steps, not charts/episodic_return of CartPole-v1 over 1,000",
+        ),
     ],
 )
-def test_bad_input_is_refused_in_one_line(flags, expected, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "args.json").write_text(json.dumps({"env_id": "CartPole-v1", "total_timesteps": 100}))
-    command = [sys.executable, REPO / "benchmark" / "curves.py", *(flag.format(tmp=tmp_path) for flag in flags)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and expected in lines[0], (
-        done.stderr
-    )
-
-
-def test_a_peer_curve_becomes_a_table_and_a_picture(tmp_path):
-    peer = REPO / "benchmark" / "reference" / "peers" / "cleanrl_ppo_CartPole-v1.json"
-    seeds = json.loads(peer.read_text())["seeds"].values()
-    group = curves.summary(
-        [(np.array(s["step"]), np.array(s["return"]), np.ones(len(s["step"]))) for s in seeds], 500_000
-    )
-    assert group["curves"].shape == (5, curves.BINS)
-    assert group["final"].mean() == pytest.approx(490.04, abs=10)  # the published figure
-    curves.draw({"peer": group}, 500_000, "title", tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
+def test_bad_input_is_refused_in_one_line(flags, expected, tmp_path, capsys):
+    write_run(tmp_path / "run", ppo.Args(total_timesteps=1000))
+    write_run(tmp_path / "other", ppo.Args(total_timesteps=1000, env_id="Acrobot-v1"))
+    assert benchmark.main(["curves", *(flag.format(tmp=tmp_path) for flag in flags)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and expected in lines[0]

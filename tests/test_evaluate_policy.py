@@ -1,23 +1,24 @@
-"""benchmark/evaluate_policy.py: KL by hand, the reference judged by itself, the command line."""
+"""benchmark/world/evaluate_policy.py: KL by hand, the reference judged by itself, the command line."""
 
 import json
 import subprocess
 import sys
 
-import evaluate_policy
 import pytest
 import torch
 from helpers import REPO
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-SFT, REWARD = (REPO / "benchmark" / "assets" / name for name in ("sft", "reward"))
+from world import ASSETS, evaluate_policy
+
+SFT, REWARD = ASSETS / "sft", ASSETS / "reward"
 PROMPT = "review of silent river , a drama , on acting and music :"
 RESPONSES = [("the acting was good . i loved the superb music .", True), ("the acting was", False)]
 
 
 def command(*args):
-    path = REPO / "benchmark" / "evaluate_policy.py"
-    return subprocess.run([sys.executable, path, *map(str, args)], capture_output=True, text=True, check=False)
+    entry = [sys.executable, REPO / "benchmark" / "run.py", "evaluate"]
+    return subprocess.run([*entry, *map(str, args)], capture_output=True, text=True, check=False)
 
 
 def test_log_probabilities_are_those_of_each_response_alone_with_its_end_if_it_has_one():
@@ -68,7 +69,8 @@ def test_the_reference_reaches_no_share_at_no_kl(tmp_path):
     assert (row["script"], row["beta"]) == ("rlhf_ppo", 0.5) and row["kl"] == 0
     assert row["share"] == pytest.approx(0, abs=0.25) and row["proxy"] == pytest.approx(0, abs=0.3)
     assert (tmp_path / "picture.png").stat().st_size > 10_000
-    assert command(SFT, *flags, "--beta", 0.5).stdout.count("share") == 1  # a model folder, with stored reference samples
+    again = command(SFT, *flags, "--beta", 0.5)  # a model folder, with stored reference samples
+    assert again.stdout.count("share") == 1
 
 
 def test_a_model_without_beta_is_refused_in_one_line():

@@ -305,7 +305,9 @@ def test_other_spaces_than_discrete_ones_from_0_are_refused_in_one_sentence(tmp_
     assert "\n" not in str(refusal.value) and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("flags", [{"gamma": 1.0}, {"num_envs": 0}, {"total_timesteps": 0}, {"alpha_decay": -1.0}, {"epsilon_end": 5.0}])
+@pytest.mark.parametrize(
+    "flags", [{"gamma": 1.0}, {"num_envs": 0}, {"total_timesteps": 0}, {"alpha_decay": -1.0}, {"epsilon_end": 5.0}]
+)
 def test_flags_that_cannot_work_are_refused(flags):
     with pytest.raises(ValueError, match="must be at least"):
         q_learning.Args(**flags)
@@ -331,4 +333,9 @@ def test_the_script_is_short_and_what_it_shares_with_ppo_is_identical():
 
 def test_returns_and_lengths_are_logged_under_their_names(tmp_path):
     run_dir = train(tmp_path, "CliffWalking-v1", total_timesteps=20_000, alpha_decay=0.0)
-    assert scalars(run_dir, "charts/episodic_return")[-1][1] <= -13 < 13 <= scalars(run_dir, "charts/episodic_length")[-1][1]
+    assert (
+        scalars(run_dir, "charts/episodic_return")[-1][1]
+        <= -13
+        < 13
+        <= scalars(run_dir, "charts/episodic_length")[-1][1]
+    )

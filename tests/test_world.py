@@ -1,4 +1,4 @@
-"""benchmark/world.py: scores by hand, probabilities by enumeration, exact figures against simulation."""
+"""benchmark/world/grammar.py: scores by hand, probabilities by enumeration, exact figures against simulation."""
 
 import math
 import random
@@ -9,8 +9,9 @@ from itertools import product
 
 import numpy as np
 import pytest
-import world
 from helpers import REPO
+
+from world import grammar as world
 
 PROMPT = "review of silent river , a drama , on acting and music :"
 ASKED = "the acting was superb . the music was dreadful ."  # +0.8 and -0.8 on the aspects asked for
@@ -462,8 +463,8 @@ def test_the_weights_keep_the_world_learnable_and_its_optimum_measurable():
 
 
 def test_the_command_prints_reviews_and_figures_without_heavy_imports():
-    code = "import sys, world; world.main(); assert not {'torch', 'transformers'} & set(sys.modules)"
-    command = [sys.executable, "-c", code, "--samples", "2"]
+    code = "import sys, run; run.main(sys.argv[1:]); assert not {'torch', 'transformers'} & set(sys.modules)"
+    command = [sys.executable, "-c", code, "world", "--samples", "2"]
     done = subprocess.run(command, cwd=REPO / "benchmark", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("review of") == 2 and f"{world.entropy_per_token():.4f} per token" in done.stdout

@@ -1,28 +1,28 @@
-"""Rebuild benchmark/assets, the small language world that the language scripts run on, from nothing.
+"""Rebuild benchmark/world/assets, which the language scripts run on, from nothing.
 
-    python benchmark/build_assets.py                # writes benchmark/assets
-    python benchmark/build_assets.py --out /tmp/assets
+    python benchmark/run.py assets                  # writes benchmark/world/assets
+    python benchmark/run.py assets --out /tmp/assets
 
 Steps: an untrained model with its tokenizer (base), reviews from the grammar (reviews), algos/sft.py on them (sft),
 pairs of samples of that model, labelled by a Bradley-Terry draw on their gold reward (preferences), and prompts alone
 (prompts), algos/reward_model.py on the pairs (reward). Each split of a data set has prompts of its own.
 """
 
-import argparse
 import json
 import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-import world
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-ALGOS = Path(__file__).resolve().parent.parent / "algos"
+from world import grammar
+
+ALGOS = Path(__file__).resolve().parents[2] / "algos"
 SEED = 7
 ROWS = {  # rows of each split
     "reviews": {"train": 20_000, "test": 1_000},
@@ -34,7 +34,7 @@ RESPONSE_LENGTH = 48  # tokens; the longest of the grammar has 45
 
 def build_base(folder: Path) -> None:
     """An untrained Llama of 0.29 M parameters with a word-level tokenizer."""
-    words = ["<pad>", "<eos>", "<unk>", *world.vocabulary()]
+    words = ["<pad>", "<eos>", "<unk>", *grammar.vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
@@ -61,7 +61,7 @@ def fresh_prompts(rng: random.Random) -> Iterator[str]:
     """Prompts of the world without end, none twice."""
     seen: set[str] = set()
     while True:
-        prompt = world.sample_prompt(rng)
+        prompt = grammar.sample_prompt(rng)
         if prompt not in seen:
             seen.add(prompt)
             yield prompt
@@ -90,8 +90,8 @@ def preference_pairs(prompts: list[str], responses: list[tuple[str, bool]], rng:
     for prompt, a, b in zip(prompts, responses[::2], responses[1::2], strict=True):
         if not (a[0] and b[0]):
             continue
-        gold_a, gold_b = (world.gold_reward(prompt, text, finished) for text, finished in (a, b))
-        if rng.random() > world.preference_probability(gold_a, gold_b):
+        gold_a, gold_b = (grammar.gold_reward(prompt, text, finished) for text, finished in (a, b))
+        if rng.random() > grammar.preference_probability(gold_a, gold_b):
             a, b, gold_a, gold_b = b, a, gold_b, gold_a
         yield {
             "prompt": prompt,
@@ -102,14 +102,7 @@ def preference_pairs(prompts: list[str], responses: list[tuple[str, bool]], rng:
         }
 
 
-def generator_loss(path: Path) -> float:
-    """Negative log-likelihood per token, in nats, of reviews under the grammar they come from: the floor of SFT."""
-    rows = [json.loads(line) for line in path.open()]
-    nats = -sum(world.log_prob(row["prompt"], row["completion"]) for row in rows)
-    return nats / sum(len(row["completion"].split()) + 1 for row in rows)
-
-
-def write_rows(path: Path, rows: Iterator[dict]) -> None:
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
     """One JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -124,20 +117,16 @@ def train(script: str, run_dir: Path, model: Path, *flags: object) -> None:
     shutil.rmtree(run_dir)
 
 
-def main() -> None:
-    """Write all assets to --out."""
-    parser = argparse.ArgumentParser(description="Rebuild the small language world from nothing.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "assets", help="folder to write")
-    out = parser.parse_args().out
+def build(out: Path) -> None:
+    """Write all assets to a folder."""
     rng = random.Random(SEED)
     prompts = fresh_prompts(rng)
     build_base(out / "base")
     for split, rows in ROWS["reviews"].items():
-        reviews = (
-            {"prompt": p, "completion": f" {world.sample_response(p, rng)}"} for p, _ in zip(prompts, range(rows))
-        )
+        asked = zip(prompts, range(rows))
+        reviews = [{"prompt": p, "completion": f" {grammar.sample_response(p, rng)}"} for p, _ in asked]
         write_rows(out / "reviews" / f"{split}.jsonl", reviews)
-    floor = generator_loss(out / "reviews" / "test.jsonl")
+    floor = grammar.generator_loss(reviews)  # of the last split, test
     print(f"loss of the generator itself on reviews/test.jsonl: {floor:.4f} nats per token", flush=True)
     flags = ["--model", out / "base", "--dataset", out / "reviews", "--learning-rate", 3e-3]
     train("sft", out / "run", out / "sft", *flags)
@@ -153,7 +142,3 @@ def main() -> None:
         write_rows(out / "preferences" / f"{split}.jsonl", preference_pairs(asked, responses, rng))
     flags = ["--model", out / "sft", "--dataset", out / "preferences", "--learning-rate", 1e-3]
     train("reward_model", out / "run", out / "reward", *flags)
-
-
-if __name__ == "__main__":
-    main()

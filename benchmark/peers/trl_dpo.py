@@ -1,9 +1,9 @@
 """TRL's DPOTrainer beside algos/dpo.py: the same numbers on one batch, a run to compare with, and the speed of both.
 
-    python -m venv /tmp/trl && /tmp/trl/bin/pip install -r benchmark/trl_requirements.txt
-    /tmp/trl/bin/python benchmark/trl_dpo.py equal                       # log-probabilities, losses, gradients
-    /tmp/trl/bin/python benchmark/trl_dpo.py train --out /tmp/trl_dpo_1  # then: evaluate_policy.py /tmp/trl_dpo_1
-    /tmp/trl/bin/python benchmark/trl_dpo.py speed                       # pairs per second, interleaved
+    python -m venv /tmp/trl && /tmp/trl/bin/pip install -r benchmark/peers/trl_requirements.txt
+    /tmp/trl/bin/python benchmark/peers/trl_dpo.py equal                       # log-probabilities, losses, gradients
+    /tmp/trl/bin/python benchmark/peers/trl_dpo.py train --out /tmp/trl_dpo_1  # then: run.py evaluate /tmp/trl_dpo_1
+    /tmp/trl/bin/python benchmark/peers/trl_dpo.py speed                       # pairs per second, interleaved
 
 `equal` compares on held-out pairs of the small world, with a policy whose weights were shaken so that it differs from
 the reference. TRL's "ipo" takes the mean log-probability per token where dpo.py takes the sum: given means, dpo.py's
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algos"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "algos"))
 import dpo
 
 DEFAULTS = dpo.Args()

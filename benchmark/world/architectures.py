@@ -1,7 +1,7 @@
 """What the language scripts make of tiny random models of many architectures: right numbers, or a refusal.
 
-    python benchmark/architectures.py                 # a table in Markdown; about two minutes
-    python benchmark/architectures.py llama mamba     # some
+    python benchmark/run.py architectures                 # a table in Markdown; about two minutes
+    python benchmark/run.py architectures llama mamba     # some
 
 Each is saved to a folder and read as --model would be. Of those that are accepted, log-probabilities of a padded batch
 are compared with those of single rows, and samples of a left-padded batch, from the cache, with samples of one whole
@@ -18,7 +18,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algos"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "algos"))
 import rlhf_ppo
 
 V, CPU = 32, torch.device("cpu")
@@ -99,7 +99,7 @@ def verdict(folder: Path) -> tuple[str, str, str]:
     return f"{apart:.0e}", "equal" if same else "differ", "accepted" if same and apart < 1e-4 else "WRONG"
 
 
-def main(kinds: list[str]) -> int:
+def try_all(kinds: list[str]) -> int:
     """Print the table; exit status 1 where one that is accepted is wrong."""
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
@@ -116,7 +116,3 @@ def main(kinds: list[str]) -> int:
         print(f"| {kind} | {' | '.join(found)} |", flush=True)
         wrong += [kind] * ("WRONG" in found)
     return int(bool(wrong))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

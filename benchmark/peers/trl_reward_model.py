@@ -1,9 +1,9 @@
 """algos/reward_model.py beside TRL's RewardTrainer: the same numbers, held-out accuracy, pairs per second.
 
-    python -m venv /tmp/trl && /tmp/trl/bin/pip install -r benchmark/trl_requirements.txt
-    /tmp/trl/bin/python benchmark/trl_reward_model.py equality   # rewards, loss and gradients of one and the same batch
-    /tmp/trl/bin/python benchmark/trl_reward_model.py train      # TRL as the script by default; prints one JSON line
-    /tmp/trl/bin/python benchmark/trl_reward_model.py speed      # both trained in turns; only the ratio means something
+    python -m venv /tmp/trl && /tmp/trl/bin/pip install -r benchmark/peers/trl_requirements.txt
+    /tmp/trl/bin/python benchmark/peers/trl_reward_model.py equality   # rewards, loss and gradients of one and the same batch
+    /tmp/trl/bin/python benchmark/peers/trl_reward_model.py train      # TRL as the script by default; prints one JSON line
+    /tmp/trl/bin/python benchmark/peers/trl_reward_model.py speed      # both trained in turns; only the ratio means something
 
 Both start from the same weights, head and padding token included. OMP_NUM_THREADS sets the threads of both. TRL reads a
 whole batch at once, the script its own micro-batches.
@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algos"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "algos"))
 import reward_model
 from reward_model import Args
 

@@ -8,15 +8,19 @@ start, a random or untrained policy's level, to the reference. References are re
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-ALGOS, ASSETS, REFERENCE = HERE.parent / "algos", HERE / "assets", HERE / "reference"
-TIERS = ("quick", "full", "gpu")
+from world import ASSETS, grammar
+
+BENCHMARK = Path(__file__).resolve().parent.parent
+ALGOS, REFERENCE, RESULTS = BENCHMARK.parent / "algos", BENCHMARK / "reference", BENCHMARK / "results"
+TIERS = ("quick", "full", "mujoco", "gpu")  # about 10, 90 and 110 minutes on two cores
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,9 @@ class Spec:
     """{benchmark} is this folder"""
     peer: str = ""
     """file in reference/peers"""
-    published: tuple[str, str] | None = None
-    """collection and script in reference/published.json, for the environment `task` (Pong: PongNoFrameskip-v4)"""
     evaluation: tuple[str, ...] = ()
-    """a second command, after the run, that writes figures to evaluation.json, a list of one; {run} is the run directory, {cache} a
-    file that runs on the same assets share, other names are the script's flags"""
+    """a sub-command of run.py, after the run, that writes figures to evaluation.json, a list of one; {run} is the run directory,
+    {cache} a file that runs on the same assets share, other names are the script's flags"""
 
     def flags_in(self, benchmark: object) -> list[str]:
         """The flags, with the folder of the benchmark put in."""
@@ -84,6 +86,23 @@ class Spec:
         return (index + 1) * (1 if self.language else 1000)
 
 
+def results(name: str) -> Any:
+    """What a command measured for the report, from results/<name>.json; empty when it has not run."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def keep(name: str, content: object) -> None:
+    """Write results/<name>.json."""
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def flags_of_script(script: str) -> set[str]:
+    """Names of a script's flags, the fields of its Args."""
+    source = (ALGOS / f"{script}.py").read_text().partition("class Args")[2].partition("\ndef ")[0]
+    return set(re.findall(r"(?m)^    (\w+): .* = ", source))
+
+
 # --- measures ---
 
 
@@ -93,36 +112,30 @@ def returns(start: float, margin: float = 0.1, optimum: float | None = None) -> 
     return (Measure("charts/episodic_return", "return", start=start, margin=margin, last=100, optimum=best),)
 
 
-def rows(path: Path) -> list[dict]:
-    """Rows of a jsonl file."""
-    return [json.loads(line) for line in path.open()]
-
-
 @functools.cache
+def held_out(data: str) -> list[dict]:
+    """The held-out rows of a data set of the small world."""
+    return [json.loads(line) for line in (ASSETS / data / "test.jsonl").open()]
+
+
 def sft_floor() -> float:
     """Loss of the grammar itself on the held-out reviews, in nats per token."""
-    from build_assets import generator_loss
-
-    return generator_loss(ASSETS / "reviews" / "test.jsonl")
+    return grammar.generator_loss(held_out("reviews"))
 
 
-@functools.cache
+def held_out_golds() -> np.ndarray:
+    """Gold rewards (n, 2) of the chosen and the rejected text of the held-out pairs."""
+    return np.array([(row["gold_chosen"], row["gold_rejected"]) for row in held_out("preferences")])
+
+
 def bayes_accuracy() -> float:
     """Accuracy on the held-out pairs of someone who knows the gold rewards."""
-    import world
-
-    pairs = rows(ASSETS / "preferences" / "test.jsonl")
-    return world.bayes_accuracy([(row["gold_chosen"], row["gold_rejected"]) for row in pairs])
+    return grammar.bayes_accuracy(held_out_golds())
 
 
-@functools.cache
 def bayes_loss() -> float:
     """Expected loss -log P(label) on the held-out pairs of someone who knows the gold rewards."""
-    import world
-
-    pairs = rows(ASSETS / "preferences" / "test.jsonl")
-    golds = np.array([(row["gold_chosen"], row["gold_rejected"]) for row in pairs])
-    p = world.preference_probability(golds[:, 0], golds[:, 1])
+    p = grammar.preference_probability(*held_out_golds().T)
     return float(-(p * np.log(p) + (1 - p) * np.log(1 - p)).mean())
 
 
@@ -153,37 +166,39 @@ GRPO = (
     Measure("evaluation/gold", "gold reward", margin=0.25, start=-0.2),
 )
 CPU = ("--device", "cpu")
-EVALUATE = ("evaluate_policy.py", "{run}", "--prompts", "1000",
-            "--reference-samples", "30000", "--golds", "{cache}", "--json", "{run}/evaluation.json")
+EVALUATE = ("evaluate", "{run}", "--prompts", "1000", "--reference-samples", "30000",
+            "--golds", "{cache}", "--json", "{run}/evaluation.json")  # fmt: skip
 CONTROL = (*CPU, "--eval-episodes", "0")
-CHEETAH = (*CONTROL, "--env-id", "HalfCheetah-v5", "--normalize", "--total-timesteps", "1000000")
+
+
+def mujoco(env_id: str) -> tuple[str, ...]:
+    """Flags of a million steps on a MuJoCo task."""
+    return (*CONTROL, "--env-id", env_id, "--normalize", "--total-timesteps", "1000000")
+
+
 PONG = ("--device", "cuda", "--compile", "--eval-episodes", "0", "--env-id", "ALE/Pong-v5",
         "--total-timesteps", "10000000", "--save-every", "2000000")  # fmt: skip
+PPO_MUJOCO = ("--num-envs", "1", "--num-steps", "2048", "--num-minibatches", "32", "--num-epochs", "10",
+              "--learning-rate", "3e-4", "--ent-coef", "0", "--gamma", "0.99")  # fmt: skip
 CARTPOLE = {"task": "CartPole-v1", "flags": CONTROL, "measures": returns(22, optimum=500.0)}
 ACROBOT = {"task": "Acrobot-v1", "flags": (*CONTROL, "--env-id", "Acrobot-v1"), "measures": returns(-495)}
 
 SPECS = (
-    Spec("dqn", seeds={"quick": 2, "full": 5}, minutes=1, peer="cleanrl_dqn_CartPole-v1.json",
-         published=("cleanrl", "dqn"), **CARTPOLE),
+    Spec("dqn", seeds={"quick": 2, "full": 5}, minutes=1, peer="cleanrl_dqn_CartPole-v1.json", **CARTPOLE),
     Spec("reinforce", seeds={"quick": 2, "full": 5}, minutes=0.4, **CARTPOLE),
-    Spec("a2c", seeds={"quick": 2, "full": 5}, minutes=0.7, peer="sb3_a2c_CartPole-v1.json",
-         published=("rl_zoo", "a2c"), **CARTPOLE),
-    Spec("ppo", seeds={"quick": 2, "full": 5}, minutes=0.7, peer="cleanrl_ppo_CartPole-v1.json",
-         published=("cleanrl", "ppo"), **CARTPOLE),
-    Spec("dqn", seeds={"full": 5}, minutes=1.5, peer="cleanrl_dqn_Acrobot-v1.json",
-         published=("cleanrl", "dqn"), **ACROBOT),
+    Spec("a2c", seeds={"quick": 2, "full": 5}, minutes=0.7, peer="sb3_a2c_CartPole-v1.json", **CARTPOLE),
+    Spec("ppo", seeds={"quick": 2, "full": 5}, minutes=0.7, peer="cleanrl_ppo_CartPole-v1.json", **CARTPOLE),
+    Spec("dqn", seeds={"full": 5}, minutes=1.5, peer="cleanrl_dqn_Acrobot-v1.json", **ACROBOT),
     Spec("reinforce", seeds={"full": 5}, minutes=2, **ACROBOT | {"flags": (*ACROBOT["flags"], "--learning-rate", "5e-3")}),
-    Spec("a2c", seeds={"full": 5}, minutes=1, peer="sb3_a2c_Acrobot-v1.json",
-         published=("rl_zoo", "a2c"), **ACROBOT),
-    Spec("ppo", seeds={"full": 5}, minutes=1, peer="cleanrl_ppo_Acrobot-v1.json",
-         published=("cleanrl", "ppo"), **ACROBOT),
-    Spec("reinforce", "HalfCheetah-v5", {"full": 3}, 5, returns(-270, margin=0.3),
-         (*CHEETAH, "--num-envs", "2", "--learning-rate", "3e-3")),
-    Spec("a2c", "HalfCheetah-v5", {"full": 3}, 5, returns(-270, margin=0.3),
-         (*CHEETAH, "--num-envs", "8", "--learning-rate", "7e-4")),
-    Spec("ppo", "HalfCheetah-v5", {"full": 3}, 8, returns(-270, margin=0.3),
-         (*CHEETAH, "--num-envs", "1", "--num-steps", "2048", "--num-minibatches", "32", "--num-epochs", "10",
-          "--learning-rate", "3e-4", "--ent-coef", "0", "--gamma", "0.99")),
+    Spec("a2c", seeds={"full": 5}, minutes=1, peer="sb3_a2c_Acrobot-v1.json", **ACROBOT),
+    Spec("ppo", seeds={"full": 5}, minutes=1, peer="cleanrl_ppo_Acrobot-v1.json", **ACROBOT),
+    Spec("reinforce", "HalfCheetah-v5", {"mujoco": 3}, 6, returns(-270, margin=0.3),
+         (*mujoco("HalfCheetah-v5"), "--num-envs", "2", "--learning-rate", "3e-3")),
+    Spec("a2c", "HalfCheetah-v5", {"mujoco": 3}, 5, returns(-270, margin=0.3),
+         (*mujoco("HalfCheetah-v5"), "--num-envs", "8", "--learning-rate", "7e-4")),
+    Spec("ppo", "HalfCheetah-v5", {"mujoco": 3}, 20, returns(-270, margin=0.3), (*mujoco("HalfCheetah-v5"), *PPO_MUJOCO)),
+    Spec("ppo", "Hopper-v5", {"mujoco": 3}, 20, returns(18, margin=0.3), (*mujoco("Hopper-v5"), *PPO_MUJOCO)),
+    Spec("ppo", "Walker2d-v5", {"mujoco": 3}, 20, returns(2, margin=0.3), (*mujoco("Walker2d-v5"), *PPO_MUJOCO)),
     Spec("ppo", "LunarLander-v3", {"full": 5}, 1.5, returns(-185),
          (*CONTROL, "--env-id", "LunarLander-v3", "--normalize", "--total-timesteps", "300000", "--num-envs", "8",
           "--num-steps", "256", "--num-minibatches", "16", "--num-epochs", "10", "--learning-rate", "3e-4",
@@ -212,17 +227,16 @@ SPECS = (
     Spec("dpo", "preferences", {"quick": 1, "full": 5}, 3, DPO, (*CPU, "--eval-every", "75"),
          peer="trl_dpo_preferences.json",
          evaluation=EVALUATE),
-    Spec("rlhf_ppo", "prompts", {"quick": 1, "full": 5}, 4, RLHF, (*CPU, "--gold", "{benchmark}/world.py"),
+    Spec("rlhf_ppo", "prompts", {"quick": 1, "full": 5}, 4, RLHF, (*CPU, "--gold", "{benchmark}/world/grammar.py"),
          peer="trl_rlhf_ppo_prompts.json"),
     Spec("grpo", "prompts", {"quick": 1, "full": 5}, 3, GRPO, (*CPU, "--save-every", "8"), evaluation=EVALUATE),
     Spec("dqn", "Pong", {"gpu": 1}, 240, returns(-20.7, optimum=21.0),
          (*PONG, "--learning-rate", "1e-4", "--batch-size", "32", "--num-envs", "8", "--train-every", "4",
           "--buffer-size", "1000000", "--learning-starts", "80000", "--target-every", "1000", "--epsilon-end", "0.01",
-          "--exploration-fraction", "0.1"), published=("cleanrl", "dqn_atari")),
+          "--exploration-fraction", "0.1")),
     Spec("a2c", "Pong", {"gpu": 3}, 60, returns(-20.7, optimum=21.0),
-         (*PONG, "--num-envs", "16", "--learning-rate", "7e-4", "--ent-coef", "0.01"), published=("rl_zoo", "a2c")),
+         (*PONG, "--num-envs", "16", "--learning-rate", "7e-4", "--ent-coef", "0.01")),
     Spec("ppo", "Pong", {"gpu": 3}, 60, returns(-20.7, optimum=21.0),
          (*PONG, "--num-envs", "8", "--num-steps", "128", "--num-minibatches", "4", "--clip-coef", "0.1",
-          "--learning-rate", "2.5e-4", "--gamma", "0.99"),
-         published=("cleanrl", "ppo_atari")),
+          "--learning-rate", "2.5e-4", "--gamma", "0.99")),
 )  # fmt: skip

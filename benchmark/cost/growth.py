@@ -19,11 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import curves
-from specs import ALGOS, ASSETS, HERE
-from speed import ONE_THREAD, rate
+from core import curves, specs
+from core.report import table
+from core.specs import ALGOS
+from cost.speed import ONE_THREAD, rate
+from world import ASSETS
 
-RESULTS = HERE / "growth.json"
 UPDATES = 12  # of a language script's run
 UNITS = {"sft": "rows", "reward_model": "pairs", "dpo": "pairs", "rlhf_ppo": "episodes"}  # of speeds; control: steps
 
@@ -137,8 +138,7 @@ def run(row: Row, size: int) -> dict[str, float]:
             _, status, usage = os.wait4(process.pid, 0)
         if status:
             last = (folder / "log").read_text().strip().splitlines()[-1]
-            print(f"error: {row.name} {size}: {last}", file=sys.stderr)
-            raise SystemExit(1)
+            raise SystemExit(f"error: {row.name} {size}: {last}")
         if row.script in UNITS:
             speed = rate(folder / "run", f"{UNITS[row.script]}_per_second")
         else:
@@ -150,17 +150,32 @@ def measure(patterns: list[str]) -> None:
     """Run the rows that match, print and keep what they need."""
     chosen = [row for row in ROWS if not patterns or any(fnmatch.fnmatchcase(row.name, x) for x in patterns)]
     if not chosen:
-        print(f"error: no row is called {patterns[0]}: {', '.join(row.name for row in ROWS)}", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(f"error: no row is called {patterns[0]}: {', '.join(row.name for row in ROWS)}")
     for row in chosen:
         found = {}
         for size in row.sizes:
-            found[str(size)] = run(row, size)
-            print(f"{row.name} {size}: {found[str(size)]['speed']:,.0f} {unit(row)}, {found[str(size)]['gigabytes']} GB", flush=True)
-        kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        RESULTS.write_text(json.dumps(kept | {row.name: found}, indent=1) + "\n")
+            found[str(size)] = cost = run(row, size)
+            print(f"{row.name} {size}: {cost['speed']:,.0f} {unit(row)}, {cost['gigabytes']} GB", flush=True)
+        specs.keep("growth", specs.results("growth") | {row.name: found})
 
 
 def unit(row: Row) -> str:
     """Of its speeds."""
     return f"{UNITS.get(row.script, 'steps')}/s"
+
+
+def section() -> str:
+    """Time and memory as sizes double, for the report."""
+    found, rows = specs.results("growth"), []
+    for row in ROWS:
+        sizes = found.get(row.name, {})
+        cells = [f"{size}: {x['speed']:,.0f} {unit(row)}, {x['gigabytes']:.2f} GB" for size, x in sizes.items()]
+        rows += [[f"{row.script}.py", f"{row.what} (`{row.flag}`)" if row.flag else row.what, *cells]] if cells else []
+    if not rows:
+        return ""
+    header = ["script", "what doubles", "", "", "", ""]
+    return (
+        "## How cost grows\n\nSpeed at the end of short runs on one thread and peak resident memory, libraries "
+        "included (`run.py growth`; what each row runs is in `cost/growth.py`). The machine had other work: compare "
+        "within a row.\n\n" + table(header, rows)
+    )

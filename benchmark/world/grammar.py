@@ -12,13 +12,12 @@ camera, ...), a fourth on what it leaves behind (mood, message, ...). Every text
 SFT loss). The gold reward reads the sentiment from the parse. Preferences are Bradley-Terry draws on it, so the best
 possible accuracy of a reward model is known, and so is the optimum of RL with a KL penalty.
 
-    python benchmark/world.py        # sampled reviews and all exact figures, in half a second
+    python benchmark/run.py world        # sampled reviews and all exact figures, in half a second
 
 Units: entropies, KL and log-probabilities in nats, lengths in tokens. Sentiment is counted in points, 1000 points = 1:
 every score of the grammar is a whole number of points, so sums are exact. `rng` is a random.Random or numpy Generator.
 """
 
-import argparse
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -332,8 +331,7 @@ def sentence_entropy(polarity: int) -> float:
 def sentence_length(polarity: int) -> float:
     """Mean length of a sentence given its polarity, in tokens."""
     length = {
-        sign: sum(p * len(phrase.split()) for phrase, p in phrase_probabilities(sign).items())
-        for sign in (1, -1)
+        sign: sum(p * len(phrase.split()) for phrase, p in phrase_probabilities(sign).items()) for sign in (1, -1)
     }
     plain, feeling, contrast = 4 + length[polarity], 6, 5 + length[polarity] + length[-polarity]
     return FORMS["plain"] * plain + FORMS["feeling"] * feeling + FORMS["contrast"] * contrast
@@ -392,6 +390,12 @@ def max_length() -> int:
     """Length of the longest response in tokens, the end-of-sequence token included."""
     sides = 2 * max(len(phrase.split()) for phrase in phrases())
     return MAX_SENTENCES * (5 + sides) + 1
+
+
+def generator_loss(rows: Sequence[Mapping[str, str]]) -> float:
+    """Negative log-likelihood per token, in nats, of reviews under the grammar they come from: the floor of SFT."""
+    nats = -sum(log_prob(row["prompt"], row["completion"]) for row in rows)
+    return nats / sum(len(row["completion"].split()) + 1 for row in rows)
 
 
 def entropy_per_token() -> float:
@@ -504,14 +508,10 @@ def expected_bayes_accuracy(scale: float = BT_SCALE) -> float:
     return float(total)
 
 
-def main() -> None:
-    """Show sampled reviews and the exact figures."""
-    parser = argparse.ArgumentParser(description="Sampled film reviews and the exact figures of the world.")
-    parser.add_argument("--samples", type=int, default=5, help="reviews to show (default 5)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the reviews (default 1)")
-    args = parser.parse_args()
-    rng = random.Random(args.seed)
-    for _ in range(args.samples):
+def show(samples: int, seed: int) -> None:
+    """Print sampled reviews and the exact figures."""
+    rng = random.Random(seed)
+    for _ in range(samples):
         prompt = sample_prompt(rng)
         response = sample_response(prompt, rng)
         print(f"{prompt}\n  {response}\n  gold {gold_reward(prompt, response):+.3f}, ", end="")
@@ -527,7 +527,3 @@ def main() -> None:
     for beta in (0.05, 0.1, 0.2, 0.5, 1.0):
         best = optimum(beta)
         print(f"{beta:<6}  {best.j_star:.4f}  {best.j_ref:+.4f}  {best.kl_star:10.4f}  {best.gold_star:+.4f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,21 +1,19 @@
 """How good policies of the small language world are: gold reward, KL from the reference, share of the optimum reached.
 
-    python benchmark/evaluate_policy.py runs/a runs/b                     # runs of dpo.py, rlhf_ppo.py or grpo.py, with their own β
-    python benchmark/evaluate_policy.py /tmp/trl_dpo --beta 0.5           # a model folder, with a β
-    python benchmark/evaluate_policy.py runs/* --picture frontier.png     # the frontier of gold and proxy reward against KL
-    python benchmark/evaluate_policy.py runs/* --golds /tmp/golds.json --json /tmp/figures.json   # keeps reference samples
+    python benchmark/run.py evaluate runs/a runs/b                     # runs of dpo.py, rlhf_ppo.py or grpo.py, with their own β
+    python benchmark/run.py evaluate /tmp/trl_dpo --beta 0.5           # a model folder, with a β
+    python benchmark/run.py evaluate runs/* --picture frontier.png     # the frontier of gold and proxy reward against KL
+    python benchmark/run.py evaluate runs/* --golds /tmp/golds.json --json /tmp/figures.json   # keeps reference samples
 
 Each policy answers the test prompts and fresh ones at temperature 1. Printed per policy, ± its standard error:
 
     gold    mean gold reward, in [-1, 1]
     KL      log π(y|x) - log π_ref(y|x) of its own samples, nats per sequence with its end-of-sequence token
-    J       E[r] - β·KL with r = world.BT_SCALE · gold, what RLHF and DPO maximise
+    J       E[r] - β·KL with r = grammar.BT_SCALE · gold, what RLHF and DPO maximise
     share   (J - J_ref) / (J* - J_ref), with J_ref and J* from gold rewards of reference samples; its error is that of
-            J. No share is printed where too few reference samples carry J* (world.Optimum.reliable)
+            J. No share is printed where too few reference samples carry J* (grammar.Optimum.reliable)
     proxy   mean score of the reward model, less that of reference samples: what RLHF sees of r
     faulty  share of samples with a sentence that the gold reward refuses, too few sentences, or no end
-
-Importable: `evaluate` and `reference_samples` return what `main` prints.
 """
 
 import argparse
@@ -23,14 +21,11 @@ import itertools
 import json
 import os
 import random
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import world
-from build_assets import fresh_prompts, sample
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -39,7 +34,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+from world import ASSETS, grammar
+from world.build_assets import fresh_prompts, sample
+
 Response = tuple[str, bool]  # text, and whether it ended before the length limit
 
 
@@ -65,7 +62,8 @@ def encoded(tokenizer: PreTrainedTokenizerFast, prompts: list[str], responses: l
     """
     asked, texts = tokenizer(prompts).input_ids, tokenizer([text for text, _ in responses]).input_ids
     rows = [
-        prompt + ids + [tokenizer.eos_token_id] * finished for prompt, ids, (_, finished) in zip(asked, texts, responses)
+        prompt + ids + [tokenizer.eos_token_id] * finished
+        for prompt, ids, (_, finished) in zip(asked, texts, responses)
     ]
     length = max(map(len, rows))
     padded = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
@@ -98,13 +96,13 @@ def proxy_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pro
 
 def is_faulty(prompt: str, response: Response) -> bool:
     """Whether the gold reward charges a response for anything but its sentiment."""
-    sentences = world.parse(prompt, response[0])
-    return not response[1] or len(sentences) < world.MIN_SENTENCES or any(sentence.problem for sentence in sentences)
+    sentences = grammar.parse(prompt, response[0])
+    return not response[1] or len(sentences) < grammar.MIN_SENTENCES or any(sentence.problem for sentence in sentences)
 
 
 def golds_of(prompts: list[str], responses: list[Response]) -> np.ndarray:
     """Gold rewards (n,)."""
-    return np.array([world.gold_reward(prompt, *response) for prompt, response in zip(prompts, responses)])
+    return np.array([grammar.gold_reward(prompt, *response) for prompt, response in zip(prompts, responses)])
 
 
 def evaluate(policy: PreTrainedModel, reference: PreTrainedModel, scorer: PreTrainedModel,
@@ -114,7 +112,7 @@ def evaluate(policy: PreTrainedModel, reference: PreTrainedModel, scorer: PreTra
     golds = golds_of(prompts, responses)
     kl = sequence_logprobs(policy, tokenizer, prompts, responses)
     kl -= sequence_logprobs(reference, tokenizer, prompts, responses)
-    j = world.BT_SCALE * golds - beta * kl
+    j = grammar.BT_SCALE * golds - beta * kl
     means = [f(x) for x in (golds, kl, j) for f in (np.mean, lambda x: np.std(x, ddof=1) / len(x) ** 0.5)]
     proxy = proxy_scores(scorer, tokenizer, prompts, responses).mean()
     faulty = np.mean([is_faulty(*pair) for pair in zip(prompts, responses)])
@@ -123,13 +121,13 @@ def evaluate(policy: PreTrainedModel, reference: PreTrainedModel, scorer: PreTra
 
 def reference_samples(reference: PreTrainedModel, scorer: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
                       prompts: list[str]) -> dict[str, list[float]]:  # fmt: skip
-    """Gold rewards and proxy scores (n,) of one reference sample per prompt, for world.optimum_from_samples."""
+    """Gold rewards and proxy scores (n,) of one reference sample per prompt, for grammar.optimum_from_samples."""
     responses = sample(reference, tokenizer, prompts)
     proxies = proxy_scores(scorer, tokenizer, prompts, responses)
     return {"gold": golds_of(prompts, responses).round(4).tolist(), "proxy": proxies.round(4).tolist()}
 
 
-def describe(name: str, found: Figures, beta: float, best: world.Optimum) -> str:
+def describe(name: str, found: Figures, beta: float, best: grammar.Optimum) -> str:
     """The line that is printed for a policy."""
     gain = best.j_star - best.j_ref
     share = f"{(found.j - best.j_ref) / gain:.3f} ± {found.j_error / gain:.3f}" if best.reliable else "unreliable"
@@ -144,16 +142,17 @@ def draw(rows: list[dict], golds: np.ndarray, path: Path) -> None:
     """Gold and proxy reward against KL, one point per script and β (mean of its policies), with what no policy can pass."""
     import matplotlib.pyplot as plt
 
+    small = {"textcoords": "offset points", "fontsize": 8}
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), dpi=130, sharex=True)
-    frontier = [world.optimum_from_samples(golds, beta) for beta in np.geomspace(0.05, 20, 60)]
+    frontier = [grammar.optimum_from_samples(golds, beta) for beta in np.geomspace(0.05, 20, 60)]
     frontier = [best for best in frontier if best.reliable]
     panels[0].plot([best.kl_star for best in frontier], [best.gold_star for best in frontier], color="black",
                    label="optimum π* ∝ π_ref·exp(r/β)")  # fmt: skip
     for beta in sorted({row["beta"] for row in rows}):
-        best = world.optimum_from_samples(golds, beta)
+        best = grammar.optimum_from_samples(golds, beta)
         if best.reliable:
             panels[0].plot(best.kl_star, best.gold_star, "k.")
-            panels[0].annotate(f"{beta:g}", (best.kl_star, best.gold_star), textcoords="offset points", xytext=(-4, 6), fontsize=8)
+            panels[0].annotate(f"{beta:g}", (best.kl_star, best.gold_star), xytext=(-4, 6), **small)
     for script, colour, style in (("rlhf_ppo", "#0072B2", "o-"), ("dpo", "#D55E00", "s--"), ("grpo", "#009E73", "^:")):
         seeds = {}
         for row in rows:
@@ -161,9 +160,10 @@ def draw(rows: list[dict], golds: np.ndarray, path: Path) -> None:
                 seeds.setdefault(row["beta"], []).append([row["kl"], row["gold"], row["proxy"]])
         points = sorted((*np.mean(numbers, axis=0), beta) for beta, numbers in seeds.items())
         for panel, which in zip(panels, (1, 2)):
-            panel.plot([point[0] for point in points], [point[which] for point in points], style, color=colour, label=f"{script}.py")
+            x, y = [point[0] for point in points], [point[which] for point in points]
+            panel.plot(x, y, style, color=colour, label=f"{script}.py")
             for point in points:
-                panel.annotate(f"{point[3]:g}", (point[0], point[which]), textcoords="offset points", xytext=(4, -11), fontsize=8)
+                panel.annotate(f"{point[3]:g}", (point[0], point[which]), xytext=(4, -11), **small)
     panels[0].set(xlabel="KL(π || π_ref), nats", ylabel="gold reward", title="what is wanted (β beside each point)")
     panels[1].set(xlabel="KL(π || π_ref), nats", ylabel="reward model's score", title="what RLHF sees")
     for panel in panels:
@@ -173,28 +173,16 @@ def draw(rows: list[dict], golds: np.ndarray, path: Path) -> None:
     figure.savefig(path)
 
 
-def main() -> None:
+def evaluate_all(args: argparse.Namespace) -> None:
     """Evaluate each policy and print a line for it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", type=Path, help="run directories of dpo.py, rlhf_ppo.py or grpo.py, or model folders")
-    parser.add_argument("--reference", default=str(ASSETS / "sft"), help="folder of the reference policy")
-    parser.add_argument("--reward-model", default=str(ASSETS / "reward"), help="folder of the reward model")
-    parser.add_argument("--beta", type=float, help="β of the KL penalty (default: that of each run)")
-    parser.add_argument("--prompts", type=int, default=3_000, help="prompts to answer (default 3000)")
-    parser.add_argument("--reference-samples", type=int, default=60_000, help="for J_ref and J* (default 60000)")
-    parser.add_argument("--golds", type=Path, help="json file that keeps the reference's rewards between calls")
-    parser.add_argument("--json", type=Path, help="json file to write the figures to, a list with an entry per policy")
-    parser.add_argument("--picture", type=Path, help="png to draw")
-    parser.add_argument("--seed", type=int, default=1, help="seed of fresh prompts and samples (default 1)")
-    args = parser.parse_args()
     settings = {}  # script and β of each model
     for path in args.models:
         flags = json.loads((path / "args.json").read_text()) if (path / "args.json").exists() else {}
         beta = args.beta or flags.get("beta", flags.get("kl_coef"))
         if not beta:
-            print(f"error: {path}: no run of dpo.py, rlhf_ppo.py or grpo.py, whose β is known; give --beta", file=sys.stderr)
-            raise SystemExit(2)
-        kinds = {"group_size": "grpo", "kl_coef": "rlhf_ppo", "beta": "dpo"}  # by a flag that only it has, in this order
+            raise SystemExit(f"error: {path}: no run of dpo.py, rlhf_ppo.py or grpo.py, whose β is known; give --beta")
+        # by a flag that only it has, in this order
+        kinds = {"group_size": "grpo", "kl_coef": "rlhf_ppo", "beta": "dpo"}
         settings[path] = next((script for flag, script in kinds.items() if flag in flags), ""), beta
     tokenizer = AutoTokenizer.from_pretrained(args.reference)
     reference = AutoModelForCausalLM.from_pretrained(args.reference).eval()
@@ -214,7 +202,7 @@ def main() -> None:
             os.replace(new, args.golds)
     golds = np.array(known["gold"])
     for beta in sorted({beta for _, beta in settings.values()}):
-        best = world.optimum_from_samples(golds, beta)
+        best = grammar.optimum_from_samples(golds, beta)
         print(
             f"reference: β {beta:g}, gold {golds.mean():+.4f}, J_ref {best.j_ref:+.4f}, J* {best.j_star:.4f} ± "
             f"{best.standard_error:.4f}, KL* {best.kl_star:.3f}, gold* {best.gold_star:+.4f} "
@@ -225,8 +213,9 @@ def main() -> None:
         torch.manual_seed(args.seed)
         policy = AutoModelForCausalLM.from_pretrained(path / "model" if script else path).eval()
         found = evaluate(policy, reference, scorer, tokenizer, prompts, beta)
-        best = world.optimum_from_samples(golds, beta)
-        row = asdict(found) | {"name": str(path), "script": script, "beta": beta, "j_star": best.j_star, "j_ref": best.j_ref}
+        best = grammar.optimum_from_samples(golds, beta)
+        row = asdict(found) | {"name": str(path), "script": script, "beta": beta}
+        row |= {"j_star": best.j_star, "j_ref": best.j_ref}
         row["proxy"] -= float(np.mean(known["proxy"]))
         row["share"] = (found.j - best.j_ref) / (best.j_star - best.j_ref) if best.reliable else None
         rows.append(row)
@@ -236,7 +225,3 @@ def main() -> None:
     if args.picture:
         draw(rows, golds, args.picture)
         print(f"wrote {args.picture}")
-
-
-if __name__ == "__main__":
-    main()

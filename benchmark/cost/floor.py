@@ -1,7 +1,7 @@
 """What share of a script's time its matrix products and attention take: the part that faster code cannot save.
 
-    python benchmark/floor.py ppo --total-timesteps 20000
-    python benchmark/floor.py rlhf_ppo --total-episodes 128
+    python benchmark/run.py floor ppo --total-timesteps 20000
+    python benchmark/run.py floor rlhf_ppo --total-episodes 128
 
 Any flags of the script. It runs once as it is, in its own process, whose logged speed tells the time of the whole; and
 once with every product and attention call recorded, forward and backward. These are then replayed on tensors of the same
@@ -20,14 +20,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import curves
 import torch
-from speed import ONE_THREAD
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-ALGOS = Path(__file__).resolve().parent.parent / "algos"
+from core import curves
+from core.specs import ALGOS
+from cost.speed import ONE_THREAD
+
 TAGS = {"sft": "rows_per_second", "reward_model": "pairs_per_second", "dpo": "pairs_per_second",
         "rlhf_ppo": "episodes_per_second"}  # fmt: skip
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
@@ -86,18 +87,13 @@ def flags_of(script: str, flags: list[str], run_dir: Path) -> list[str]:
     return [*silent, *flags, "--device", "cpu", "--save-every", "0", "--run-dir", str(run_dir)]
 
 
-def main() -> None:
-    scripts = ("dqn", "reinforce", "a2c", "ppo", *TAGS)
-    if len(sys.argv) < 2 or sys.argv[1] not in scripts:
-        print(f"error: which script? one of {', '.join(scripts)}", file=sys.stderr)
-        raise SystemExit(2)
-    script, *flags = sys.argv[1:]
+def measure(script: str, flags: list[str]) -> None:
+    """Print the time of a script and the shares of products and attention."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ALGOS / f"{script}.py", *flags_of(script, flags, Path(folder) / "whole")]
         done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, check=False)
         if done.returncode:
-            print(done.stderr.strip() or "no message", file=sys.stderr)
-            raise SystemExit(done.returncode)
+            raise SystemExit(done.stderr.strip() or "no message")
         tag = TAGS.get(script, "charts/SPS")
         steps, speeds, _ = curves.load_run(Path(folder) / "whole", tag)
         settings = json.loads((Path(folder) / "whole" / "args.json").read_text())
@@ -113,7 +109,3 @@ def main() -> None:
     products = sum(times.values()) - attention
     print(f"{script}: {whole:.2f} s; matrix products {products:.2f} s ({products / whole:.0%}), attention {attention:.2f} s "
           f"({attention / whole:.0%}): {recorder.counts.total():,} calls of {len(times)} kinds")  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

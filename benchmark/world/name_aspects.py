@@ -1,6 +1,8 @@
 """A reward that a program can check, for algos/grpo.py and rlhf_ppo.py on the small language world.
 
-    python algos/grpo.py --reward-model benchmark/name_aspects.py:reward
+    python algos/grpo.py --reward-model benchmark/world/name_aspects.py:reward
+
+A prompt asks for two aspects; a review earns its reward by naming both, whatever it says of them.
 """
 
 

@@ -1,8 +1,8 @@
 """Train with TRL 1.10's PPOTrainer, the last release that has it, on what algos/rlhf_ppo.py trains on, for comparison.
 
-    python3 -m venv .trl && .trl/bin/pip install -r benchmark/trl_ppo_requirements.txt
-    .trl/bin/python benchmark/trl_ppo.py --out /tmp/trl_ppo        # the defaults of rlhf_ppo.py
-    .trl/bin/python benchmark/trl_ppo.py speed --python python     # both in turns; only the ratio means something
+    python3 -m venv .trl && .trl/bin/pip install -r benchmark/peers/trl_ppo_requirements.txt
+    .trl/bin/python benchmark/peers/trl_ppo.py --out /tmp/trl_ppo        # the defaults of rlhf_ppo.py
+    .trl/bin/python benchmark/peers/trl_ppo.py speed --python python     # both in turns; only the ratio means something
 
 The flags have the names, meanings and defaults of rlhf_ppo.py; what the trainer does not have (gradient clipping) is left
 out. The critic starts from the reward model with a head of zeros, as there. One JSON line per update is printed and kept
@@ -24,8 +24,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-ASSETS = Path(__file__).resolve().parent / "assets"
-OURS = Path(__file__).resolve().parent.parent / "algos" / "rlhf_ppo.py"
+REPO = Path(__file__).resolve().parents[2]
+ASSETS, OURS = REPO / "benchmark" / "world" / "assets", REPO / "algos" / "rlhf_ppo.py"
 LAST_RATE = """
 import sys
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

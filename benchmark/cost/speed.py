@@ -1,10 +1,10 @@
 """Time a script beside its peer, one after the other, several times, and print the ratio of their speeds.
 
-    python -m venv /tmp/sb3 && /tmp/sb3/bin/pip install -r benchmark/sb3_requirements.txt
+    python -m venv /tmp/sb3 && /tmp/sb3/bin/pip install -r benchmark/peers/sb3_requirements.txt
     python benchmark/run.py speed ppo --peer-python /tmp/sb3/bin/python
-    python -m venv /tmp/trl && /tmp/trl/bin/pip install -r benchmark/trl_requirements.txt        # dpo, reward_model
+    python -m venv /tmp/trl && /tmp/trl/bin/pip install -r benchmark/peers/trl_requirements.txt        # dpo, reward_model
     python benchmark/run.py speed dpo --peer-python /tmp/trl/bin/python
-    python -m venv /tmp/trl_ppo && /tmp/trl_ppo/bin/pip install -r benchmark/trl_ppo_requirements.txt      # rlhf_ppo
+    python -m venv /tmp/trl_ppo && /tmp/trl_ppo/bin/pip install -r benchmark/peers/trl_ppo_requirements.txt  # rlhf_ppo
     python benchmark/run.py speed rlhf_ppo --peer-python /tmp/trl_ppo/bin/python
 
 Both do the same work with the same settings, one thread each; start-up is not counted. Only ratios within a run mean
@@ -21,8 +21,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "speed.json"
+from core import curves, specs
+from core.report import table
+
+PEERS = specs.BENCHMARK / "peers"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 STEPS = {"dqn": 60_000, "a2c": 60_000, "ppo": 60_000, "rlhf_ppo": 256, "dpo": 20, "reward_model": 30}
 
@@ -73,8 +75,6 @@ SETTINGS = {
 
 def rate(run_dir: Path, tag: str) -> float:
     """Speed between the first and the last entry of a run's log: without the samples and evaluation before training."""
-    import curves
-
     steps, speeds, _ = curves.load_run(run_dir, tag)
     return float((steps[-1] - steps[0]) / (steps[-1] / speeds[-1] - steps[0] / speeds[0]))
 
@@ -84,19 +84,16 @@ def output(command: list) -> str:
     done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, check=False)
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
-        print(f"error: {command[0]} ended with status {done.returncode}: {last}", file=sys.stderr)
-        raise SystemExit(1)
+        raise SystemExit(f"error: {command[0]} ended with status {done.returncode}: {last}")
     return done.stdout
 
 
 def ours(script: str, steps: int) -> float:
     """Environment steps or episodes per second that the script itself logs at its end."""
-    import curves
-
     control = ["--total-timesteps", str(steps), "--eval-episodes", "0"]
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--total-episodes", str(steps)] if script == "rlhf_ppo" else control
-        command = [sys.executable, HERE.parent / "algos" / f"{script}.py", *flags, "--device", "cpu",
+        command = [sys.executable, specs.ALGOS / f"{script}.py", *flags, "--device", "cpu",
                    "--run-dir", f"{folder}/run"]  # fmt: skip
         output(command)
         tag = "episodes_per_second" if script == "rlhf_ppo" else "charts/SPS"
@@ -109,7 +106,7 @@ def peers(peer_python: Path, script: str, steps: int) -> float:
         command = [peer_python, "-c", SB3, json.dumps(SETTINGS[script] | {"script": script, "steps": steps})]
         return float(output(command))
     with tempfile.TemporaryDirectory() as folder:
-        command = [peer_python, HERE / "trl_ppo.py", "--out", f"{folder}/out", "--total-episodes", str(steps)]
+        command = [peer_python, PEERS / "trl_ppo.py", "--out", f"{folder}/out", "--total-episodes", str(steps)]
         output(command)
         last = (Path(folder) / "out" / "log.jsonl").read_text().splitlines()[-1]
         return steps / json.loads(last)["seconds"]
@@ -119,7 +116,7 @@ def pairs_of_runs(script: str, peer_python: Path, steps: int, repeats: int) -> I
     """Speeds of ours and of the peer, run in turns."""
     if script in ("dpo", "reward_model"):  # one process of the peer's environment runs both
         length = "--steps" if script == "dpo" else "--updates"
-        command = [peer_python, HERE / f"trl_{script}.py", "speed", length, str(steps), "--repeats", str(repeats)]
+        command = [peer_python, PEERS / f"trl_{script}.py", "speed", length, str(steps), "--repeats", str(repeats)]
         for found in re.finditer(r"\.py ([\d.]+) pairs/s, TRL ([\d.]+) pairs/s", output(command)):
             yield float(found[1]), float(found[2])
     else:
@@ -130,8 +127,7 @@ def pairs_of_runs(script: str, peer_python: Path, steps: int, repeats: int) -> I
 def measure(script: str, peer_python: Path, steps: int, repeats: int) -> None:
     """Print the speeds of `repeats` pairs of runs and the median ratio with the lowest and highest; keep them for the report."""
     if not peer_python.exists():
-        print(f"error: --peer-python {peer_python}: no such file", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(f"error: --peer-python {peer_python}: no such file")
     peer = "Stable-Baselines3" if script in SETTINGS else "TRL"
     unit = {"rlhf_ppo": "episodes/s", "dpo": "pairs/s", "reward_model": "pairs/s"}.get(script, "steps/s")
     pairs = []
@@ -142,6 +138,23 @@ def measure(script: str, peer_python: Path, steps: int, repeats: int) -> None:
     a, b = (median(column) for column in zip(*pairs))
     print(f"median ratio {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); medians: ours {a:,.0f}, "
           f"{peer} {b:,.0f} {unit}")  # fmt: skip
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    kept[script] = {"peer": peer, "unit": unit, "pairs": [[round(a, 1), round(b, 1)] for a, b in pairs]}
-    RESULTS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    found = {"peer": peer, "unit": unit, "pairs": [[round(a, 1), round(b, 1)] for a, b in pairs]}
+    specs.keep("speed", dict(sorted((specs.results("speed") | {script: found}).items())))
+
+
+def section() -> str:
+    """Ratios of our speeds and the peers', for the report."""
+    rows = []
+    for script, row in specs.results("speed").items():
+        ours, peer = map(median, zip(*row["pairs"]))
+        ratios = sorted(a / b for a, b in row["pairs"])
+        rows.append([f"{script}.py", row["peer"], f"{ours:,.0f} {row['unit']}", f"{peer:,.0f} {row['unit']}",
+                     f"**{median(ratios):.2f}**", f"{ratios[0]:.2f} to {ratios[-1]:.2f}", str(len(ratios))])  # fmt: skip
+    if not rows:
+        return ""
+    header = ["script", "peer", "ours", "peer's", "median ratio", "lowest and highest", "pairs"]
+    return (
+        "## Speed beside the peers\n\nSame work, same settings, one thread, in turns on the same machine "
+        "(`run.py speed SCRIPT --peer-python ...`); start-up is not counted. Medians; only ratios mean something "
+        "elsewhere.\n\n" + table(header, rows)
+    )

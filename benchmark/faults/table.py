@@ -1,31 +1,11 @@
-"""Planted faults: mistakes that others made or could make, each with the tests that must turn red.
+"""The table of planted faults: mistakes that others made or could make, each with the tests that must turn red.
 
-    python benchmark/run.py faults                        # all, one after the other; results in benchmark/faults.json
-    python benchmark/run.py faults 'dqn-*' --specs        # some, and run the specs named for them on the faulty script
-
-A fault replaces one piece of text, which each script named has exactly once, in a copy of the repository. Where several
-scripts share a function all copies are changed, as a maintainer would do: the test of their equality can't help.
+A fault replaces one piece of text, which each script named has exactly once. Where several scripts share a function all
+copies are changed, as a maintainer would do: the test of their equality can't help.
 """
 
-import fnmatch
-import json
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
-from typing import Any
 
-HERE = Path(__file__).resolve().parent
-REPO = HERE.parent
-RESULTS = HERE / "faults.json"
 ACTOR_CRITICS, CONTROL, QL = "a2c ppo", "dqn reinforce a2c ppo", "test_q_learning.py"
 TEXT, ROWS = "sft reward_model dpo rlhf_ppo grpo", "sft reward_model dpo"
 KILLED = "test_a_run_killed_at_any_moment_resumes_to_the_same_weights_bit_for_bit"
@@ -405,97 +385,3 @@ FAULTS = (
 GAPS = """Nothing noticed `rlhf-ratio-to-the-reference`, `learning-rate-not-set` and `language-gradient-not-clipped` until
 their tests were written. The test named for `prev-done-lost-between-rollouts` let it pass (another one noticed), since it
 parted the rollouts one row too late; it has been mended."""
-
-
-def faulty(fault: Fault, script: str, repo: Path = REPO) -> str:
-    """Source of a script with the fault in it."""
-    source = (repo / "algos" / f"{script}.py").read_text()
-    if source.count(fault.old) != 1:
-        raise ValueError(f"{fault.name}: {script}.py has its text {source.count(fault.old)} times, not once")
-    return source.replace(fault.old, fault.new)
-
-
-@contextmanager
-def planted(fault: Fault) -> Iterator[Path]:
-    """A copy of the repository with the fault in it; assets and references are the original ones."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "repo"
-        left_out = shutil.ignore_patterns("runs", ".git", ".venv", "venv", "wandb", "assets", "reference", "*_cache*")
-        shutil.copytree(REPO, copy, ignore=left_out)
-        for name in ("assets", "reference"):
-            (copy / "benchmark" / name).symlink_to(HERE / name)
-        for script in fault.scripts.split():
-            (copy / "algos" / f"{script}.py").write_text(faulty(fault, script))
-        yield copy
-
-
-def effect(output: str) -> str:
-    """What pytest says of the first failure, in one line: how far off it is, if it says so."""
-    lines = [line.removeprefix("E").strip() for line in output.splitlines() if line.startswith("E  ")]
-    lines = [line.removeprefix("AssertionError:").strip() for line in lines]
-    numbers = ("Greatest absolute difference", "Absolute difference", "Max absolute difference", "Mismatched elements")
-    far = [line for number in numbers for line in lines if line.startswith(number)]
-    said = [line for line in lines if line and not line.startswith(("+", "-", "?"))]
-    return re.sub(r"\s+", " ", (far or said or ["no message"])[0])[:150]
-
-
-def run_tests(fault: Fault, repo: Path) -> dict[str, Any]:
-    """Run the tests named for the fault in the copy: red, green, or what went wrong, and which test it was."""
-    tests = [f"tests/{test}" for test in fault.tests.split()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider", *tests]
-    start = time.time()
-    done = subprocess.run(command, cwd=repo, capture_output=True, text=True)
-    failing = re.findall(r"(?m)^FAILED tests/(\S+?::\S+)", done.stdout)
-    answer = {0: "green", 1: "red"}.get(done.returncode, f"pytest ended with status {done.returncode}")
-    said = effect(done.stdout) if answer == "red" else (done.stdout.strip().splitlines() or ["nothing"])[-1][:150]
-    seconds = round(time.time() - start, 1)
-    return {"answer": answer, "test": failing[0] if failing else "", "seconds": seconds, "effect": said}
-
-
-def run_spec(fault: Fault, repo: Path) -> dict[str, Any]:
-    """Run the quick seeds of the spec named for the fault in the copy: its answer and how far off the curve is."""
-    answers = repo / "answers.json"
-    command = [sys.executable, repo / "benchmark" / "run.py", "run", fault.spec, "--tier", "quick", "--jobs", "1",
-               "--json", answers]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    rows = [row for row in json.loads(answers.read_text()) if row["reference"] == "ours"] if answers.exists() else []
-    if not rows:
-        failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
-        return {"answer": "the run failed" if failed else "no reference", "effect": failed[0][:150] if failed else ""}
-    worst = min(rows, key=lambda row: min(row[x][2] for x in ("area", "final") if x in row))
-    shown = ", ".join(f"{name} {worst[name][0]:+.0%}" for name in ("area", "final") if name in worst)
-    answer = max((row["answer"] for row in rows), key=("pass", "inconclusive", "regression").index)
-    return {"answer": answer, "effect": f"{worst['measure']}: {shown}"}
-
-
-def main(names: list[str], with_specs: bool, jobs: int) -> int:
-    """Plant faults and keep what comes of it; exit status 1 when one stays unnoticed."""
-    chosen = [fault for fault in FAULTS if not names or any(fnmatch.fnmatchcase(fault.name, x) for x in names)]
-    if not chosen:
-        print(f"error: no fault is called {' or '.join(names)}", file=sys.stderr)
-        raise SystemExit(2)
-
-    def work(fault: Fault) -> tuple[Fault, dict[str, Any]]:
-        with planted(fault) as repo:
-            found = {"date": str(date.today())} | run_tests(fault, repo)
-            if with_specs and fault.spec:
-                found["spec"] = run_spec(fault, repo)
-        return fault, found
-
-    unnoticed = []
-    with ThreadPoolExecutor(jobs) as pool:
-        for number, (fault, found) in enumerate(pool.map(work, chosen), 1):
-            results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-            results = {x.name: results[x.name] for x in FAULTS if x.name in results}  # faults that are gone drop out
-            kept = results.get(fault.name, {}).get("spec")
-            results[fault.name] = ({"spec": kept} if kept else {}) | found
-            RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-            line = f"{found['answer']}: {found['test'] or fault.tests} ({found['effect']}), {found['seconds']:.0f} s"
-            if "spec" in found:
-                line += f"; {fault.spec}: {found['spec']['answer']} ({found['spec']['effect']})"
-            print(f"[{number}/{len(chosen)}] {fault.name}: {line}", flush=True)
-            if found["answer"] != "red":
-                unnoticed.append(fault.name)
-    if unnoticed:
-        print(f"NOT NOTICED: {', '.join(unnoticed)}")
-    return int(bool(unnoticed))

@@ -1,7 +1,7 @@
 """Record learning curves of Stable-Baselines3's A2C in the format of reference/peers, one thread.
 
-    /tmp/sb3/bin/python benchmark/sb3_a2c.py Acrobot-v1 200000 benchmark/reference/peers/sb3_a2c_Acrobot-v1_200k.json \\
-        1000 2000 3000 4000 5000
+    /tmp/sb3/bin/python benchmark/peers/sb3_a2c.py Acrobot-v1 200000 \\
+        benchmark/reference/peers/sb3_a2c_Acrobot-v1_200k.json 1000 2000 3000 4000 5000
 
 The arguments are the environment, the steps, the file (seeds that it already holds are kept) and the seeds. They are
 1,000 apart, because a seed s serves environments s to s + 7. Install the peer from sb3_requirements.txt.
@@ -43,7 +43,7 @@ for seed in seeds:
     done[seed] = episodes.curve
     record = {
         "library": f"Stable-Baselines3 {version('stable-baselines3')}",
-        "script": "A2C('MlpPolicy', 8 environments, other defaults), benchmark/sb3_a2c.py",
+        "script": "A2C('MlpPolicy', 8 environments, other defaults), benchmark/peers/sb3_a2c.py",
         "env": env_id,
         "total_steps": int(steps),
         "versions": {package: version(package) for package in ("gymnasium", "torch", "numpy")},

@@ -1,0 +1,1 @@
+"""Planted faults: the table of mistakes, and planting them to see that tests notice."""

@@ -1,0 +1,144 @@
+"""Plants each fault of the table in a copy of the repository and runs the tests named for it.
+
+    python benchmark/run.py faults                        # all, one after the other
+    python benchmark/run.py faults 'dqn-*' --specs        # some, and run the specs named for them on the faulty script
+
+What came of it is kept in results/faults.json.
+"""
+
+import fnmatch
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from core import specs, verdict
+from core.report import table
+from faults.table import FAULTS, GAPS, Fault
+from world import ASSETS
+
+REPO = specs.BENCHMARK.parent
+
+
+def faulty(fault: Fault, script: str, repo: Path = REPO) -> str:
+    """Source of a script with the fault in it."""
+    source = (repo / "algos" / f"{script}.py").read_text()
+    if source.count(fault.old) != 1:
+        raise ValueError(f"{fault.name}: {script}.py has its text {source.count(fault.old)} times, not once")
+    return source.replace(fault.old, fault.new)
+
+
+@contextmanager
+def planted(fault: Fault) -> Iterator[Path]:
+    """A copy of the repository with the fault in it; assets and references are the original ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "repo"
+        left_out = shutil.ignore_patterns("runs", ".git", ".venv", "venv", "wandb", "assets", "reference", "*_cache*")
+        shutil.copytree(REPO, copy, ignore=left_out)
+        for shared in (ASSETS, specs.REFERENCE):
+            (copy / shared.relative_to(REPO)).symlink_to(shared)
+        for script in fault.scripts.split():
+            (copy / "algos" / f"{script}.py").write_text(faulty(fault, script))
+        yield copy
+
+
+def effect(output: str) -> str:
+    """What pytest says of the first failure, in one line: how far off it is, if it says so."""
+    lines = [line.removeprefix("E").strip() for line in output.splitlines() if line.startswith("E  ")]
+    lines = [line.removeprefix("AssertionError:").strip() for line in lines]
+    numbers = ("Greatest absolute difference", "Absolute difference", "Max absolute difference", "Mismatched elements")
+    far = [line for number in numbers for line in lines if line.startswith(number)]
+    said = [line for line in lines if line and not line.startswith(("+", "-", "?"))]
+    return re.sub(r"\s+", " ", (far or said or ["no message"])[0])[:150]
+
+
+def run_tests(fault: Fault, repo: Path) -> dict[str, Any]:
+    """Run the tests named for the fault in the copy: red, green, or what went wrong, and which test it was."""
+    tests = [f"tests/{test}" for test in fault.tests.split()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider", *tests]
+    start = time.time()
+    done = subprocess.run(command, cwd=repo, capture_output=True, text=True)
+    failing = re.findall(r"(?m)^FAILED tests/(\S+?::\S+)", done.stdout)
+    answer = {0: "green", 1: "red"}.get(done.returncode, f"pytest ended with status {done.returncode}")
+    said = effect(done.stdout) if answer == "red" else (done.stdout.strip().splitlines() or ["nothing"])[-1][:150]
+    seconds = round(time.time() - start, 1)
+    return {"answer": answer, "test": failing[0] if failing else "", "seconds": seconds, "effect": said}
+
+
+def run_spec(fault: Fault, repo: Path) -> dict[str, Any]:
+    """Run the quick seeds of the spec named for the fault in the copy: its answer and how far off the curve is."""
+    answers = repo / "answers.json"
+    command = [sys.executable, repo / "benchmark" / "run.py", "run", fault.spec, "--tier", "quick", "--jobs", "1",
+               "--json", answers]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    rows = [row for row in json.loads(answers.read_text()) if row["reference"] == "ours"] if answers.exists() else []
+    if not rows:
+        failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+        return {"answer": "the run failed" if failed else "no reference", "effect": failed[0][:150] if failed else ""}
+    worst = min(rows, key=lambda row: min(row[x][2] for x in ("area", "final") if x in row))
+    shown = ", ".join(f"{name} {worst[name][0]:+.0%}" for name in ("area", "final") if name in worst)
+    return {"answer": verdict.worst([row["answer"] for row in rows]), "effect": f"{worst['measure']}: {shown}"}
+
+
+def plant_all(names: list[str], with_specs: bool, jobs: int) -> int:
+    """Plant faults and keep what comes of it; exit status 1 when one stays unnoticed."""
+    chosen = [fault for fault in FAULTS if not names or any(fnmatch.fnmatchcase(fault.name, x) for x in names)]
+    if not chosen:
+        raise SystemExit(f"error: no fault is called {' or '.join(names)}")
+
+    def work(fault: Fault) -> tuple[Fault, dict[str, Any]]:
+        with planted(fault) as repo:
+            found = {"date": str(date.today())} | run_tests(fault, repo)
+            if with_specs and fault.spec:
+                found["spec"] = run_spec(fault, repo)
+        return fault, found
+
+    unnoticed = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for number, (fault, found) in enumerate(pool.map(work, chosen), 1):
+            results = specs.results("faults")
+            results = {x.name: results[x.name] for x in FAULTS if x.name in results}  # faults that are gone drop out
+            kept = results.get(fault.name, {}).get("spec")
+            results[fault.name] = ({"spec": kept} if kept else {}) | found
+            specs.keep("faults", dict(sorted(results.items())))
+            line = f"{found['answer']}: {found['test'] or fault.tests} ({found['effect']}), {found['seconds']:.0f} s"
+            if "spec" in found:
+                line += f"; {fault.spec}: {found['spec']['answer']} ({found['spec']['effect']})"
+            print(f"[{number}/{len(chosen)}] {fault.name}: {line}", flush=True)
+            if found["answer"] != "red":
+                unnoticed.append(fault.name)
+    if unnoticed:
+        print(f"NOT NOTICED: {', '.join(unnoticed)}")
+    return int(bool(unnoticed))
+
+
+def section() -> str:
+    """Which test or spec noticed each planted fault, and by how much, for the report."""
+    found, rows, red, curves_red = specs.results("faults"), [], 0, []
+    for fault in FAULTS:
+        result = found.get(fault.name)
+        if result is None:
+            rows.append([fault.name, fault.scripts.replace(" ", ", "), "not measured yet", "", ""])
+            continue
+        noticed = result["answer"] == "red"
+        red += noticed
+        test = result["test"] if noticed else f"**nothing** ({result['answer']})"
+        spec = result.get("spec")
+        curve = f"{fault.spec}: {spec['answer']} ({spec['effect']})" if spec else ""
+        curves_red += [spec["answer"] == "regression" or spec["answer"] == "the run failed"] if spec else []
+        rows.append([fault.name, fault.scripts.replace(" ", ", "), f"`{test}`" if noticed else test,
+                     f"`{result['effect']}`" if noticed else "", curve])  # fmt: skip
+    total = f"{len(FAULTS)} mistakes, planted one by one by `run.py faults` in copies: tests noticed {red}"
+    if curves_red:
+        total += f"; of the {len(curves_red)} that were also run as a spec, its curves alone noticed {sum(curves_red)}"
+    header = ["fault", "scripts", "first test to turn red", "by how much", "learning curve"]
+    return f"## Planted faults\n\n{total}. {GAPS}\n\n" + table(header, rows)
