@@ -1,7 +1,7 @@
 # /// script
-# requires-python = ">=3.11"
-# dependencies = ["ale-py>=0.12.1", "gymnasium[box2d,classic-control,mujoco]>=1.4.0", "moviepy>=2.2.1", "numpy>=2.4",
-# "opencv-python-headless>=4.13", "safetensors>=0.8", "tensorboard>=2.21", "torch>=2.13", "tqdm>=4.70", "tyro>=1.0.17"]
+# requires-python = ">=3.11,<3.14"
+# dependencies = ["gymnasium[box2d,classic-control,mujoco]~=1.4.0", "ale-py~=0.12.1", "moviepy~=2.2.1", "numpy~=2.4.6",
+# "opencv-python-headless~=5.0", "safetensors~=0.8.0", "tensorboard~=2.21", "torch~=2.13.0", "tqdm~=4.70", "tyro~=1.0"]
 # ///
 """Proximal Policy Optimization (PPO): a policy gradient that may reuse its data.
 

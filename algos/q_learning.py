@@ -1,7 +1,7 @@
 # /// script
-# requires-python = ">=3.11"
-# dependencies = ["gymnasium>=1.4.0", "numpy>=2.4", "safetensors>=0.8", "tensorboard>=2.21", "torch>=2.13.0",
-#     "tqdm>=4.70", "tyro>=1.0.17"]
+# requires-python = ">=3.11,<3.14"
+# dependencies = ["gymnasium~=1.4.0", "numpy~=2.4.6", "safetensors~=0.8.0", "tensorboard~=2.21.0", "torch~=2.13.0",
+# "tqdm~=4.70.1", "tyro~=1.0.17"]
 # ///
 """Tabular Q-learning (Watkins 1989; Sutton & Barto 2018, section 6.5), beside the exact optimum.
 

@@ -1,7 +1,7 @@
 # /// script
-# requires-python = ">=3.11"
-# dependencies = ["accelerate>=1.15", "datasets>=5.0", "peft>=0.21", "tensorboard>=2.21", "torch>=2.13", "tqdm>=4.70",
-# "transformers>=5.20", "tyro>=1.0.17"]
+# requires-python = ">=3.11,<3.14"
+# dependencies = ["accelerate~=1.15.0", "datasets~=5.2.0", "peft~=0.21.2", "tensorboard~=2.21.0", "torch~=2.13.0",
+# "tqdm~=4.70.1", "transformers~=5.23.0", "tyro~=1.0.17"]
 # ///
 """RLHF by PPO: raise a reward model's score of a language model's own texts, and stay near the model it started from.
 

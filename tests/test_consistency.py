@@ -124,12 +124,13 @@ def test_header_requirements_and_imports_agree(script):
     }
     bounds = {}
     for requirement in header(script)["dependencies"]:
-        name, extras, bound = re.fullmatch(r"([\w-]+)(\[.*\])?>=([\w.]+)", requirement).groups(default="")
+        name, extras, bound = re.fullmatch(r"([\w-]+)(\[.*\])?~=([\w.]+)", requirement).groups(default="")
         assert name in pinned, f"{name} is not in requirements.txt"
         kinds, pinned_kinds = (set(re.findall(r"[\w-]+", text)) for text in (extras, pinned[name][0]))
         assert kinds <= pinned_kinds, f"{name}{extras} in the header, {pinned[name][0]} in requirements.txt"
         number = lambda version: tuple(map(int, version.split(".")))
-        assert number(bound) <= number(pinned[name][1])
+        assert number(bound) <= number(pinned[name][1])  # and ~= leaves out the next minor version, which nobody tried
+        assert number(bound)[:2] == number(pinned[name][1])[:2]
         bounds[name] = bound
     imported = {
         (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
