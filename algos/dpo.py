@@ -285,7 +285,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         hook(lambda _, states, __: [w.pop(name) for w in states for name in [*w] if "lora_" not in name])
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
-    step, total_steps = 0, args.max_steps or args.epochs * (len(train) // args.batch_size)
+    step, total_steps = saved["step"] if saved else 0, args.max_steps or args.epochs * (len(train) // args.batch_size)
     warmup = math.ceil(args.warmup * total_steps)
     used = batch_at(train, 0, min(len(train), total_steps * args.batch_size), args.seed)
     for rows in tqdm(micro_batches([*used, *held_out], args.micro_batch_size), "reference", leave=False):
@@ -295,7 +295,6 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         for row, values in zip(rows, accelerator.reduce(ref_logprobs).tolist()):
             row.append(values)
     if saved:
-        step = saved["step"]
         accelerator.load_state(saved["folder"], strict=not args.lora_rank)
     name = f"runs/{Path(args.dataset).stem}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(*broadcast_object_list([args.run_dir or name]))

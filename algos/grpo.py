@@ -50,7 +50,7 @@ import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -131,23 +131,6 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     return model, tokenizer
 
 
-def set_pad_token(model: nn.Module, tokenizer: Any) -> int:
-    """Id that pads, set in both: no stop token, since transformers reads a reward at the last token that is no pad."""
-    stops = tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
-    free = [tokenizer.pad_token_id, tokenizer.unk_token_id, *range(len(tokenizer) - 1, 0, -1)]
-    pad = next(i for i in free if i is not None and i not in stops)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-    model.config.get_text_config().pad_token_id = pad
-    return pad
-
-
-def rewards(model: nn.Module, rows: list[Any], pad: int, device: torch.device) -> Tensor:
-    """r(x, y) of rows [prompt, completion], (b,), in float32."""
-    ids = [torch.tensor(prompt + completion) for prompt, completion in rows]
-    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad).to(device)  # (b, L)
-    return model(ids, use_cache=False).logits[:, 0].float()
-
-
 def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
     """log π(y_t | x, y_<t) of completions, in float32, and their mask, (b, R), from where the shortest prompt ends."""
     ids = [torch.tensor([*prompt, *completion]) for prompt, completion in rows]
@@ -161,51 +144,30 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
 
 
 @torch.no_grad()
-def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor, stops: list[int]) -> Tensor:
-    """Responses to prompts (token ids): (b, R) ids, -1 after the first of `stops`; uniform (b, R) lies in [0, 1).
+def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor) -> list[list[int]]:
+    """Responses to prompts (token ids), up to the first stop token; numbers uniform (b, R) in [0, 1) draw their tokens.
 
-    Prompts are padded on the left, so that all end in one column; attention and positions leave the padding out.
+    The model's generation_config must have nothing but stop tokens and padding: a temperature or penalty would count.
     """
-    width, (rows, R), device = max(map(len, prompts)), uniform.shape, uniform.device
-    tokens = torch.tensor([ids[:1] * (width - len(ids)) + ids for ids in prompts], device=device)
-    lengths = torch.tensor([[len(ids)] for ids in prompts], device=device)
-    visible = (torch.arange(width + R, device=device) >= width - lengths).long()
-    positions = (visible.cumsum(1) - 1).clamp(min=0)
-    cache, seen = transformers.DynamicCache(config=model.config), 0
-    responses = torch.full((rows, R), -1, device=device)
-    running = torch.arange(rows, device=device)  # rows that have not ended: the model runs on these alone
-    for t in range(R):
-        inputs = {"attention_mask": visible[running, : width + t], "position_ids": positions[running, seen : width + t]}
-        output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs)
-        cdf = output.logits[:, -1].double().softmax(-1).cumsum(-1)
-        token = torch.searchsorted(cdf, uniform[running, t, None] * cdf[:, -1:], right=True).squeeze(1)
-        responses[running, t] = token
-        on = (~torch.isin(token, torch.tensor(stops, device=device))).nonzero().squeeze(1)
-        if not len(on):
-            break
-        if len(on) < len(token):
-            cache.reorder_cache(on)  # drops the others, for every kind of layer
-            running = running[on]
-        tokens, seen = token[on, None], width + t
-    return responses
+    width, R = max(map(len, prompts)), uniform.shape[1]  # padding goes to the left, so that all end in one column
+    ids = torch.tensor([ids[:1] * (width - len(ids)) + ids for ids in prompts], device=uniform.device)
+    visible = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=uniform.device)
 
+    def draw(ids: Tensor, logits: Tensor) -> Tensor:
+        cdf = logits.double().softmax(-1).cumsum(-1)
+        token = torch.searchsorted(cdf, uniform[:, ids.shape[1] - width, None] * cdf[:, -1:], right=True)
+        return torch.full_like(logits, -torch.inf).scatter(1, token, 0.0)
 
-def check_padding(model: nn.Module) -> None:
-    """Refuse a model whose samples change when a longer prompt stands beside one: it takes no positions."""
-    uniform = torch.rand(2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    beside, alone = sample(model, [[1], [1, 2, 3, 4]], uniform, []), sample(model, [[1]], uniform[:1], [])
-    if not torch.equal(beside[0], alone[0]):
-        raise SystemExit(f"--model: {type(model).__name__} samples otherwise beside a longer prompt")
+    rows = model.generate(ids, attention_mask=visible, logits_processor=[draw], max_new_tokens=R)[:, width:].tolist()
+    stops = model.generation_config.eos_token_id
+    return [row[: next((t + 1 for t, token in enumerate(row) if token in stops), R)] for row in rows]
 
 
 # --- algorithm ---
 
 
 def group_advantages(scores: Tensor, leave_one_out: bool, by_std: bool) -> Tensor:
-    """A = (r - mean of the group) / std of the group (GRPO, section 4.1.2), of scores (B/G, G).
-
-    The baseline of RLOO is the mean of the other G - 1 scores; Dr. GRPO leaves out the division.
-    """
+    """A = (r - mean of the group) / std of the group (GRPO 4.1.2), of scores (B/G, G); RLOO: less the others' mean."""
     advantages = scores - scores.mean(1, keepdim=True)
     if leave_one_out:
         advantages = advantages * scores.shape[1] / (scores.shape[1] - 1)  # = r - mean of the others
@@ -326,8 +288,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         sizes = [model.get_input_embeddings().num_embeddings for model in (policy, scorer)]
         if tokenizer.get_vocab() != words.get_vocab() or sizes[0] > sizes[1] or scorer.config.num_labels != 1:
             raise SystemExit(f"--reward-model: other tokens ({sizes[1]} embeddings for {sizes[0]}) or several scores")
-        pad = set_pad_token(scorer.requires_grad_(False).to(device), words)
-    check_padding(policy)
+        scorer.requires_grad_(False).to(device)
     prompts = load_prompts(args.dataset, args.train_split, tokenizer, args.max_length - R)
     held_out = load_prompts(args.dataset, args.eval_split, tokenizer, args.max_length - R)[:B]
     if len(prompts) < B // G or min(len(held_out), B // args.num_minibatches, args.micro_batch_size) < processes:
@@ -335,6 +296,10 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     generation, stops = policy.generation_config, tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
     stops = list({*stops, *torch.tensor(generation.eos_token_id or []).flatten().long().tolist()})
     generation.eos_token_id = stops
+    policy.generation_config = transformers.GenerationConfig(eos_token_id=stops, pad_token_id=stops[0])
+    uniform = torch.rand(2, 16, dtype=torch.float64)
+    if sample(policy, [[1], [1, 2, 3, 4]], uniform)[0] != sample(policy, [[1]], uniform[:1])[0]:
+        raise SystemExit(f"--model {args.model} samples otherwise beside a longer prompt: it takes no positions")
     torch.set_num_threads(1 if policy.num_parameters() < 10e6 else torch.get_num_threads())  # small ones lose by more
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
@@ -349,9 +314,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     at_reference = policy.disable_adapter if args.lora_rank else contextlib.nullcontext
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     model, optimizer = accelerator.prepare(policy, optimizer)
-    step, total_steps = 0, args.total_episodes // B
+    step, total_steps = saved["step"] if saved else 0, args.total_episodes // B
     if saved:
-        step = saved["step"]
         accelerator.load_state(saved["folder"], strict=not args.lora_rank)
     name = f"runs/{Path(args.dataset).stem}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(*broadcast_object_list([args.run_dir or name]))
@@ -366,17 +330,20 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     accelerator.init_trackers("algos", init_kwargs={"wandb": {"name": run_dir.name, "config": asdict(args)}})
 
     def respond(asked: list[dict[str, Any]], uniform: Tensor) -> list[list[int]]:
-        ids = torch.zeros(uniform.shape, dtype=torch.long, device=device)
         with accelerator.autocast():
-            ids[own] = sample(policy, [row["ids"] for row in asked[own]], uniform[own].to(device), stops)
-        return [[token for token in row if token >= 0] for row in accelerator.reduce(ids).tolist()]
+            responses = sample(policy, [row["ids"] for row in asked[own]], uniform[own].to(device))
+        numbered = gather_object([*zip(range(len(asked))[own], responses)])
+        return [response for _, response in sorted(numbered)]
 
     def score(asked: list[dict[str, Any]], responses: list[list[int]]) -> Tensor:
         if function:
             texts = [tokenizer.decode(y[: len(y) - (y[-1] in stops)]) for y in responses]
             return torch.tensor(function_rewards(function, asked, texts), device=device)
+        rows = [torch.tensor(x["ids"] + y, device=device) for x, y in zip(asked, responses)]
+        last = torch.arange(len(rows)), [len(row) - 1 for row in rows]  # where a reward is read
         with torch.no_grad(), accelerator.autocast():
-            return rewards(scorer, [[row["ids"], y] for row, y in zip(asked, responses)], pad, device)
+            hidden = scorer.base_model(nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False)
+            return scorer.score(hidden.last_hidden_state[last])[:, 0].float()
 
     caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -424,9 +391,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         scores = accelerator.reduce(scores) - args.missing_eos_penalty * (1 - stopped)
         groups = scores.view(-1, G)  # of one prompt each
         advantages = group_advantages(groups, args.baseline == "leave-one-out", args.normalize_by_std)
-        advantages = advantages.view(B, 1).expand(B, R)
         sizes = lengths if args.normalize_by_std else torch.full_like(lengths, R)  # |o_i| of Eq. 3; R in Dr. GRPO
-        shares = (1 / sizes).expand(B, R)
+        advantages, shares = advantages.view(B, 1).expand(B, R), (1 / sizes).expand(B, R)
 
         # ===== update =====
         model.train()
@@ -461,9 +427,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             raise SystemExit(f"\nthe loss became nan or inf before update {step}; {run_dir}/checkpoint is older")
         kl, reward = (old_logprobs - ref_logprobs).sum(1).mean().item(), scores.mean().item()
         means |= {"objective/kl": kl, "objective/scores": reward, "val/num_eos_tokens": stopped.mean().item()}
-        means["objective/entropy"] = -old_logprobs.sum(1).mean().item()
         means["frac_reward_zero_std"] = (groups.std(1) == 0).float().mean().item()
-        means["lr"] = optimizer.param_groups[0]["lr"]
+        means |= {"objective/entropy": -old_logprobs.sum(1).mean().item(), "lr": optimizer.param_groups[0]["lr"]}
         means["episodes_per_second"] = (step - bar.initial) * B / bar.format_dict["elapsed"]
         accelerator.log(means, step)
         bar.set_postfix_str(f"score {reward:.2f}, KL {kl:.2f}", refresh=False)
@@ -484,6 +449,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
         raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__!r} --resume {str(run_dir)!r}")
     model = policy.merge_and_unload() if args.lora_rank and args.merge_lora else policy
+    model.generation_config = generation
     weights = accelerator.get_state_dict(model.to(model.config.dtype))
     if accelerator.is_main_process:
         model.save_pretrained(run_dir / "model", state_dict=weights)

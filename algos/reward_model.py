@@ -275,10 +275,9 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
-    step, total_steps = 0, args.max_steps or args.epochs * (len(train) // args.batch_size)
+    step, total_steps = saved["step"] if saved else 0, args.max_steps or args.epochs * (len(train) // args.batch_size)
     warmup = math.ceil(args.warmup * total_steps)
     if saved:
-        step = saved["step"]
         accelerator.load_state(saved["folder"])
     name = f"runs/{Path(args.dataset).stem}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(*broadcast_object_list([args.run_dir or name]))

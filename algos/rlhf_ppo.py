@@ -53,7 +53,7 @@ import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -133,23 +133,6 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     return model, tokenizer
 
 
-def set_pad_token(model: nn.Module, tokenizer: Any) -> int:
-    """Id that pads, set in both: no stop token, since transformers reads a reward at the last token that is no pad."""
-    stops = tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
-    free = [tokenizer.pad_token_id, tokenizer.unk_token_id, *range(len(tokenizer) - 1, 0, -1)]
-    pad = next(i for i in free if i is not None and i not in stops)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-    model.config.get_text_config().pad_token_id = pad
-    return pad
-
-
-def rewards(model: nn.Module, rows: list[Any], pad: int, device: torch.device) -> Tensor:
-    """r(x, y) of rows [prompt, completion], (b,), in float32."""
-    ids = [torch.tensor(prompt + completion) for prompt, completion in rows]
-    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad).to(device)  # (b, L)
-    return model(ids, use_cache=False).logits[:, 0].float()
-
-
 def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
     """log π(y_t | x, y_<t) of completions, in float32, and their mask, (b, R), from where the shortest prompt ends."""
     ids = [torch.tensor([*prompt, *completion]) for prompt, completion in rows]
@@ -180,41 +163,23 @@ class Agent(nn.Module):
 
 
 @torch.no_grad()
-def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor, stops: list[int]) -> Tensor:
-    """Responses to prompts (token ids): (b, R) ids, -1 after the first of `stops`; uniform (b, R) lies in [0, 1).
+def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor) -> list[list[int]]:
+    """Responses to prompts (token ids), up to the first stop token; numbers uniform (b, R) in [0, 1) draw their tokens.
 
-    Prompts are padded on the left, so that all end in one column; attention and positions leave the padding out.
+    The model's generation_config must have nothing but stop tokens and padding: a temperature or penalty would count.
     """
-    width, (rows, R), device = max(map(len, prompts)), uniform.shape, uniform.device
-    tokens = torch.tensor([ids[:1] * (width - len(ids)) + ids for ids in prompts], device=device)
-    lengths = torch.tensor([[len(ids)] for ids in prompts], device=device)
-    visible = (torch.arange(width + R, device=device) >= width - lengths).long()
-    positions = (visible.cumsum(1) - 1).clamp(min=0)
-    cache, seen = transformers.DynamicCache(config=model.config), 0
-    responses = torch.full((rows, R), -1, device=device)
-    running = torch.arange(rows, device=device)  # rows that have not ended: the model runs on these alone
-    for t in range(R):
-        inputs = {"attention_mask": visible[running, : width + t], "position_ids": positions[running, seen : width + t]}
-        output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs)
-        cdf = output.logits[:, -1].double().softmax(-1).cumsum(-1)
-        token = torch.searchsorted(cdf, uniform[running, t, None] * cdf[:, -1:], right=True).squeeze(1)
-        responses[running, t] = token
-        on = (~torch.isin(token, torch.tensor(stops, device=device))).nonzero().squeeze(1)
-        if not len(on):
-            break
-        if len(on) < len(token):
-            cache.reorder_cache(on)  # drops the others, for every kind of layer
-            running = running[on]
-        tokens, seen = token[on, None], width + t
-    return responses
+    width, R = max(map(len, prompts)), uniform.shape[1]  # padding goes to the left, so that all end in one column
+    ids = torch.tensor([ids[:1] * (width - len(ids)) + ids for ids in prompts], device=uniform.device)
+    visible = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=uniform.device)
 
+    def draw(ids: Tensor, logits: Tensor) -> Tensor:
+        cdf = logits.double().softmax(-1).cumsum(-1)
+        token = torch.searchsorted(cdf, uniform[:, ids.shape[1] - width, None] * cdf[:, -1:], right=True)
+        return torch.full_like(logits, -torch.inf).scatter(1, token, 0.0)
 
-def check_padding(model: nn.Module) -> None:
-    """Refuse a model whose samples change when a longer prompt stands beside one: it takes no positions."""
-    uniform = torch.rand(2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    beside, alone = sample(model, [[1], [1, 2, 3, 4]], uniform, []), sample(model, [[1]], uniform[:1], [])
-    if not torch.equal(beside[0], alone[0]):
-        raise SystemExit(f"--model: {type(model).__name__} samples otherwise beside a longer prompt")
+    rows = model.generate(ids, attention_mask=visible, logits_processor=[draw], max_new_tokens=R)[:, width:].tolist()
+    stops = model.generation_config.eos_token_id
+    return [row[: next((t + 1 for t, token in enumerate(row) if token in stops), R)] for row in rows]
 
 
 # --- algorithm ---
@@ -369,8 +334,6 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     if tokenizer.get_vocab() != words.get_vocab() or sizes[0] > sizes[1] or scorer.config.num_labels != 1:
         found = f"reads other tokens than --model ({sizes[1]} embeddings, not {sizes[0]}) or gives several scores"
         raise SystemExit(f"--reward-model {args.reward_model} {found}: train one from --model with reward_model.py")
-    pad = set_pad_token(scorer, words)
-    check_padding(policy)
     prompts = load_prompts(args.dataset, args.train_split, tokenizer, args.max_length - R)
     if len(prompts) < B or min(B // args.num_minibatches, args.micro_batch_size) < processes:
         raise SystemExit(f"{len(prompts)} prompts fill no batch, or micro-batches lack rows for {processes} processes")
@@ -378,6 +341,10 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     generation, stops = policy.generation_config, tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
     stops = list({*stops, *torch.tensor(generation.eos_token_id or []).flatten().long().tolist()})
     generation.eos_token_id = stops
+    policy.generation_config = transformers.GenerationConfig(eos_token_id=stops, pad_token_id=stops[0])
+    uniform = torch.rand(2, 16, dtype=torch.float64)
+    if sample(policy, [[1], [1, 2, 3, 4]], uniform)[0] != sample(policy, [[1]], uniform[:1])[0]:
+        raise SystemExit(f"--model {args.model} samples otherwise beside a longer prompt: it takes no positions")
     torch.set_num_threads(1 if policy.num_parameters() < 10e6 else torch.get_num_threads())  # small ones lose by more
     critic = copy.deepcopy(scorer)
     nn.init.zeros_(critic.score.weight)
@@ -400,9 +367,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     agent, optimizer = accelerator.prepare(agent, optimizer)
-    step, total_steps = 0, args.total_episodes // B
+    step, total_steps = saved["step"] if saved else 0, args.total_episodes // B
     if saved:
-        step = saved["step"]
         accelerator.load_state(saved["folder"], strict=not args.lora_rank)
     name = f"runs/{Path(args.dataset).stem}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(*broadcast_object_list([args.run_dir or name]))
@@ -417,17 +383,20 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     accelerator.init_trackers("algos", init_kwargs={"wandb": {"name": run_dir.name, "config": asdict(args)}})
 
     def respond(asked: list[dict[str, Any]], uniform: Tensor) -> list[list[int]]:
-        ids = torch.zeros(uniform.shape, dtype=torch.long, device=device)
         with accelerator.autocast():
-            ids[own] = sample(policy, [row["ids"] for row in asked[own]], uniform[own].to(device), stops)
-        return [[token for token in row if token >= 0] for row in accelerator.reduce(ids).tolist()]
+            responses = sample(policy, [row["ids"] for row in asked[own]], uniform[own].to(device))
+        numbered = gather_object([*zip(range(len(asked))[own], responses)])
+        return [response for _, response in sorted(numbered)]
 
     def score(asked: list[dict[str, Any]], responses: list[list[int]]) -> Tensor:
         if function:
             texts = [tokenizer.decode(y[: len(y) - (y[-1] in stops)]) for y in responses]
             return torch.tensor(function_rewards(function, asked, texts), device=device)
+        rows = [torch.tensor(x["ids"] + y, device=device) for x, y in zip(asked, responses)]
+        last = torch.arange(len(rows)), [len(row) - 1 for row in rows]  # where a reward is read
         with torch.no_grad(), accelerator.autocast():
-            return rewards(scorer, [[row["ids"], y] for row, y in zip(asked, responses)], pad, device)
+            hidden = scorer.base_model(nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False)
+            return scorer.score(hidden.last_hidden_state[last])[:, 0].float()
 
     caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -547,6 +516,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
         raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__!r} --resume {str(run_dir)!r}")
     model = policy.merge_and_unload() if args.lora_rank and args.merge_lora else policy
+    model.generation_config = generation
     weights = accelerator.get_state_dict(model.to(model.config.dtype))
     if accelerator.is_main_process:
         model.save_pretrained(run_dir / "model", state_dict=weights)

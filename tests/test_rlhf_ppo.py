@@ -16,7 +16,15 @@ from helpers import run as start
 from helpers import scalars, spy_on
 from safetensors.torch import load_file
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BartConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 ARCHS = ("llama", "gpt2")  # rotary and absolute positions
 EOS, CPU = 1, torch.device("cpu")
@@ -62,12 +70,13 @@ def run(args, saved=None):
 
 def train(monkeypatch, world, run_dir, **changed):
     """Run main in this process; returns (arguments, result) of the calls of its functions, by name."""
-    names = ("kl_penalised_rewards", "compute_gae", "policy_loss", "value_loss", "rewards", "load_model", "sample")
+    names = ("kl_penalised_rewards", "compute_gae", "policy_loss", "value_loss", "load_model", "sample")
     with monkeypatch.context() as patch:
         seen = SimpleNamespace(**{name: spy_on(patch, rlhf_ppo, name) for name in names})
         seen.agents = spy_on(patch, rlhf_ppo, "Agent")
         run(rlhf_ppo.Args(**settings(world, run_dir, **changed)))
     seen.agent = seen.agents[0][1]
+    seen.rollouts = [(args[1], responses) for args, responses in seen.sample if len(args[1]) == 8]
     return seen
 
 
@@ -84,6 +93,12 @@ def same(a, b):
 # --- sampling ---
 
 
+def draw(model, prompts, uniform, stops):
+    """Responses of a model that has nothing but `stops` in its generation config, as main leaves it."""
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=0)
+    return rlhf_ppo.sample(model, prompts, uniform)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_samples_have_the_probabilities_of_the_training_forward_pass(arch, tmp_path):
     model, n = tiny.make_model(tmp_path, arch), 4000
@@ -91,7 +106,7 @@ def test_samples_have_the_probabilities_of_the_training_forward_pass(arch, tmp_p
     grid = torch.rand(2 * n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     grid[:, 0] = 0.5  # the same first token everywhere
     grid[:n, 1] = grid[n:, 1] = (torch.arange(n) + 0.5) / n  # numbers that fill [0, 1) evenly
-    drawn = rlhf_ppo.sample(model, [short] * n + [long] * n, grid, [])
+    drawn = torch.tensor(draw(model, [short] * n + [long] * n, grid, [-1]))
     for prompt, rows in ((short, drawn[:n]), (long, drawn[n:])):
         assert (rows[:, 0] == rows[0, 0]).all()
         share = rows[:, 1].bincount(minlength=model.config.vocab_size) / n
@@ -104,64 +119,64 @@ def test_samples_have_the_probabilities_of_the_training_forward_pass(arch, tmp_p
 @pytest.mark.parametrize("arch", tiny.CONFIGS)
 def test_a_left_padded_batch_samples_like_single_sequences(arch, tmp_path):
     model = tiny.make_model(tmp_path, arch)
-    prompts = [[5], [6, 7, 8], [9, 5, 6, 7, 8, 4, 11], [8, 8]]
-    uniform = torch.rand(4, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    together = rlhf_ppo.sample(model, prompts, uniform, [EOS])
-    alone = [rlhf_ppo.sample(model, [prompt], row[None], [EOS])[0] for prompt, row in zip(prompts, uniform)]
-    assert torch.equal(together, torch.stack(alone))
+    prompts = [[5] * (1 + row % 3) + [4 + row] for row in range(16)]  # lengths 2 to 4, all different
+    uniform = torch.rand(16, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    together = draw(model, prompts, uniform, [EOS, 7])
+    assert len({len(response) for response in together}) > 4
+    assert together == [draw(model, [prompt], row[None], [EOS, 7])[0] for prompt, row in zip(prompts, uniform)]
 
 
-def test_a_model_that_takes_no_positions_is_refused_since_padding_would_change_its_samples():
+def test_a_model_that_takes_no_positions_is_refused_since_padding_would_change_its_samples(world, tmp_path):
     small = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
     torch.manual_seed(0)
-    bart = AutoModelForCausalLM.from_config(BartConfig(vocab_size=23, max_position_embeddings=64, **small)).eval()
+    tokenizer = tiny.word_tokenizer()
+    bart = AutoModelForCausalLM.from_config(BartConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **small))
     for parameter in bart.parameters():
         torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else None
-    with pytest.raises(SystemExit, match="BartForCausalLM samples otherwise beside a longer prompt"):
-        rlhf_ppo.check_padding(bart)
+    bart.save_pretrained(tmp_path / "bart")
+    tokenizer.save_pretrained(tmp_path / "bart")
+    with pytest.raises(SystemExit, match="bart samples otherwise beside a longer prompt"):
+        run(rlhf_ppo.Args(**settings(world, tmp_path / "run", model=str(tmp_path / "bart"))))
 
 
-class Constant(torch.nn.Module):
+class Constant(LlamaForCausalLM):
     """A model whose next token has the same distribution everywhere."""
 
     def __init__(self, logits):
-        super().__init__()
-        self.logits, self.config = logits, LlamaConfig(num_hidden_layers=1)
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        super().__init__(LlamaConfig(vocab_size=len(logits), **sizes))
+        self.next_logits = logits
 
-    def forward(self, ids, **inputs):
-        return SimpleNamespace(logits=self.logits.expand(len(ids), 1, -1))
+    def forward(self, input_ids, **inputs):
+        return CausalLMOutputWithPast(logits=self.next_logits.expand(*input_ids.shape, -1))
 
 
 def test_a_draw_never_has_probability_0_and_follows_the_distribution():
     model = Constant(torch.tensor([-math.inf, 0.0, -math.inf, math.log(3), -math.inf]))
     uniform = torch.tensor([[0], [0.2], [0.2499], [0.2501], [0.9], [1 - 2**-53]], dtype=torch.float64)
-    assert rlhf_ppo.sample(model, [[0]] * 6, uniform, []).flatten().tolist() == [1, 1, 1, 3, 3, 3]
+    assert draw(model, [[0]] * 6, uniform, [-1]) == [[1], [1], [1], [3], [3], [3]]
 
 
 def test_a_response_ends_at_the_first_of_all_stop_tokens(tmp_path):
     model = tiny.make_model(tmp_path)
     uniform = torch.rand(64, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    free = rlhf_ppo.sample(model, [[5]] * 64, uniform, [])
-    stopped = rlhf_ppo.sample(model, [[5]] * 64, uniform, [7, 11])
-    assert (free >= 0).all()
-    for whole, row in zip(free.tolist(), stopped.tolist()):
+    free = draw(model, [[5]] * 64, uniform, [-1])
+    for whole, row in zip(free, draw(model, [[5]] * 64, uniform, [7, 11])):
         ends = [t for t, token in enumerate(whole) if token in (7, 11)]
-        length = ends[0] + 1 if ends else 20
-        assert row == whole[:length] + [-1] * (20 - length)
+        assert len(whole) == 20 and row == whole[: ends[0] + 1 if ends else 20]
 
 
-@pytest.mark.parametrize("arch", tiny.CONFIGS)
-def test_finished_responses_leave_the_batch_and_the_others_go_on_unchanged(monkeypatch, arch, tmp_path):
-    model, widths = tiny.make_model(tmp_path, arch), []
-    prompts = [[5] * (1 + row % 3) + [4 + row] for row in range(16)]  # lengths 2 to 4, all different
-    uniform = torch.rand(16, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda ids, **more: widths.append(len(ids)) or forward(ids, **more))
-    together = rlhf_ppo.sample(model, prompts, uniform, [EOS, 7])
-    with_a_token = (together >= 0).sum(0).tolist()  # rows, at each place
-    assert len(set(with_a_token)) > 4 and widths == [n for n in with_a_token if n]
-    for prompt, numbers, row in zip(prompts, uniform, together):
-        assert torch.equal(rlhf_ppo.sample(model, [prompt], numbers[None], [EOS, 7])[0], row)
+def test_a_temperature_or_a_penalty_of_the_generation_config_changes_no_sample_and_is_saved(
+    monkeypatch, world, tmp_path
+):
+    model = AutoModelForCausalLM.from_pretrained(world / "llama")
+    for name, value in (("do_sample", True), ("temperature", 0.1), ("top_k", 1), ("repetition_penalty", 9.0)):
+        setattr(model.generation_config, name, value)
+    model.save_pretrained(tmp_path / "model")
+    tiny.word_tokenizer().save_pretrained(tmp_path / "model")
+    plain = train(monkeypatch, world, tmp_path / "a", total_episodes=8).rollouts
+    assert train(monkeypatch, world, tmp_path / "b", total_episodes=8, model=str(tmp_path / "model")).rollouts == plain
+    assert json.loads((tmp_path / "b/model/generation_config.json").read_text())["repetition_penalty"] == 9.0
 
 
 # --- rewards, advantages, losses ---
@@ -197,7 +212,7 @@ def test_the_mean_penalty_is_the_exact_kl_and_its_sign_that_of_the_kl():
     policy, reference = torch.randn(2, 6, generator=generator, dtype=torch.float64).log_softmax(-1)
     exact = (policy.exp() * (policy - reference)).sum()
     uniform = torch.rand(200_000, 1, generator=generator, dtype=torch.float64)
-    token = rlhf_ppo.sample(Constant(policy), [[0]] * len(uniform), uniform, [])
+    token = torch.tensor(draw(Constant(policy), [[0]] * len(uniform), uniform, [-1]))
     one = torch.ones(len(uniform), 1)
     penalty = -rlhf_ppo.kl_penalised_rewards(torch.zeros(len(uniform)), policy[token], reference[token], one, 1.0)
     assert exact > 0.2 and abs(penalty.mean() - exact) < 4 * penalty.std() / len(uniform) ** 0.5
@@ -294,17 +309,13 @@ def test_scores_sit_on_the_last_tokens_and_missing_stops_cost_once(monkeypatch, 
     changed = {"missing_eos_penalty": 2.5, "gae_lambda": 1.0, "total_episodes": 24, "save_every": 0}
     seen = train(monkeypatch, world, tmp_path, **changed)
     reward_model = AutoModelForSequenceClassification.from_pretrained(world / "llama-reward")
-    stops, calls = [], [call for call in seen.rewards if len(call[0][1][0]) == 2][1:]  # without the samples' first
+    stops = []
     for update, ((scores, logprobs, ref_logprobs, last, beta), token_rewards) in enumerate(seen.kl_penalised_rewards):
-        expected, stopped = [], []
-        for (_, rows, *_), raw in calls[2 * update : 2 * update + 2]:
-            for (prompt, response), score in zip(rows, raw):  # rows one by one, without padding
-                with torch.no_grad():
-                    alone = reward_model(torch.tensor([prompt + response])).logits[0, 0]
-                torch.testing.assert_close(score, alone, rtol=1e-4, atol=1e-5)
-                stopped.append(response[-1] == EOS)
-                expected.append(score.item() - 2.5 * (response[-1] != EOS))
-        assert sorted(scores.tolist()) == pytest.approx(sorted(expected), abs=1e-5)
+        stopped = [response[-1] == EOS for response in seen.rollouts[update][1]]
+        for prompt, response, score in zip(*seen.rollouts[update], scores):  # one by one, without padding
+            with torch.no_grad():
+                alone = reward_model(torch.tensor([prompt + response])).logits[0, 0]
+            torch.testing.assert_close(score, alone - 2.5 * (response[-1] != EOS), rtol=1e-4, atol=1e-5)
         stops.append(sum(stopped) / len(stopped))
         assert (last.sum(1) == 1).all() and torch.equal(last.argmax(1), (logprobs != 0).sum(1) - 1)
         torch.testing.assert_close(token_rewards.sum(1), scores - beta * (logprobs - ref_logprobs).sum(1))
@@ -314,16 +325,14 @@ def test_scores_sit_on_the_last_tokens_and_missing_stops_cost_once(monkeypatch, 
     assert 0 < sum(stops) < 3
 
 
-def test_a_score_belongs_to_its_own_response(monkeypatch, world, tmp_path):
-    seen = train(monkeypatch, world, tmp_path, num_minibatches=1, micro_batch_size=8, total_episodes=8, save_every=0)
+def test_log_probabilities_belong_to_their_own_response(monkeypatch, world, tmp_path):
+    seen = train(monkeypatch, world, tmp_path, num_minibatches=1, micro_batch_size=8, total_episodes=8)
     policy = AutoModelForCausalLM.from_pretrained(world / "llama")
-    (scores, logprobs, *_), _ = seen.kl_penalised_rewards[0]
-    (_, rows, *_), raw = next(call for call in seen.rewards if len(call[0][1]) == 8)
+    (_, logprobs, *_), _ = seen.kl_penalised_rewards[0]
     with torch.no_grad():
-        sums = [rlhf_ppo.completion_logprobs(policy, [row], CPU)[0].sum().item() for row in rows]
-    expected = sorted((total, score - (row[1][-1] != EOS)) for total, score, row in zip(sums, raw.tolist(), rows))
-    found = sorted(zip(logprobs.sum(1).tolist(), scores.tolist()))
-    assert [x for pair in found for x in pair] == pytest.approx([x for pair in expected for x in pair], abs=1e-4)
+        rows = [list(row) for row in zip(*seen.rollouts[0])]
+        expected = [rlhf_ppo.completion_logprobs(policy, [row], CPU)[0].sum().item() for row in rows]
+    assert logprobs.sum(1).tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_advantages_are_whitened_over_the_response_tokens_of_the_rollout(monkeypatch, world, tmp_path):
@@ -358,11 +367,11 @@ def test_reward_model_and_reference_stay_what_they_were_and_the_critic_starts_at
 def test_the_reference_is_the_starting_policy_in_every_rollout(monkeypatch, world, tmp_path):
     seen = train(monkeypatch, world, tmp_path, micro_batch_size=1, num_minibatches=2)
     start_model = AutoModelForCausalLM.from_pretrained(world / "llama")
-    rows = [call[0][1][0] for call in seen.rewards if len(call[0][1]) == 1][-8:]  # of the second rollout, one by one
+    rows = [list(row) for row in zip(*seen.rollouts[1])]
     _, _, ref_logprobs, *_ = seen.kl_penalised_rewards[1][0]
     with torch.no_grad():
         expected = [rlhf_ppo.completion_logprobs(start_model, [row], CPU)[0].sum().item() for row in rows]
-    assert sorted(ref_logprobs.sum(1).tolist()) == pytest.approx(sorted(expected), rel=1e-4)
+    assert ref_logprobs.sum(1).tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_micro_batches_add_up_to_the_whole_batch(monkeypatch, world, tmp_path):
@@ -489,7 +498,9 @@ def test_a_response_stops_at_eos_the_turns_end_and_what_the_generation_config_na
     model.save_pretrained(tmp_path / "model")
     tiny.word_tokenizer().save_pretrained(tmp_path / "model")
     seen = train(monkeypatch, world, tmp_path / "run", model=str(tmp_path / "model"), total_episodes=8)
-    assert {frozenset(args[3]) for args, _ in seen.sample if args[3]} == {frozenset([EOS, 7, 11])}
+    assert {frozenset(args[0].generation_config.eos_token_id) for args, _ in seen.sample} == {frozenset([EOS, 7, 11])}
+    (_, responses), = seen.rollouts  # fmt: skip
+    assert {response[-1] for response in responses if len(response) < 8} == {7, 11}  # and by chance not EOS
 
 
 def test_lora_trains_adapters_and_saves_them(monkeypatch, world, tmp_path):
