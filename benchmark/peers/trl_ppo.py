@@ -2,20 +2,14 @@
 
     python3 -m venv .trl && .trl/bin/pip install -r benchmark/peers/trl_ppo_requirements.txt
     .trl/bin/python benchmark/peers/trl_ppo.py --out /tmp/trl_ppo        # the defaults of rlhf_ppo.py
-    .trl/bin/python benchmark/peers/trl_ppo.py speed --python python     # both in turns; only the ratio means something
 
 The flags have the names, meanings and defaults of rlhf_ppo.py; what the trainer does not have (gradient clipping) is left
 out. The critic starts from the reward model with a head of zeros, as there. One JSON line per update is printed and kept
-in <out>/log.jsonl; the policy is saved in <out>/model. `speed` runs rlhf_ppo.py with the interpreter that --python names,
-one with the packages of requirements.txt; loading is not counted. OMP_NUM_THREADS sets the threads of both.
+in <out>/log.jsonl; the policy is saved in <out>/model. OMP_NUM_THREADS sets the threads.
 """
 
 import argparse
 import json
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -24,14 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-REPO = Path(__file__).resolve().parents[2]
-ASSETS, OURS = REPO / "benchmark" / "world" / "assets", REPO / "algos" / "rlhf_ppo.py"
-LAST_RATE = """
-import sys
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-events = EventAccumulator(sys.argv[1])
-print(events.Reload().Scalars("episodes_per_second")[-1].value)
-"""
+ASSETS = Path(__file__).resolve().parents[1] / "world" / "assets"
 
 
 class Log(TrainerCallback):
@@ -52,35 +39,15 @@ class Log(TrainerCallback):
             file.write(line + "\n")
 
 
-def speed(python: str, repeats: int, flags: list[str], episodes: int) -> None:
-    """Print the episodes per second of short runs of both, in turns, and their ratio."""
-    ratios = []
-    for _ in range(repeats):
-        with tempfile.TemporaryDirectory() as folder:
-            calls = ([sys.executable, __file__, "--out", f"{folder}/trl"],
-                     [python, OURS, "--run-dir", f"{folder}/ours", "--device", "cpu", "--save-every", "0"])  # fmt: skip
-            for call in calls:
-                subprocess.run([*call, *flags], check=True, capture_output=True)
-            last = Path(f"{folder}/trl/log.jsonl").read_text().splitlines()[-1]
-            theirs = episodes / json.loads(last)["seconds"]
-            ours = float(subprocess.check_output([python, "-c", LAST_RATE, f"{folder}/ours"]))
-        ratios.append(ours / theirs)
-        print(f"rlhf_ppo.py {ours:.1f} episodes/s, TRL {theirs:.1f} episodes/s, ratio {ratios[-1]:.2f}", flush=True)
-    print(f"median ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-
-
 def main() -> None:
-    """Train and save, or compare speeds."""
+    """Train and save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", nargs="?", choices=["train", "speed"], default="train")
-    parser.add_argument("--out", type=Path, help="train: folder to make")
-    parser.add_argument("--python", default="python", help="speed: interpreter for rlhf_ppo.py (default python)")
-    parser.add_argument("--repeats", type=int, default=5, help="speed: runs of each side (default 5)")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--model", default=str(ASSETS / "sft"))
     parser.add_argument("--reward-model", default=str(ASSETS / "reward"))
     parser.add_argument("--dataset", default=str(ASSETS / "prompts"))
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--total-episodes", type=int, help="default 4096, 384 for speed")
+    parser.add_argument("--total-episodes", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--num-minibatches", type=int, default=4)
@@ -88,14 +55,6 @@ def main() -> None:
     parser.add_argument("--response-length", type=int, default=48)
     parser.add_argument("--kl-coef", type=float, default=0.5)
     args = parser.parse_args()
-    args.total_episodes = args.total_episodes or (384 if args.command == "speed" else 4096)
-    if args.command == "speed":
-        own = ("command", "out", "python", "repeats")
-        flags = [part for name, value in vars(args).items() if name not in own
-                 for part in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
-        return speed(args.python, args.repeats, flags, args.total_episodes)
-    if not args.out:
-        parser.error("train needs --out")
     args.out.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     prompts = datasets.load_dataset(args.dataset, split="train")
