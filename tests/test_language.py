@@ -393,6 +393,22 @@ def test_two_processes_compute_the_updates_of_one(finished, world, script, tmp_p
 
 
 @row_scripts
+def test_two_processes_that_share_the_weights_by_fsdp2_compute_the_updates_of_one(finished, world, script, tmp_path):
+    flags = flags_of(world, script, run_dir=tmp_path / "two", eval_every=0)  # samples take a pass a token
+    done = start("../tests/forced_fsdp2", ALGOS / f"{script}.py", *flags, processes=2)
+    assert done.returncode == 0, done.stderr
+    parts = tmp_path / "two" / "checkpoint" / "6" / "pytorch_model_fsdp_0"
+    assert len(list(parts.glob("*.distcp"))) == 2  # one of each process
+    for tag in ("loss", "grad_norm", *TAGS[script].split()):
+        one, two = (dict(scalars(run_dir, tag)) for run_dir in (finished(script), tmp_path / "two"))
+        assert 6 in two and two == pytest.approx({step: one[step] for step in two}, rel=1e-3, abs=1e-5), tag
+    two, info = LOADERS[script].from_pretrained(tmp_path / "two" / "model", output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    one, two = LOADERS[script].from_pretrained(finished(script) / "model").state_dict(), two.state_dict()
+    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+
+
+@row_scripts
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_micro_batches_of_unequal_lengths_give_the_update_of_the_whole_batch(train, script, size):
     runs = [train(script, *LENGTH[script](1), run_dir=str(b), micro_batch_size=b) for b in (8, size)]
