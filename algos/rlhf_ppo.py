@@ -257,7 +257,7 @@ def load_prompts(name: str, split: str, tokenizer: Any, max_length: int) -> list
     rows, start = data.to_list(), text_ends(tokenizer)[0]
     for number, row in enumerate(rows, 1):
         text = row["prompt"]
-        if isinstance(text, list):
+        if text and isinstance(text, list) and all(type(x.get(k)) is str for x in text for k in ("role", "content")):
             text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
         if not isinstance(text, str) or text.lstrip("[{ \n").startswith(("'role'", '"role"', "'content'", '"content"')):
             raise SystemExit(f"--dataset {name}, {split}, row {number}: prompt {text!r:.40} is not text or messages")

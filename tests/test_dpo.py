@@ -288,15 +288,13 @@ def test_the_gradient_is_clipped_to_norm_one(world):
     assert norm == pytest.approx(1, rel=1e-3) and metric(args, "grad_norm")[1] > 2
 
 
-@pytest.mark.parametrize("flags", [{}, {"lora_rank": 2}, {"micro_batch_size": 4}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"micro_batch_size": 4}], ids=str)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(world, monkeypatch, tmp_path, flags):
     whole = run(world("whole", **flags))
     with monkeypatch.context() as patch:
         patch.setattr(dpo.shutil, "rmtree", lambda folder: None)  # older checkpoints stay
         assert same(run(world("parts", save_every=3, **flags)), whole)
     rewind(tmp_path / "parts", 3)
-    names = load_file(tmp_path / "parts" / "checkpoint" / "3" / "model.safetensors")
-    assert names and all("lora" in name for name in names) == bool(flags.get("lora_rank"))
     assert same(resume(monkeypatch, tmp_path / "parts"), whole)
     assert list(scalars(tmp_path / "parts", "loss"))[-1][0] == 6
 

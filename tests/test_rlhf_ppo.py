@@ -12,7 +12,6 @@ import rlhf_ppo
 import tiny
 import torch
 from accelerate.state import AcceleratorState
-from helpers import run as start
 from helpers import scalars, spy_on
 from safetensors.torch import load_file
 from torch.nn.functional import pad
@@ -387,19 +386,11 @@ def test_micro_batches_add_up_to_the_whole_batch(monkeypatch, world, tmp_path):
         assert one == pytest.approx(eight, rel=1e-5), tag
 
 
-@pytest.mark.parametrize("changed", [{"gradient_checkpointing": True}, {"bf16": True}, {"arch": "gpt2"}], ids=str)
-def test_it_runs_with(monkeypatch, world, tmp_path, changed):
-    changed = dict(changed)
-    arch = changed.pop("arch", "llama")
-    models = {"model": str(world / arch), "reward_model": str(world / f"{arch}-reward")}
-    train(monkeypatch, world, tmp_path / "run", **models, **changed)
-    assert all(math.isfinite(value) for _, value in scalars(tmp_path / "run", "loss/policy"))
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    if changed.get("gradient_checkpointing"):
-        train(monkeypatch, world, tmp_path / "plain")
-        a, b = final(tmp_path / "run"), final(tmp_path / "plain")
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+def test_absolute_positions_train_too(monkeypatch, world, tmp_path):
+    models = {"model": str(world / "gpt2"), "reward_model": str(world / "gpt2-reward")}
+    train(monkeypatch, world, tmp_path, **models)
+    before = load_file(world / "gpt2" / "model.safetensors")
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in final(tmp_path).items() if tensor.dim() > 1)
 
 
 def test_the_true_reward_is_logged_beside_the_score(monkeypatch, world, tmp_path):
@@ -525,22 +516,6 @@ def test_lora_trains_adapters_and_saves_them(monkeypatch, world, tmp_path):
         torch.testing.assert_close(saved(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("changed", [{}, {"lora_rank": 2}], ids=str)
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(monkeypatch, world, tmp_path, changed):
-    changed = changed | {"total_episodes": 32, "merge_lora": True}
-    train(monkeypatch, world, tmp_path / "whole", save_every=0, **changed)
-    with monkeypatch.context() as patch:
-        patch.setattr(rlhf_ppo.shutil, "rmtree", lambda folder: None)  # older checkpoints stay
-        train(monkeypatch, world, tmp_path / "parts", save_every=1, **changed)
-    state = tmp_path / "parts" / "checkpoint" / "state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"step": 2}))
-    monkeypatch.setattr(sys, "argv", ["rlhf_ppo.py", "--resume", str(tmp_path / "parts")])
-    run(*rlhf_ppo.parse_args())
-    assert same(final(tmp_path / "parts"), final(tmp_path / "whole"))
-    for tag in ("objective/kl", "loss/value"):
-        assert scalars(tmp_path / "parts", tag) == scalars(tmp_path / "whole", tag)
-
-
 def test_kl_coef_given_on_resume_counts(monkeypatch, world, tmp_path):
     train(monkeypatch, world, tmp_path)
     flags = ["--resume", str(tmp_path), "--total-episodes", "24", "--kl-coef", "0.01"]
@@ -549,20 +524,6 @@ def test_kl_coef_given_on_resume_counts(monkeypatch, world, tmp_path):
     run(*rlhf_ppo.parse_args())
     assert [args[-1] for args, _ in calls] == [0.01]
     assert json.loads((tmp_path / "args.json").read_text())["kl_coef"] == 0.01
-
-
-def test_two_processes_train_like_one(monkeypatch, world, tmp_path):
-    changed = {"total_episodes": 8, "num_ppo_epochs": 1}
-    train(monkeypatch, world, tmp_path / "one", **changed)
-    given = settings(world, tmp_path / "two", **changed).items()
-    two = start("rlhf_ppo", *(part for k, v in given for part in (f"--{k.replace('_', '-')}", v)), processes=2)
-    assert two.returncode == 0, two.stderr
-    for tag in ("objective/scores", "objective/entropy", "loss/policy", "loss/value", "grad_norm", "val/ratio"):
-        (_, a), (_, b) = scalars(tmp_path / "one", tag)[0], scalars(tmp_path / "two", tag)[0]
-        assert b == pytest.approx(a, rel=1e-4, abs=1e-6), tag
-    a, b = final(tmp_path / "one"), final(tmp_path / "two")
-    for name in a:
-        torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=1e-3)
 
 
 # --- bad input ---

@@ -245,6 +245,9 @@ FAULTS = (
           "test_sft.py::test_columns_of_each_layout_are_read_and_completions_may_repeat_their_prompt"),
     Fault("prompt-parted-by-its-own-tokens", ROWS, "P = len(os.path.commonprefix(", "P = len(min(",
           "test_sft.py::test_prompt_ids_are_a_prefix_and_all_ids_spell_the_text_wherever_it_is_parted"),
+    Fault("prompts-of-other-messages-accepted", "rlhf_ppo grpo", "if text and isinstance(text, list) and all(type(x.get(k)) is str for x "
+          'in text for k in ("role", "content")):', "if isinstance(text, list):",
+          "test_language.py::test_bad_data_ends_the_run_and_names_the_place"),
     # --- language models: what is loaded ---
     Fault("missing-weights-accepted", TEXT, 'if info["missing_keys"] - (', 'if set() and info["missing_keys"] - (',
           "test_language.py::test_models_that_would_be_silently_wrong_are_refused"),
@@ -278,6 +281,15 @@ FAULTS = (
           "clip_grad_norm_(model.parameters(), 1e9)", "test_dpo.py::test_the_gradient_is_clipped_to_norm_one"),
     Fault("loss-divided-by-each-process-alone", "dpo", '.sum() * processes / args.batch_size', '.sum() / args.batch_size',
           "test_language.py::test_two_processes_compute_the_updates_of_one"),
+    Fault("rlhf-loss-divided-by-each-process-alone", "rlhf_ppo", "mask[order].sum() / processes", "mask[order].sum()",
+          "test_language.py::test_two_processes_compute_the_updates_of_one[rlhf_ppo]"),
+    Fault("grpo-loss-divided-by-each-process-alone", "grpo", "backward(loss * processes)", "backward(loss)",
+          "test_language.py::test_two_processes_compute_the_updates_of_one[grpo]"),
+    Fault("fsdp2-shards-are-saved", ROWS, "accelerator.get_state_dict(model.to(model.config.dtype))",
+          "model.to(model.config.dtype).state_dict()",
+          "test_language.py::test_two_processes_that_share_the_weights_by_fsdp2_compute_the_updates_of_one[sft]"),
+    Fault("fsdp2-norm-of-one-shard", ROWS, 'getattr(norm, "full_tensor", norm.clone)()', 'getattr(norm, "to_local", norm.clone)()',
+          "test_language.py::test_two_processes_that_share_the_weights_by_fsdp2_compute_the_updates_of_one[sft]"),
     # --- reward model ---
     Fault("reward-read-at-padding", "reward_model", "batch_first=True, padding_value=pad)",
           "batch_first=True, padding_value=pad + 2)", "test_reward_model.py::test_the_reward_is_that_of_the_last_real_token_whatever_pads"),
@@ -357,9 +369,9 @@ FAULTS = (
     Fault("rlhf-ratio-to-the-reference", "rlhf_ppo", "for x in (old_logprobs, old_values, advantages, returns))",
           "for x in (ref_logprobs, old_values, advantages, returns))",
           "test_rlhf_ppo.py::test_the_ratio_is_to_the_policy_that_sampled", "rlhf_ppo-prompts"),
-    Fault("rlhf-resumed-noise-begins-anew", "rlhf_ppo", "1_000_003 * args.seed + step)",
+    Fault("rlhf-resumed-noise-begins-anew", "rlhf_ppo grpo", "1_000_003 * args.seed + step)",
           "1_000_003 * args.seed + step * (saved is None))",
-          "test_rlhf_ppo.py::test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit[{}]"),
+          "test_language.py::test_a_run_stopped_by_a_signal_in_an_epoch_goes_on_to_the_same_weights[2-rlhf_ppo]"),
     Fault("rlhf-longer-vocabulary-accepted", "rlhf_ppo", "or sizes[0] > sizes[1]", "or sizes[0] < 0",
           "test_rlhf_ppo.py::test_a_reward_model_that_does_not_fit_is_refused"),
     # --- GRPO ---
