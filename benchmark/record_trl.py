@@ -10,6 +10,11 @@
     for s in 1 2 3; do /tmp/trl_ppo/bin/python benchmark/trl_ppo.py --seed $s --out runs/trl_ppo_$s; done
     python benchmark/record_trl.py rlhf_ppo runs/trl_ppo_*/log.jsonl
 
+    for s in 1 2 3; do /tmp/trl/bin/python benchmark/trl_grpo.py train --seed $s --out runs/trl_grpo_$s; done
+    python benchmark/evaluate_policy.py runs/trl_grpo_* --beta 0.5 --prompts 1000 --reference-samples 30000 \\
+        --golds runs/golds.json --json runs/trl_grpo.json
+    python benchmark/record_trl.py grpo runs/trl_grpo.json  # and the log.jsonl in the folders that it names
+
 Seeds are numbered in the order given. Run the trainers with OMP_NUM_THREADS=1 where several run side by side.
 """
 
@@ -27,6 +32,7 @@ TRAINERS = {  # with script and requirements
     "reward_model": ("RewardTrainer", "trl_reward_model.py", "trl_requirements.txt"),
     "dpo": ("DPOTrainer", "trl_dpo.py", "trl_requirements.txt"),
     "rlhf_ppo": ("PPOTrainer", "trl_ppo.py", "trl_ppo_requirements.txt"),
+    "grpo": ("GRPOTrainer", "trl_grpo.py", "trl_requirements.txt"),
 }
 PPO_TAGS = ("objective/scores", "objective/kl", "objective/rlhf_reward")
 
@@ -34,14 +40,22 @@ PPO_TAGS = ("objective/scores", "objective/kl", "objective/rlhf_reward")
 def figures(script: str, path: Path) -> list[Figures]:
     """Figures of each seed that a file holds, by the tags of the script's spec."""
     lines = [line for line in path.read_text().splitlines() if line.startswith("{")]
-    if script == "dpo":
-        return [{f"evaluation/{x}": {"final": row[x]} for x in ("share", "gold", "kl")} for row in json.loads(path.read_text())]
+    if script in ("dpo", "grpo"):
+        rows = json.loads(path.read_text())
+        found = [{f"evaluation/{x}": {"final": row[x]} for x in ("share", "gold", "kl")} for row in rows]
+        return [scores_of(Path(row["name"])) | one for row, one in zip(rows, found)] if script == "grpo" else found
     if script == "reward_model":
         after = json.loads(lines[-1])["after"]
         return [{"eval/accuracy": {"final": after["accuracy"]}, "eval/loss": {"final": after["loss"]}}]
     rows = [row for row in map(json.loads, lines) if "objective/scores" in row]
     steps = np.arange(1, len(rows) + 1)
     return [{tag: figures_of(steps, np.array([row[tag] for row in rows]), np.ones(len(rows)), len(rows), 4) for tag in PPO_TAGS}]
+
+
+def scores_of(folder: Path) -> Figures:
+    """Score of each update that trl_grpo.py logged; less the penalty, as grpo.py logs it."""
+    values = np.array([json.loads(line)["reward"] for line in (folder / "log.jsonl").open()])
+    return {"objective/scores": figures_of(np.arange(1, len(values) + 1), values, np.ones(len(values)), len(values), 4)}
 
 
 def main() -> None:

@@ -580,7 +580,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("alarms", alarms_command, some)
     add("report", report_command).add_argument("--out", type=Path, default=HERE, help="folder (default: benchmark)")
     timed = add("speed", speed_command)
-    timed.add_argument("script", choices=["dqn", "a2c", "ppo", "reward_model", "dpo", "rlhf_ppo"])
+    timed.add_argument("script", choices=["dqn", "a2c", "ppo", "reward_model", "dpo", "rlhf_ppo", "grpo"])
     timed.add_argument("--peer-python", type=Path, required=True, help="python of an environment with the peer")
     timed.add_argument("--steps", type=int, default=0, help="of each run: environment steps, updates or episodes")
     timed.add_argument("--repeats", type=int, default=5, help="pairs of runs (default 5)")

@@ -11,7 +11,7 @@ reference. Matched, for GRPO and for Dr. GRPO (loss_type "dr_grpo", scale_reward
 epsilon on both sides, delta off, importance_sampling_level "token", mask_truncated_completions off, no dropout,
 float32, old log-probabilities by a forward pass after sampling, and use_bias_correction_kl off: by default TRL
 multiplies the KL term by the ratio, which GRPO's Eq. 3 does not (--correct-kl turns it on). Of themselves both divide
-by the group's std with Bessel's correction plus 1e-4, and take the mean over responses of a response's mean over tokens.
+by the group's std with Bessel's correction plus 1e-4, and take the mean over responses of the means over their tokens.
 `train` and `speed` also match: 128 responses a rollout, 8 of each prompt, 4 minibatches, num_iterations 4, temperature
 1 without top-p and top-k, 48 tokens at most, AdamW without weight decay, a norm clipped to 1; the reward is a function
 that scores by the reward model, less the penalty for no stop token. Not matched: TRL's learning rate falls at each
