@@ -42,7 +42,8 @@ def figures(script: str, path: Path) -> list[Figures]:
     lines = [line for line in path.read_text().splitlines() if line.startswith("{")]
     if script in ("dpo", "grpo"):
         rows = json.loads(path.read_text())
-        found = [{f"evaluation/{x}": {"final": row[x]} for x in ("share", "gold", "kl")} for row in rows]
+        names = ("share", "gold", "kl") if script == "dpo" else ("share", "gold")
+        found = [{f"evaluation/{x}": {"final": row[x]} for x in names} for row in rows]
         return [scores_of(Path(row["name"])) | one for row, one in zip(rows, found)] if script == "grpo" else found
     if script == "reward_model":
         after = json.loads(lines[-1])["after"]
