@@ -186,11 +186,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     text = "make what a trainer of TRL reached a peer's reference"
     argument = add("record-trl", lambda args: import_module("peers.record_trl").record(args.script, args.files), text)
-    argument("script", choices=["reward_model", "dpo", "rlhf_ppo"])
+    argument("script", choices=["reward_model", "dpo", "rlhf_ppo", "grpo"])
     argument("files", nargs="+", type=Path, help="what the trainer's script or run.py evaluate wrote")
     speed = lambda args: import_module("cost.speed").measure(args.script, args.peer_python, args.steps, args.repeats)
     argument = add("speed", speed, "time a script beside its peer")
-    argument("script", choices=["dqn", "a2c", "ppo", "reward_model", "dpo", "rlhf_ppo"])
+    argument("script", choices=["dqn", "a2c", "ppo", "reward_model", "dpo", "rlhf_ppo", "grpo"])
     argument("--peer-python", type=Path, required=True, help="python of an environment with the peer")
     argument("--steps", type=int, default=0, help="of each run: environment steps, updates or episodes")
     argument("--repeats", type=int, default=5, help="pairs of runs (default 5)")

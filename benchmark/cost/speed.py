@@ -2,7 +2,7 @@
 
     python -m venv /tmp/sb3 && /tmp/sb3/bin/pip install -r benchmark/peers/sb3_requirements.txt
     python benchmark/run.py speed ppo --peer-python /tmp/sb3/bin/python
-    python -m venv /tmp/trl && /tmp/trl/bin/pip install -r benchmark/peers/trl_requirements.txt        # dpo, reward_model
+    python -m venv /tmp/trl && /tmp/trl/bin/pip install -r benchmark/peers/trl_requirements.txt        # dpo, reward_model, grpo
     python benchmark/run.py speed dpo --peer-python /tmp/trl/bin/python
     python -m venv /tmp/trl_ppo && /tmp/trl_ppo/bin/pip install -r benchmark/peers/trl_ppo_requirements.txt  # rlhf_ppo
     python benchmark/run.py speed rlhf_ppo --peer-python /tmp/trl_ppo/bin/python
@@ -26,7 +26,7 @@ from core.report import table
 
 PEERS = specs.BENCHMARK / "peers"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-STEPS = {"dqn": 60_000, "a2c": 60_000, "ppo": 60_000, "rlhf_ppo": 256, "dpo": 20, "reward_model": 30}
+STEPS = {"dqn": 60_000, "a2c": 60_000, "ppo": 60_000, "rlhf_ppo": 256, "dpo": 20, "reward_model": 30, "grpo": 6}
 
 SB3 = """
 import json, sys, time
@@ -114,10 +114,10 @@ def peers(peer_python: Path, script: str, steps: int) -> float:
 
 def pairs_of_runs(script: str, peer_python: Path, steps: int, repeats: int) -> Iterator[tuple[float, float]]:
     """Speeds of ours and of the peer, run in turns."""
-    if script in ("dpo", "reward_model"):  # one process of the peer's environment runs both
+    if script in ("dpo", "reward_model", "grpo"):  # one process of the peer's environment runs both
         length = "--steps" if script == "dpo" else "--updates"
         command = [peer_python, PEERS / f"trl_{script}.py", "speed", length, str(steps), "--repeats", str(repeats)]
-        for found in re.finditer(r"\.py ([\d.]+) pairs/s, TRL ([\d.]+) pairs/s", output(command)):
+        for found in re.finditer(r"\.py ([\d.]+) \w+/s, TRL ([\d.]+) \w+/s", output(command)):
             yield float(found[1]), float(found[2])
     else:
         for _ in range(repeats):
@@ -129,7 +129,9 @@ def measure(script: str, peer_python: Path, steps: int, repeats: int) -> None:
     if not peer_python.exists():
         raise SystemExit(f"error: --peer-python {peer_python}: no such file")
     peer = "Stable-Baselines3" if script in SETTINGS else "TRL"
-    unit = {"rlhf_ppo": "episodes/s", "dpo": "pairs/s", "reward_model": "pairs/s"}.get(script, "steps/s")
+    unit = {"rlhf_ppo": "episodes/s", "dpo": "pairs/s", "reward_model": "pairs/s", "grpo": "episodes/s"}.get(
+        script, "steps/s"
+    )
     pairs = []
     for a, b in pairs_of_runs(script, peer_python, steps or STEPS[script], repeats):
         pairs.append((a, b))
