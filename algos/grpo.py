@@ -24,7 +24,7 @@ penalty; policy/approxkl, E[(r - 1) - log r]; frac_reward_zero_std, the share of
 
 Differs from the paper:
  1. The reference is the policy at the start throughout; no new reward model is trained (Algorithm 1's outer loop).
- 2. A response without a stop token is scored as it is, less a penalty.
+ 2. The KL term is weighed by the ratio (DeepSeek-V3.2, 2512.02556): only so is its gradient that of KL(π || π_ref).
  3. AdamW without weight decay, a learning rate that falls linearly to 0, the gradient's norm clipped to 1, no dropout.
 """
 
@@ -168,6 +168,7 @@ def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor) -> list[
 
 def group_advantages(scores: Tensor, leave_one_out: bool, by_std: bool) -> Tensor:
     """A = (r - mean of the group) / std of the group (GRPO 4.1.2), of scores (B/G, G); RLOO: less the others' mean."""
+    scores = scores - scores[:, :1]  # equal ones are exactly 0
     advantages = scores - scores.mean(1, keepdim=True)
     if leave_one_out:
         advantages = advantages * scores.shape[1] / (scores.shape[1] - 1)  # = r - mean of the others
@@ -180,10 +181,10 @@ def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tens
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)  # PPO Eq. 7
 
 
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """π_ref/π - log π_ref/π - 1 of each token: never negative, and its mean is KL(π || π_ref) (GRPO Eq. 4)."""
+def kl_penalty(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """π/π_old·(π_ref/π - log π_ref/π - 1), never negative: over draws of π_old its mean is KL(π || π_ref) (GRPO Eq. 4)."""
     log_ratio = ref_logprobs - logprobs
-    return log_ratio.exp() - log_ratio - 1
+    return (logprobs - old_logprobs).exp() * (log_ratio.exp() - log_ratio - 1)
 
 
 # --- data ---
@@ -357,11 +358,10 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         if step % (args.save_every or total_steps) == 0 or step >= total_steps:
             noise = torch.Generator().manual_seed(args.seed)
             responses = respond(held_out, torch.rand(len(held_out), R, generator=noise, dtype=torch.float64))
-            values = score(held_out, responses).tolist()
+            values = score(held_out, responses)
             texts = [f"{tokenizer.decode(x['ids'] + y)} ({r:.2f})" for x, y, r in zip(held_out, responses, values)][:4]
-            mean = sum(values) / len(values)
-            accelerator.log({"eval/scores": mean, "samples": "\n\n".join(texts)}, step)
-            accelerator.print(f"\nupdate {step}: eval/scores {mean:.4f}", *texts[:2], sep="\n")
+            accelerator.log({"eval/scores": values.mean().item(), "samples": "\n\n".join(texts)}, step)
+            accelerator.print(f"\nupdate {step}: eval/scores {values.mean():.4f}", *texts[:2], sep="\n")
         if stop or step >= total_steps:
             break
 
@@ -410,12 +410,12 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
                     logprobs = logprobs[part_mask]
                     log_ratio = logprobs - mb_logprobs
                     pg_loss = policy_loss(log_ratio, mb_advantages, args.clip_coef)
-                    kl = kl_penalty(logprobs, mb_ref_logprobs)
+                    kl = kl_penalty(logprobs, mb_logprobs, mb_ref_logprobs)
                     loss = ((pg_loss + args.kl_coef * kl) * mb_shares).sum() / len(order)  # GRPO Eq. 3, negated
                     accelerator.backward(loss * processes)
                     metrics["loss/policy"].append(pg_loss.detach().sum() / count)
                     metrics["loss/kl"].append(kl.detach().sum() / count)
-                    metrics["policy/approxkl"].append(kl_penalty(mb_logprobs, logprobs.detach()).sum() / count)
+                    metrics["policy/approxkl"].append((log_ratio.exp() - 1 - log_ratio).detach().sum() / count)
                 metrics["grad_norm"].append(accelerator.clip_grad_norm_(policy.parameters(), 1.0))
                 optimizer.step()
         step += 1
@@ -427,7 +427,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             raise SystemExit(f"\nthe loss became nan or inf before update {step}; {run_dir}/checkpoint is older")
         kl, reward = (old_logprobs - ref_logprobs).sum(1).mean().item(), scores.mean().item()
         means |= {"objective/kl": kl, "objective/scores": reward, "val/num_eos_tokens": stopped.mean().item()}
-        means["frac_reward_zero_std"] = (groups.std(1) == 0).float().mean().item()
+        means["frac_reward_zero_std"] = (groups == groups[:, :1]).all(1).float().mean().item()
         means |= {"objective/entropy": -old_logprobs.sum(1).mean().item(), "lr": optimizer.param_groups[0]["lr"]}
         means["episodes_per_second"] = (step - bar.initial) * B / bar.format_dict["elapsed"]
         accelerator.log(means, step)

@@ -20,7 +20,7 @@ def place(prompts, completions, place, **columns):
     return [100.0 * number + len(text.split()) for number, text in zip(place, completions)]
 
 def same(prompts, completions, **columns):
-    return [2.5] * len(prompts)
+    return [0.1] * len(prompts)
 
 def nan(prompts, completions, **columns):
     return [float("nan")] * len(prompts)
@@ -100,13 +100,23 @@ def test_advantages_are_those_of_a_group_by_hand():
     assert others == pytest.approx([1 - 11 / 3, 2 - 10 / 3, 3 - 9 / 3, 6 - 6 / 3], rel=1e-6)
 
 
-def test_the_penalty_is_never_negative_and_its_mean_is_the_exact_kl_of_the_policy_to_the_reference():
+def test_the_penalty_over_draws_of_the_old_policy_is_the_exact_kl_to_the_reference_and_so_is_its_gradient():
     generator = torch.Generator().manual_seed(0)
-    policy, reference = torch.randn(2, 6, generator=generator, dtype=torch.float64).log_softmax(-1)
-    penalty = grpo.kl_penalty(policy, reference)
+    logits, old, reference = 2 * torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+    old, reference, policy = (x.log_softmax(-1) for x in (old, reference, logits))
+    penalty = grpo.kl_penalty(policy, old, reference)
     exact, other = (policy.exp() * (policy - reference)).sum(), (reference.exp() * (reference - policy)).sum()
-    assert (penalty >= 0).all() and abs(exact - other) > 0.05
-    assert (policy.exp() * penalty).sum().item() == pytest.approx(exact.item(), rel=1e-12)
+    assert (penalty >= 0).all() and abs(exact - other) > 0.02
+    mean = (old.exp() * penalty).sum()
+    found, expected = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (mean, exact))
+    assert mean.item() == pytest.approx(exact.item(), rel=1e-12)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("score", [0.1, 0.3, 1 / 3])
+def test_equal_scores_that_floats_round_give_advantages_of_exactly_0(score):
+    assert (grpo.group_advantages(torch.full((1, 8), score), False, True) == 0).all()
 
 
 @pytest.mark.parametrize("by_std", [True, False])
@@ -182,7 +192,7 @@ def test_the_reference_is_the_starting_policy_in_every_rollout(monkeypatch, worl
     (_, rows, _), _ = seen.completion_logprobs[-1]
     with torch.no_grad():
         expected = grpo.completion_logprobs(model, rows, CPU)[0][0]
-    (logprobs, ref_logprobs), _ = [call for call in seen.kl_penalty if call[0][0].requires_grad][-1]
+    (logprobs, _, ref_logprobs), _ = seen.kl_penalty[-1]
     torch.testing.assert_close(ref_logprobs, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(logprobs, ref_logprobs, atol=1e-3)
 

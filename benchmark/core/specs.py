@@ -207,7 +207,7 @@ SPECS = (
          (*CONTROL, "--env-id", "Pendulum-v1", "--normalize", "--total-timesteps", "200000", "--num-envs", "8",
           "--num-steps", "256", "--num-minibatches", "16", "--num-epochs", "10", "--ent-coef", "0", "--gamma", "0.9")),
     Spec("a2c", "LunarLander-v3", {"full": 5}, 2, returns(-185),
-         (*CONTROL, "--env-id", "LunarLander-v3", "--normalize", "--total-timesteps", "1000000", "--learning-rate", "5e-3",
+         (*CONTROL, "--env-id", "LunarLander-v3", "--normalize", "--total-timesteps", "2000000", "--learning-rate", "5e-3",
           "--anneal-lr", "--gamma", "0.995", "--gae-lambda", "0.95", "--ent-coef", "0.002")),
     Spec("a2c", "Pendulum-v1", {"full": 5}, 2, returns(-1256),
          (*CONTROL, "--env-id", "Pendulum-v1", "--normalize", "--total-timesteps", "1000000", "--num-envs", "8",

@@ -9,9 +9,9 @@
 step to TRL's _generate_and_score_completions and _compute_loss: there the policy is neither that of the rollout nor the
 reference. Matched, for GRPO and for Dr. GRPO (loss_type "dr_grpo", scale_rewards "none"; --no-normalize-by-std): beta,
 epsilon on both sides, delta off, importance_sampling_level "token", mask_truncated_completions off, no dropout,
-float32, old log-probabilities by a forward pass after sampling, and use_bias_correction_kl off: by default TRL
-multiplies the KL term by the ratio, which GRPO's Eq. 3 does not (--correct-kl turns it on). Of themselves both divide
-by the group's std with Bessel's correction plus 1e-4, and take the mean over responses of the means over their tokens.
+float32, old log-probabilities by a forward pass after sampling, and use_bias_correction_kl, TRL's default: the KL term
+is multiplied by the ratio, which GRPO's Eq. 3 leaves out. Of themselves both divide by the group's std with Bessel's
+correction plus 1e-4, and take the mean over responses of the means over their tokens.
 `train` and `speed` also match: 128 responses a rollout, 8 of each prompt, 4 minibatches, num_iterations 4, temperature
 1 without top-p and top-k, 48 tokens at most, AdamW without weight decay, a norm clipped to 1; the reward is a function
 that scores by the reward model, less the penalty for no stop token. Not matched: TRL's learning rate falls at each
@@ -42,6 +42,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "algos"))
 import grpo
+import reward_model
 
 DEFAULTS, CPU = grpo.Args(), torch.device("cpu")
 STEPS = DEFAULTS.num_minibatches * DEFAULTS.num_epochs  # of TRL, for one update of grpo.py
@@ -75,13 +76,13 @@ def our_args(args: argparse.Namespace, run_dir: str, **flags: object) -> grpo.Ar
 def reward_function(args: argparse.Namespace) -> Callable[..., list[float]]:
     """The reward model as a function of tokens, as grpo.py's reads the stop token too, less the penalty for none."""
     scorer, words = grpo.load_model(AutoModelForSequenceClassification, args.reward_model, DEFAULTS.max_length)
-    pad = grpo.set_pad_token(scorer, words)
+    pad = reward_model.set_pad_token(scorer, words)
 
     def score(prompts: list[str], completion_ids: list[list[int]], **_: object) -> list[float]:
         rows = list(zip(words(prompts).input_ids, completion_ids))
         endless = torch.tensor([float(y[-1] != words.eos_token_id) for y in completion_ids])
         with torch.no_grad():
-            return (grpo.rewards(scorer, rows, pad, CPU) - DEFAULTS.missing_eos_penalty * endless).tolist()
+            return (reward_model.rewards(scorer, rows, pad, CPU) - DEFAULTS.missing_eos_penalty * endless).tolist()
 
     return score
 
@@ -94,7 +95,7 @@ def make_trainer(args: argparse.Namespace, out: str, updates: int, log: Log, **c
         "beta": args.kl_coef,
         "epsilon": DEFAULTS.clip_coef,
         "importance_sampling_level": "token",
-        "use_bias_correction_kl": args.correct_kl,
+        "use_bias_correction_kl": True,
         "mask_truncated_completions": False,
         "disable_dropout": True,
         "num_generations": DEFAULTS.group_size,
@@ -163,8 +164,7 @@ def differences(args: argparse.Namespace, flags: dict[str, object], config: dict
     with tempfile.TemporaryDirectory() as out:
         seen = watch(our_args(args, f"{out}/run", **flags, **sizes))
         trainer = make_trainer(args, out, 1, Log(), **config)
-    *_, (prompts, ids), _ = seen["sample"]  # the last call answers held-out prompts
-    responses = [[token for token in row if token >= 0] for row in ids.tolist()]
+    *_, (prompts, responses), _ = seen["sample"]  # the last call answers held-out prompts
     *_, (rollout, *_), _, (weights, our_loss, our_gradient) = seen["steps"]
     policy, ours = trainer.model.train(), AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
 
@@ -245,7 +245,6 @@ def main() -> None:
     parser.add_argument("--reward-model", default=DEFAULTS.reward_model)
     parser.add_argument("--dataset", default=DEFAULTS.dataset, help="prompts")
     parser.add_argument("--kl-coef", type=float, default=DEFAULTS.kl_coef)
-    parser.add_argument("--correct-kl", action="store_true", help="TRL's default: its KL term times the ratio")
     parser.add_argument("--learning-rate", "--lr", type=float, default=5e-4)
     parser.add_argument("--total-episodes", type=int, default=DEFAULTS.total_episodes, help="train: responses in all")
     parser.add_argument("--seed", type=int, default=1)
