@@ -11,7 +11,7 @@ Papers: Schulman et al. 2017, arXiv 1707.06347 (PPO); Schulman et al. 2015, arXi
 
     python algos/ppo.py                                           # CartPole-v1, whose settings the defaults are: 500
     python algos/ppo.py --env-id LunarLander-v3 --normalize --total-timesteps 300000 --num-envs 8 --num-steps 256 \\
-        --num-minibatches 16 --num-epochs 10 --learning-rate 3e-4 --ent-coef 0 --gamma 0.999 --gae-lambda 0.98  # 256
+        --num-minibatches 16 --num-epochs 10 --learning-rate 3e-4 --ent-coef 0 --gamma 0.999 --gae-lambda 0.98  # 227
     python algos/ppo.py --env-id Pendulum-v1 --normalize --total-timesteps 200000 --num-envs 8 --num-steps 256 \\
         --num-minibatches 16 --num-epochs 10 --ent-coef 0 --gamma 0.9  # -171
     python algos/ppo.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 1 --num-steps 2048 \\

@@ -12,6 +12,7 @@ import pytest
 from helpers import REPO
 
 from world import grammar as world
+from world.own_feelings import reward
 
 PROMPT = "review of silent river , a drama , on acting and music :"
 ASKED = "the acting was superb . the music was dreadful ."  # +0.8 and -0.8 on the aspects asked for
@@ -468,3 +469,8 @@ def test_the_command_prints_reviews_and_figures_without_heavy_imports():
     done = subprocess.run(command, cwd=REPO / "benchmark", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("review of") == 2 and f"{world.entropy_per_token():.4f} per token" in done.stdout
+
+
+def test_the_example_reward_is_1_where_every_aspect_asked_for_has_a_sentence_on_feelings():
+    reviews = ["i loved the dull acting . i hated the music .", "i loved the acting . the music was dull .", "music"]
+    assert reward([PROMPT] * 3, reviews, gold=[1, 2, 3]) == [1.0, 0.0, 0.0]
