@@ -174,8 +174,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     argument("--prompts", type=int, default=3_000, help="prompts to answer (default 3000)")
     argument("--reference-samples", type=int, default=60_000, help="for J_ref and J* (default 60000)")
     argument("--golds", type=Path, help="json file that keeps the reference's rewards between calls")
-    argument("--json", type=Path, help="json file to write the figures to, a list with an entry per policy")
-    argument("--picture", type=Path, help="png to draw")
+    argument("--json", type=Path, help="json file to add the figures to, a list with an entry per policy")
+    argument("--picture", type=Path, help="png to draw, of all policies in --json")
     argument("--seed", type=int, default=1, help="seed of fresh prompts and samples (default 1)")
     text = "what the language scripts make of tiny random models of many architectures"
     argument = add("architectures", lambda args: import_module("world.architectures").try_all(args.kinds), text)

@@ -151,11 +151,14 @@ def published() -> str:
     )
 
 
+TRAINERS = {"trl_dpo": "TRL 1.16 DPOTrainer", "trl_ppo": "TRL 1.10 PPOTrainer", "trl_grpo": "TRL 1.16 GRPOTrainer"}
+
+
 def policies() -> str:
     """Policies of the small language world beside the exact optimum."""
     groups: dict[tuple[str, float], list] = {}
     for row in specs.results("policies") or ():
-        peer = "TRL 1.16 DPOTrainer" if "trl_dpo" in row["name"] else "TRL 1.10 PPOTrainer"
+        peer = next((TRAINERS[kind] for kind in TRAINERS if kind in row["name"]), row["name"])
         groups.setdefault((f"{row['script']}.py" if row["script"] else peer, row["beta"]), []).append(row)
     rows = []
     for (label, beta), runs in sorted(groups.items()):

@@ -221,6 +221,9 @@ def evaluate_all(args: argparse.Namespace) -> None:
         rows.append(row)
         print(describe(str(path), Figures(**{key: row[key] for key in asdict(found)}), beta, best), flush=True)
     if args.json:
+        before = json.loads(args.json.read_text()) if args.json.exists() else []
+        names = {row["name"] for row in rows}
+        rows = sorted([row for row in before if row["name"] not in names] + rows, key=lambda row: row["name"])
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     if args.picture:
         draw(rows, golds, args.picture)
