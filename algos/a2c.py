@@ -10,9 +10,9 @@ was to be expected: its TD errors say after a few steps how much better an actio
 Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 1506.02438 (GAE; λ = 1: n-step returns).
 
     python algos/a2c.py                                           # CartPole-v1, whose settings the defaults are: 500
-    python algos/a2c.py --env-id LunarLander-v3 --normalize --total-timesteps 1000000 --learning-rate 5e-3 \\
-        --anneal-lr --gamma 0.995 --gae-lambda 0.95 --ent-coef 0.002  # 184
-    python algos/a2c.py --env-id Pendulum-v1 --normalize --total-timesteps 1000000 --num-envs 8 --num-steps 16 \\
+    python algos/a2c.py --env-id LunarLander-v3 --normalize --total-timesteps 2000000 --learning-rate 5e-3 \\
+        --anneal-lr --gamma 0.995 --gae-lambda 0.95 --ent-coef 0.002  # 245
+    python algos/a2c.py --env-id Pendulum-v1 --normalize --total-timesteps 2000000 --num-envs 8 --num-steps 16 \\
         --learning-rate 1.5e-3 --anneal-lr --gamma 0.9 --gae-lambda 0.9  # -188
 
 Environments reset themselves one step late (gymnasium's NEXT_STEP). The observation that comes with `done` is the true

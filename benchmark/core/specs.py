@@ -210,7 +210,7 @@ SPECS = (
          (*CONTROL, "--env-id", "LunarLander-v3", "--normalize", "--total-timesteps", "2000000", "--learning-rate", "5e-3",
           "--anneal-lr", "--gamma", "0.995", "--gae-lambda", "0.95", "--ent-coef", "0.002")),
     Spec("a2c", "Pendulum-v1", {"full": 5}, 2, returns(-1256),
-         (*CONTROL, "--env-id", "Pendulum-v1", "--normalize", "--total-timesteps", "1000000", "--num-envs", "8",
+         (*CONTROL, "--env-id", "Pendulum-v1", "--normalize", "--total-timesteps", "2000000", "--num-envs", "8",
           "--num-steps", "16", "--learning-rate", "1.5e-3", "--anneal-lr", "--gamma", "0.9", "--gae-lambda", "0.9")),
     Spec("dqn", "LunarLander-v3", {"full": 5}, 2.5, returns(-185),
          (*CONTROL, "--env-id", "LunarLander-v3", "--buffer-size", "100000", "--train-every", "4", "--target-every", "1000",
