@@ -13,7 +13,7 @@ Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 15
     python algos/a2c.py --env-id LunarLander-v3 --normalize --total-timesteps 2000000 --learning-rate 5e-3 \\
         --anneal-lr --gamma 0.995 --gae-lambda 0.95 --ent-coef 0.002  # 245
     python algos/a2c.py --env-id Pendulum-v1 --normalize --total-timesteps 2000000 --num-envs 8 --num-steps 16 \\
-        --learning-rate 1.5e-3 --anneal-lr --gamma 0.9 --gae-lambda 0.9  # -188
+        --learning-rate 1.5e-3 --anneal-lr --gamma 0.9 --gae-lambda 0.9  # -170
 
 Environments reset themselves one step late (gymnasium's NEXT_STEP). The observation that comes with `done` is the true
 final one, so V(final observation) is the next row's value, and only a termination ends the return; that next row
