@@ -288,7 +288,7 @@ FAULTS = (
     Fault("fsdp2-shards-are-saved", ROWS, "accelerator.get_state_dict(model.to(model.config.dtype))",
           "model.to(model.config.dtype).state_dict()",
           "test_language.py::test_two_processes_that_share_the_weights_by_fsdp2_compute_the_updates_of_one[sft]"),
-    Fault("fsdp2-norm-of-one-shard", ROWS, 'getattr(norm, "full_tensor", norm.clone)()', 'getattr(norm, "to_local", norm.clone)()',
+    Fault("fsdp2-norm-is-taken-for-a-tensor", ROWS, 'getattr(norm, "full_tensor", norm.clone)()', "norm.clone()",
           "test_language.py::test_two_processes_that_share_the_weights_by_fsdp2_compute_the_updates_of_one[sft]"),
     # --- reward model ---
     Fault("reward-read-at-padding", "reward_model", "batch_first=True, padding_value=pad)",
