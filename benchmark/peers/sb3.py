@@ -3,9 +3,10 @@
     /tmp/sb3/bin/python benchmark/peers/sb3.py ppo LunarLander-v3 300000 /tmp/sb3_ppo.json 1000 2000 3000
 
 The arguments are the algorithm, the environment, the steps, the file (seeds that it already holds are kept), which
-reference/peers takes and a spec names as its peer, and the seeds. They are 1,000 apart, because a seed s serves environments s to s + N - 1. Settings are those of RL Baselines3 Zoo
-(hyperparams/*.yml at commits 02846e4 (a2c), 00128b5 (ppo), 019107e (dqn); of LunarLander-v2 and Pendulum-v0 where it has
-no newer version); without a row in ZOO, 8 environments and the library's defaults. Install it from sb3_requirements.txt.
+reference/peers takes and a spec names as its peer, and the seeds. They are 1,000 apart, because a seed s serves
+environments s to s + N - 1. Settings are those of RL Baselines3 Zoo (hyperparams/*.yml at commits 02846e4 (a2c),
+00128b5 (ppo), 019107e (dqn); of LunarLander-v2 and Pendulum-v0 where it has no newer version); without a row in ZOO, 8
+environments and the library's defaults. Install it from sb3_requirements.txt.
 """
 
 import json
