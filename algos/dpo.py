@@ -275,7 +275,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     generation.eos_token_id = list({*stops, *torch.tensor(generation.eos_token_id or []).flatten().long().tolist()})
     torch.set_num_threads(1 if model.num_parameters() < 10e6 else torch.get_num_threads())  # small ones lose by more
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     if args.lora_rank:
         from peft import LoraConfig, get_peft_model
 

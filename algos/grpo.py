@@ -303,7 +303,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         raise SystemExit(f"--model {args.model} samples otherwise beside a longer prompt: it takes no positions")
     torch.set_num_threads(1 if policy.num_parameters() < 10e6 else torch.get_num_threads())  # small ones lose by more
     if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
+        policy.activation_checkpointing_enable()
     if args.lora_rank:
         from peft import LoraConfig, get_peft_model
 

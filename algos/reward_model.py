@@ -272,7 +272,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         raise SystemExit(f"{len(train)} pairs don't fill a batch, or micro-batches lack rows for {processes} processes")
     torch.set_num_threads(1 if model.num_parameters() < 10e6 else torch.get_num_threads())  # small ones lose by more
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
     step, total_steps = saved["step"] if saved else 0, args.max_steps or args.epochs * (len(train) // args.batch_size)

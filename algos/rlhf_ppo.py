@@ -349,8 +349,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     critic = copy.deepcopy(scorer)
     nn.init.zeros_(critic.score.weight)
     if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
-        critic.gradient_checkpointing_enable()
+        policy.activation_checkpointing_enable()
+        critic.activation_checkpointing_enable()
     if args.lora_rank:
         from peft import LoraConfig, get_peft_model
 
