@@ -182,7 +182,7 @@ def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tens
 
 
 def kl_penalty(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """π/π_old·(π_ref/π - log π_ref/π - 1), never negative: over draws of π_old its mean is KL(π || π_ref) (GRPO Eq. 4)."""
+    """π/π_old·(π_ref/π - log π_ref/π - 1), never negative; its mean over π_old is KL(π || π_ref) (GRPO Eq. 4)."""
     log_ratio = ref_logprobs - logprobs
     return (logprobs - old_logprobs).exp() * (log_ratio.exp() - log_ratio - 1)
 

@@ -22,7 +22,7 @@ import numpy as np
 import probe_envs  # noqa: F401  (registers the environments)
 import pytest
 import torch
-from helpers import ALGOS, command, environment, scalars, spy_on, weights
+from helpers import ALGOS, command, environment, scalars, weights
 
 # flags of a short run with several updates and checkpoints
 SHORT = {
@@ -210,17 +210,14 @@ def test_two_resumptions_of_one_checkpoint_give_the_same_weights_from_the_folder
 
 
 @scripts
-def test_a_resumed_run_starts_from_all_that_the_checkpoint_holds(once, script, monkeypatch):
+def test_a_resumed_run_starts_from_all_that_the_checkpoint_holds(once, script):
     half = load(once(script, HALF))
-    saves = spy_on(monkeypatch, torch, "save")
     resumed = resume(script, once(script, HALF), "run", "--save-every", 0)
-    first = saves[0][0][0]
     assert half.keys() - {"args", "rng", "agent", "optimizer", "step", "script"} <= {"target_network", "buffer"}
-    # the tensors of `first` were trained on since, so that a run without a step is compared
-    shutil.copytree(once(script, HALF), "still")
-    invoke(script, "--resume", "still")
+    shutil.copy(once(script, HALF) / "checkpoint.pt", "copy.pt")  # which begins a run that is saved before a step
+    invoke(script, "--resume", "copy.pt", "--run-dir", "still")
     new = {"args", "rng", "buffer"}  # where new episodes began: the seed of the environments, their first observations
-    assert all(same(load("still")[key], half[key]) for key in half.keys() - new) and first["step"] == half["step"]
+    assert all(same(load("still")[key], half[key]) for key in half.keys() - new)
     if script != "dqn":
         assert half["agent"]["obs_norm.count"] >= HALF and half["agent"]["obs_norm.mean"].min() > 40
     # and each part of it counts
