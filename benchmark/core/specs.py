@@ -202,7 +202,7 @@ SPECS = (
     Spec("ppo", "LunarLander-v3", {"full": 5}, 1.5, returns(-185),
          (*CONTROL, "--env-id", "LunarLander-v3", "--normalize", "--total-timesteps", "300000", "--num-envs", "8",
           "--num-steps", "256", "--num-minibatches", "16", "--num-epochs", "10", "--learning-rate", "3e-4",
-          "--ent-coef", "0", "--gamma", "0.999", "--gae-lambda", "0.98")),
+          "--ent-coef", "0", "--gamma", "0.999", "--gae-lambda", "0.98"), peer="sb3_ppo_LunarLander-v3.json"),
     Spec("ppo", "Pendulum-v1", {"full": 5}, 1, returns(-1256),
          (*CONTROL, "--env-id", "Pendulum-v1", "--normalize", "--total-timesteps", "200000", "--num-envs", "8",
           "--num-steps", "256", "--num-minibatches", "16", "--num-epochs", "10", "--ent-coef", "0", "--gamma", "0.9")),
