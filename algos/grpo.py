@@ -12,7 +12,7 @@ Papers: Shao et al. 2024, arXiv 2402.03300 (GRPO); Liu et al. 2025, arXiv 2503.2
 arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
 
     python algos/grpo.py  # the small language world: 0.81 of the possible gain
-    python algos/grpo.py --kl-coef 0.05 --reward-model benchmark/world/own_feelings.py:reward  # 0.05 to 0.98 of answers
+    python algos/grpo.py --kl-coef 0.05 --reward-model benchmark/world/own_feelings.py:reward  # 0.06 to 0.99 of answers
     accelerate launch algos/grpo.py --model Qwen/Qwen3-0.6B --reward-model my_rewards.py:correct --dataset my.jsonl \\
         --kl-coef 0.05 --total-episodes 100000 --batch-size 512 --micro-batch-size 16 --bf16 --gradient-checkpointing
 
