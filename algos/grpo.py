@@ -5,23 +5,20 @@
 # ///
 """Group relative policy optimisation (GRPO): RLHF without a critic, by the mean of a group of answers as the baseline.
 
-The policy π answers each prompt G times. How much better an answer scores than its group is the advantage of all its
-tokens, for PPO's clipped objective; the KL penalty to the policy at the start, π_ref, joins the loss. The score is a
-reward model's, or a Python function's where an answer can be checked.
+The policy π answers each prompt G times; how much better an answer scores than its group is the advantage of all its
+tokens. The KL penalty to the policy at the start, π_ref, joins the loss. A reward model scores, or a Python function.
 Papers: Shao et al. 2024, arXiv 2402.03300 (GRPO); Liu et al. 2025, arXiv 2503.20783 (Dr. GRPO); Ahmadian et al. 2024,
 arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
 
     python algos/grpo.py  # the small language world: 0.81 of the possible gain
     python algos/grpo.py --kl-coef 0.05 --reward-model benchmark/world/own_feelings.py:reward  # 0.06 to 0.99 of answers
     accelerate launch algos/grpo.py --model Qwen/Qwen3-0.6B --reward-model my_rewards.py:correct --dataset my.jsonl \\
-        --kl-coef 0.05 --total-episodes 100000 --batch-size 512 --micro-batch-size 16 --bf16 --gradient-checkpointing
+        --eval-split '' --kl-coef 0.05 --total-episodes 100000 --batch-size 512 --bf16 --gradient-checkpointing
 
 Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
 completions, **other columns) -> list of numbers, as in TRL. Letters: B responses of a rollout, G of a group, b of a
-micro-batch, R tokens of a response, L of a row (prompt and response), V words, n response tokens of a micro-batch.
-Logged: objective/kl and objective/entropy, sums over a response of log π/π_ref and -log π; objective/scores, less the
-penalty; policy/approxkl, E[(r - 1) - log r]; frac_reward_zero_std, the share of groups whose scores are all equal.
-
+micro-batch, R tokens of a response, L of a row, V words, n response tokens of a micro-batch. Logged: objective/kl and
+/entropy, sums over a response of log π/π_ref and -log π; frac_reward_zero_std, the share of groups of equal scores.
 Differs from the paper:
  1. The reference is the policy at the start throughout; no new reward model is trained (Algorithm 1's outer loop).
  2. The KL term is weighed by the ratio (DeepSeek-V3.2, 2512.02556): only so is its gradient that of KL(π || π_ref).
@@ -29,18 +26,17 @@ Differs from the paper:
 """
 
 import argparse
-import contextlib
 import copy
 import functools
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import signal
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -67,10 +63,10 @@ class Args:
     save_every: int = 20  # updates between checkpoints, and evaluations; 0: only at the end
     track: bool = False  # mirror the logs to Weights & Biases
     model: str = str(ASSETS / "sft")  # hub id, folder or peft adapter of the policy to start from, which is π_ref
-    reward_model: str = str(ASSETS / "reward")  # the same of a reward model; or file.py:function
+    reward_model: str = str(ASSETS / "reward")  # hub id or folder of a reward model; or file.py:function
     dataset: str = str(ASSETS / "prompts")  # hub id, folder or jsonl, json, csv or parquet file
     train_split: str = "train"  # split to take prompts from; slices such as train[:95%] work
-    eval_split: str = "test"  # held-out split, of which as many prompts as --batch-size are answered
+    eval_split: str = "test"  # held-out split, of which --batch-size prompts are answered; '': of the training prompts
     total_episodes: int = 4096  # responses to sample in all
     max_length: int = 512  # longest row in tokens, prompt and response: longer prompts are left out
     learning_rate: float = 0  # at the start; 0: 5e-4 on the small world's model, 3e-6 on others, 3e-5 there with LoRA
@@ -91,14 +87,13 @@ class Args:
     missing_eos_penalty: float = 1.0  # taken off the score of a response without a stop token
 
     def __post_init__(self) -> None:
-        if min(self.num_minibatches, self.num_epochs, self.response_length, self.micro_batch_size, self.clip_coef) <= 0:
-            raise ValueError("num-minibatches, num-epochs, response-length, micro-batch-size, clip-coef must be over 0")
+        counts = self.num_minibatches, self.num_epochs, self.response_length, self.micro_batch_size
+        if min(*counts, self.clip_coef, self.group_size - 1, self.max_length - self.response_length) <= 0:
+            raise ValueError("counts, clip-coef must be above 0, group-size above 1, max-length above response-length")
         if min(self.save_every, self.learning_rate, self.lora_rank, self.kl_coef, self.missing_eos_penalty) < 0:
             raise ValueError("save-every, learning-rate, lora-rank, kl-coef, missing-eos-penalty must be at least 0")
-        if self.batch_size % self.num_minibatches or self.batch_size % self.group_size:
-            raise ValueError("batch-size must be a multiple of num-minibatches, and of group-size")
-        if self.max_length <= self.response_length or self.group_size < 2 or self.total_episodes < self.batch_size:
-            raise ValueError("max-length must be above response-length, total-episodes at least batch-size, groups 2")
+        if self.batch_size % math.lcm(self.num_minibatches, self.group_size) or self.total_episodes < self.batch_size:
+            raise ValueError("batch-size must be a multiple of num-minibatches and group-size, total-episodes not less")
 
 
 # --- model ---
@@ -109,17 +104,19 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     adapter = transformers.utils.find_adapter_config_file(name)
     base = json.loads(Path(adapter).read_text())["base_model_name_or_path"] if adapter else name
     config, tokenizer = transformers.AutoConfig.from_pretrained(base), transformers.AutoTokenizer.from_pretrained(name)
-    changes |= {key: 0.0 for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
+    changes |= {k: 0.0 for k, value in vars(config).items() if re.search("drop|jitter", k) and isinstance(value, float)}
     model, info = loader.from_pretrained(base, dtype="auto", output_loading_info=True, **changes)
-    is_new = "num_labels" in changes and "ForSequenceClassification" not in str(config.architectures)  # the head
-    if info["missing_keys"] - ({"score.weight"} if is_new else set()):
-        raise SystemExit(f"{base} lacks the weights {sorted(info['missing_keys'])}")
+    new = "num_labels" in changes and "ForSequenceClassification" not in str(config.architectures)  # the head
+    if wrong := info["missing_keys"] - {"score.weight" * new} | info["unexpected_keys"] & {"score.weight"}:
+        raise SystemExit(f"{base} lacks the weights {sorted(wrong)} of {type(model).__name__}, or should not have them")
     if adapter:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
-        model = PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
+        config = replace(PeftConfig.from_pretrained(name), task_type=None)  # the model's class says what it is for
+        model = PeftModel.from_pretrained(model, name, config=config).merge_and_unload().requires_grad_(True)
     V, eos = model.get_input_embeddings().num_embeddings, tokenizer.eos_token
-    L = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    limit = "original_" * ("longrope" in str(model.config)) + "max_position_embeddings"  # a longer row changes all
+    L = getattr(model.config.get_text_config(), limit, None) or math.inf
     if eos is None or len(tokenizer) > V or max_length > L:
         raise SystemExit(f"{name} has {V} embeddings for {len(tokenizer)} tokens, {L} positions, EOS {eos}: too few")
     body, ids = model.float().eval().base_model, torch.arange(12)[None] % V
@@ -132,12 +129,12 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
 
 
 def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """log π(y_t | x, y_<t) of completions, in float32, and their mask, (b, R), from where the shortest prompt ends."""
-    ids = [torch.tensor([*prompt, *completion]) for prompt, completion in rows]
-    labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in rows]
+    """log π(y_t | x, y_<t) of rows [prompt, completion, …], float32, and a mask, (b, R): from the first answer on."""
+    ids = [torch.tensor([*prompt, *completion]) for prompt, completion, *_ in rows]
+    labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion, *_ in rows]
     ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=rows[0][1][-1]).to(device)  # (b, L)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
-    start = max(1, min(len(prompt) for prompt, _ in rows))  # nothing comes before a row's first token to predict it
+    start = max(1, min(len(prompt) for prompt, *_ in rows))  # nothing comes before a row's first token to predict it
     logits = model(ids[:, :-1], logits_to_keep=ids.shape[1] - start, use_cache=False).logits.float()  # (b, R, V)
     logprobs = -nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, start:].flatten(), reduction="none")
     return logprobs.view(len(rows), -1), labels[:, start:] != -100
@@ -145,10 +142,7 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
 
 @torch.no_grad()
 def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor) -> list[list[int]]:
-    """Responses to prompts (token ids), up to the first stop token; numbers uniform (b, R) in [0, 1) draw their tokens.
-
-    The model's generation_config must have nothing but stop tokens and padding: a temperature or penalty would count.
-    """
+    """Responses to prompts, drawn by uniform (b, R) in [0, 1); of the generation_config only stops and padding fit."""
     width, R = max(map(len, prompts)), uniform.shape[1]  # padding goes to the left, so that all end in one column
     ids = torch.tensor([ids[:1] * (width - len(ids)) + ids for ids in prompts], device=uniform.device)
     visible = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=uniform.device)
@@ -201,8 +195,8 @@ def text_ends(tokenizer: Any) -> tuple[list[int], str, str]:
     return start, tokenizer.eos_token, max(ends, key=len, default=tokenizer.eos_token)
 
 
-def load_prompts(name: str, split: str, tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
-    """Rows of a split with "ids": the tokens of its column `prompt`, texts or messages, to where an answer begins."""
+def load_prompts(name: str, split: str, tokenizer: Any, max_length: int) -> list[tuple[list[int], dict[str, Any]]]:
+    """Rows of a split, each behind the token ids of its `prompt`, text or messages, to where an answer begins."""
     import datasets
 
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
@@ -212,27 +206,31 @@ def load_prompts(name: str, split: str, tokenizer: Any, max_length: int) -> list
         raise SystemExit(f"--dataset {name}, split {split}: {fault.__cause__ or repr(fault)}") from fault
     if "prompt" not in data.column_names:
         raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename one of them to prompt")
-    rows, start = data.to_list(), text_ends(tokenizer)[0]
-    for number, row in enumerate(rows, 1):
-        text = row["prompt"]
-        if text and isinstance(text, list) and all(type(x.get(k)) is str for x in text for k in ("role", "content")):
-            text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
-        if not isinstance(text, str) or text.lstrip("[{ \n").startswith(("'role'", '"role"', "'content'", '"content"')):
+    rows, (start, eos, _) = [], text_ends(tokenizer)
+    for number, row in enumerate(data.to_list(), 1):
+        text = row["prompt"].removesuffix(eos) if isinstance(row["prompt"], str) else row["prompt"]
+        if isinstance(text, str) and list in map(type, map(row.get, ("completion", "chosen"))):  # as dpo.py reads it
+            text = [{"role": "user", "content": text}]
+        is_chat = text and type(text) is list and all(type(x.get(k)) is str for x in text for k in ("role", "content"))
+        if is_chat:  # an answer that has begun goes on
+            go = "continue_final_message" if text[-1]["role"] == "assistant" else "add_generation_prompt"
+            text = tokenizer.apply_chat_template(text, tokenize=False, **{go: True})
+        if type(text) is not str or re.match(r"""\s*\[\s*{\s*['"](role|content|from|value)['"]""", text):
             raise SystemExit(f"--dataset {name}, {split}, row {number}: prompt {text!r:.40} is not text or messages")
         ids = tokenizer(text, add_special_tokens=False).input_ids if text.strip() else []
-        row["ids"] = ids if isinstance(row["prompt"], list) or ids[:1] == start else start + ids
-    kept = [row for row in rows if len(start) < len(row["ids"]) <= max_length]
+        rows.append((ids if is_chat or ids[:1] == start else start + ids, row))
+    kept = [(ids, row) for ids, row in rows if len(start) < len(ids) <= max_length]
     if len(kept) < len(rows):
         print(f"split {split}: {len(rows) - len(kept)} of {len(rows)} prompts left out: empty, or no room to answer")
     return kept
 
 
-def function_rewards(function: Callable[..., Any], rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
+def function_rewards(function: Any, rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
     """function(prompts, completions, **other columns), as in TRL; stops the run unless it gives a number for each."""
     prompts = [row["prompt"] for row in rows]
     if isinstance(prompts[0], list):
         texts = [[{"role": "assistant", "content": text}] for text in texts]
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "ids")}
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     try:
         values = [float(value) for value in function(prompts, texts, **columns)]
     except Exception as fault:
@@ -280,27 +278,35 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     device, processes = accelerator.device, accelerator.num_processes
     own = slice(accelerator.process_index, None, processes)  # of the rows of a micro-batch
     torch.manual_seed(args.seed)
+    adapter = args.lora_rank and not args.merge_lora and transformers.utils.find_adapter_config_file(args.model)
+    if adapter or saved and saved["args"]["lora_rank"] != args.lora_rank:
+        raise SystemExit("--lora-rank cannot change when resuming, and on top of an adapter it needs --merge-lora")
+    if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise SystemExit("sampling needs whole models on each process: launch without FSDP, DeepSpeed or Megatron")
     B, R, G = args.batch_size, args.response_length, args.group_size
     policy, tokenizer = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
-    file, _, function = args.reward_model.rpartition(":")
-    function = runpy.run_path(file)[function] if file.endswith(".py") else None
+    file, is_file, function = args.reward_model.partition(".py:")
+    function = runpy.run_path(file + ".py")[function] if is_file else None
     if not function:
         scorer, words = load_model(transformers.AutoModelForSequenceClassification, args.reward_model, args.max_length)
         sizes = [model.get_input_embeddings().num_embeddings for model in (policy, scorer)]
-        if tokenizer.get_vocab() != words.get_vocab() or sizes[0] > sizes[1] or scorer.config.num_labels != 1:
-            raise SystemExit(f"--reward-model: other tokens ({sizes[1]} embeddings for {sizes[0]}) or several scores")
+        same = words.chat_template in (None, tokenizer.chat_template) and text_ends(tokenizer) == text_ends(words)
+        same = same and tokenizer.get_vocab().items() <= words.get_vocab().items()
+        if not same or sizes[0] > sizes[1] or scorer.config.num_labels != 1:
+            raise SystemExit(f"--reward-model: other tokens or template ({sizes} embeddings), or several scores")
         scorer.requires_grad_(False).to(device)
     prompts = load_prompts(args.dataset, args.train_split, tokenizer, args.max_length - R)
-    held_out = load_prompts(args.dataset, args.eval_split, tokenizer, args.max_length - R)[:B]
+    held_out = load_prompts(args.dataset, args.eval_split or args.train_split, tokenizer, args.max_length - R)[:B]
     if len(prompts) < B // G or min(len(held_out), B // args.num_minibatches, args.micro_batch_size) < processes:
         raise SystemExit(f"{len(prompts)} prompts fill no batch, or micro-batches lack rows for {processes} processes")
     generation, stops = policy.generation_config, tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
-    stops = list({*stops, *torch.tensor(generation.eos_token_id or []).flatten().long().tolist()})
-    generation.eos_token_id = stops
-    policy.generation_config = transformers.GenerationConfig(eos_token_id=stops, pad_token_id=stops[0])
+    generation.validate(strict=True)  # as saving does
+    policy.generation_config = transformers.GenerationConfig(eos_token_id=[1 << 30], pad_token_id=stops[0])
     uniform = torch.rand(2, 16, dtype=torch.float64)
     if sample(policy, [[1], [1, 2, 3, 4]], uniform)[0] != sample(policy, [[1]], uniform[:1])[0]:
         raise SystemExit(f"--model {args.model} samples otherwise beside a longer prompt: it takes no positions")
+    eos = [generation.eos_token_id] if isinstance(generation.eos_token_id, int) else generation.eos_token_id or []
+    generation.eos_token_id = policy.generation_config.eos_token_id = stops = list({*stops, *eos})
     torch.set_num_threads(1 if policy.num_parameters() < 10e6 else torch.get_num_threads())  # small ones lose by more
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
@@ -312,7 +318,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         hook = accelerator.register_save_state_pre_hook  # checkpoints hold the adapters only
         hook(lambda _, states, __: [w.pop(name) for w in states for name in [*w] if "lora_" not in name])
     reference = policy if args.lora_rank else copy.deepcopy(policy).requires_grad_(False).to(device)
-    at_reference = policy.disable_adapter if args.lora_rank else contextlib.nullcontext
+    at_reference = policy.disable_adapter if args.lora_rank else torch.no_grad
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     model, optimizer = accelerator.prepare(policy, optimizer)
     step, total_steps = saved["step"] if saved else 0, args.total_episodes // B
@@ -330,65 +336,59 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     accelerator.log_with = [logs, *["wandb"] * args.track]
     accelerator.init_trackers("algos", init_kwargs={"wandb": {"name": run_dir.name, "config": asdict(args)}})
 
-    def respond(asked: list[dict[str, Any]], uniform: Tensor) -> list[list[int]]:
+    @torch.no_grad()
+    def roll_out(asked: list[Any], noise: torch.Generator) -> tuple[list[Any], Tensor, Tensor]:
+        """Rows [prompt, response, [number]], log π and log π_ref of their tokens, (2, B, R), and scores, (B,)."""
+        uniform = torch.rand(len(asked), R, generator=noise, dtype=torch.float64)[own].to(device)
         with accelerator.autocast():
-            responses = sample(policy, [row["ids"] for row in asked[own]], uniform[own].to(device))
-        numbered = gather_object([*zip(range(len(asked))[own], responses)])
-        return [response for _, response in sorted(numbered)]
+            responses = sample(policy, [ids for ids, _ in asked[own]], uniform)
+        responses = sorted(gather_object([*zip(range(len(asked))[own], responses)]))
+        rows = [[ids, response, [i]] for (ids, _), (i, response) in zip(asked, responses)]
+        tokens, scores = torch.zeros(2, len(rows), R, device=device), torch.zeros(len(rows), device=device)
+        for part in micro_batches(rows, args.micro_batch_size):
+            numbers = [i for *_, (i,) in part[own]]
+            with accelerator.autocast():
+                logprobs, mask = completion_logprobs(model, part[own], device)
+                with at_reference():
+                    ref, _ = completion_logprobs(reference, part[own], device)
+            for i, *both, kept in zip(numbers, logprobs, ref, mask):
+                tokens[:, i, : kept.sum()] = torch.stack(both)[:, kept]
+            if not function:  # a score is read where its response ends; bfloat16 would round it to 8 bits
+                ids = [torch.tensor(prompt + response, device=device) for prompt, response, _ in part[own]]
+                with accelerator.autocast():
+                    hidden = scorer.base_model(nn.utils.rnn.pad_sequence(ids, batch_first=True), use_cache=False)[0]
+                scores[numbers] = scorer.score(hidden.float())[range(len(ids)), [len(row) - 1 for row in ids], 0]
+        if function and accelerator.is_main_process:
+            texts = [tokenizer.decode(y[: len(y) - (y[-1] in stops)], skip_special_tokens=True) for _, y, _ in rows]
+            scores = torch.tensor(function_rewards(function, [row for _, row in asked], texts), device=device)
+        return rows, *accelerator.reduce((tokens, scores))  # zeros but for each process's share
 
-    def score(asked: list[dict[str, Any]], responses: list[list[int]]) -> Tensor:
-        if function:
-            texts = [tokenizer.decode(y[: len(y) - (y[-1] in stops)]) for y in responses]
-            return torch.tensor(function_rewards(function, asked, texts), device=device)
-        rows = [torch.tensor(x["ids"] + y, device=device) for x, y in zip(asked, responses)]
-        last = torch.arange(len(rows)), [len(row) - 1 for row in rows]  # where a reward is read
-        with torch.no_grad(), accelerator.autocast():
-            hidden = scorer.base_model(nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False)
-            return scorer.score(hidden.last_hidden_state[last])[:, 0].float()
-
-    caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
-    for number in (signal.SIGINT, signal.SIGTERM):
+    caught, stop = [], False
+    for number in (signal.SIGINT, signal.SIGTERM):  # after which the run is saved; a second one kills
         signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
     quiet = None if accelerator.is_main_process else Path(os.devnull).open("w")
     bar = tqdm(total=total_steps, initial=step, unit="update", file=quiet)
-    stop = False
     while True:
         # ===== evaluate =====
         model.eval()  # without gradient checkpointing, which samples without a cache
         if step % (args.save_every or total_steps) == 0 or step >= total_steps:
-            noise = torch.Generator().manual_seed(args.seed)
-            responses = respond(held_out, torch.rand(len(held_out), R, generator=noise, dtype=torch.float64))
-            values = score(held_out, responses)
-            texts = [f"{tokenizer.decode(x['ids'] + y)} ({r:.2f})" for x, y, r in zip(held_out, responses, values)][:4]
-            accelerator.log({"eval/scores": values.mean().item(), "samples": "\n\n".join(texts)}, step)
-            accelerator.print(f"\nupdate {step}: eval/scores {values.mean():.4f}", *texts[:2], sep="\n")
+            rows, _, scores = roll_out(held_out, torch.Generator().manual_seed(args.seed))
+            texts = [f"{tokenizer.decode(x + y)} ({r:.2f})" for (x, y, _), r in zip(rows, scores)][:4]
+            accelerator.log({"eval/scores": scores.mean().item(), "samples": "\n\n".join(texts)}, step)
+            accelerator.print(f"\nupdate {step}: eval/scores {scores.mean():.4f}", *texts[:2], sep="\n")
         if stop or step >= total_steps:
             break
 
         # ===== collect =====
         noise = torch.Generator().manual_seed(1_000_003 * args.seed + step)  # a resumed run needs no state of it
         asked = [prompt for prompt in batch_at(prompts, step, B // G, args.seed) for _ in range(G)]
-        responses = respond(asked, torch.rand(B, R, generator=noise, dtype=torch.float64))
-        rows = [[prompt["ids"], response, [i]] for i, (prompt, response) in enumerate(zip(asked, responses))]
+        rows, (old_logprobs, ref_logprobs), scores = roll_out(asked, noise)
 
         # ===== compute targets =====
-        lengths = torch.tensor([[len(response)] for response in responses], device=device)
+        lengths = torch.tensor([[len(response)] for _, response, _ in rows], device=device)
         mask = torch.arange(R, device=device) < lengths  # (B, R): tokens of responses, stop token included
-        tokens, scores = torch.zeros(2, B, R, device=device), torch.zeros(B, device=device)
-        for part in micro_batches(rows, args.micro_batch_size):
-            numbers = [i for *_, (i,) in part[own]]
-            part = [row[:2] for row in part[own]]
-            with torch.no_grad(), accelerator.autocast():
-                logprobs, part_mask = completion_logprobs(model, part, device)
-                with at_reference():
-                    ref, _ = completion_logprobs(reference, part, device)
-            found = torch.zeros(2, len(numbers), R, device=device)
-            found[:, mask[numbers]] = torch.stack([logprobs, ref])[:, part_mask]
-            tokens[:, numbers] = found
-            scores[numbers] = score([asked[i] for i in numbers], [responses[i] for i in numbers])
-        old_logprobs, ref_logprobs = accelerator.reduce(tokens)  # zeros but for each process's share
-        stopped = torch.tensor([response[-1] in stops for response in responses], device=device).float()
-        scores = accelerator.reduce(scores) - args.missing_eos_penalty * (1 - stopped)
+        stopped = torch.tensor([response[-1] in stops for _, response, _ in rows], device=device).float()
+        scores = scores - args.missing_eos_penalty * (1 - stopped)
         groups = scores.view(-1, G)  # of one prompt each
         advantages = group_advantages(groups, args.baseline == "leave-one-out", args.normalize_by_std)
         sizes = lengths if args.normalize_by_std else torch.full_like(lengths, R)  # |o_i| of Eq. 3; R in Dr. GRPO
@@ -406,7 +406,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
                     numbers = [i for *_, (i,) in part[own]]
                     batch = (x[numbers][mask[numbers]] for x in (old_logprobs, ref_logprobs, advantages, shares))
                     mb_logprobs, mb_ref_logprobs, mb_advantages, mb_shares = batch  # (n,)
-                    logprobs, part_mask = completion_logprobs(model, [row[:2] for row in part[own]], device)
+                    logprobs, part_mask = completion_logprobs(model, part[own], device)
                     logprobs = logprobs[part_mask]
                     log_ratio = logprobs - mb_logprobs
                     pg_loss = policy_loss(log_ratio, mb_advantages, args.clip_coef)
@@ -443,7 +443,6 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
                 for older in set(folder.glob("[0-9]*")) - {folder / str(step)}:
                     shutil.rmtree(older)
         bar.update(1)
-
     bar.close()
     if step < total_steps:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
@@ -452,6 +451,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     model.generation_config = generation
     weights = accelerator.get_state_dict(model.to(model.config.dtype))
     if accelerator.is_main_process:
+        shutil.rmtree(run_dir / "model", ignore_errors=True)  # a merged model beside an old adapter opens as both
         model.save_pretrained(run_dir / "model", state_dict=weights)
         tokenizer.save_pretrained(run_dir / "model")
 

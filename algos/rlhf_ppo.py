@@ -32,18 +32,17 @@ Differs from the papers:
 """
 
 import argparse
-import contextlib
 import copy
 import functools
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import signal
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -71,7 +70,7 @@ class Args:
     save_every: int = 20  # updates between checkpoints, and samples; 0: only at the end
     track: bool = False  # mirror the logs to Weights & Biases
     model: str = str(ASSETS / "sft")  # hub id, folder or peft adapter of the policy to start from, which is π_ref
-    reward_model: str = str(ASSETS / "reward")  # the same of a reward model; or file.py:function
+    reward_model: str = str(ASSETS / "reward")  # hub id or folder of a reward model; or file.py:function
     dataset: str = str(ASSETS / "prompts")  # hub id, folder or jsonl, json, csv or parquet file
     train_split: str = "train"  # split to take prompts from; slices such as train[:95%] work
     gold: str = ""  # Python file with gold_reward(prompt, response, finished), the true reward, to log beside the score
@@ -111,17 +110,19 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     adapter = transformers.utils.find_adapter_config_file(name)
     base = json.loads(Path(adapter).read_text())["base_model_name_or_path"] if adapter else name
     config, tokenizer = transformers.AutoConfig.from_pretrained(base), transformers.AutoTokenizer.from_pretrained(name)
-    changes |= {key: 0.0 for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
+    changes |= {k: 0.0 for k, value in vars(config).items() if re.search("drop|jitter", k) and isinstance(value, float)}
     model, info = loader.from_pretrained(base, dtype="auto", output_loading_info=True, **changes)
-    is_new = "num_labels" in changes and "ForSequenceClassification" not in str(config.architectures)  # the head
-    if info["missing_keys"] - ({"score.weight"} if is_new else set()):
-        raise SystemExit(f"{base} lacks the weights {sorted(info['missing_keys'])}")
+    new = "num_labels" in changes and "ForSequenceClassification" not in str(config.architectures)  # the head
+    if wrong := info["missing_keys"] - {"score.weight" * new} | info["unexpected_keys"] & {"score.weight"}:
+        raise SystemExit(f"{base} lacks the weights {sorted(wrong)} of {type(model).__name__}, or should not have them")
     if adapter:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
-        model = PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
+        config = replace(PeftConfig.from_pretrained(name), task_type=None)  # the model's class says what it is for
+        model = PeftModel.from_pretrained(model, name, config=config).merge_and_unload().requires_grad_(True)
     V, eos = model.get_input_embeddings().num_embeddings, tokenizer.eos_token
-    L = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    limit = "original_" * ("longrope" in str(model.config)) + "max_position_embeddings"  # a longer row changes all
+    L = getattr(model.config.get_text_config(), limit, None) or math.inf
     if eos is None or len(tokenizer) > V or max_length > L:
         raise SystemExit(f"{name} has {V} embeddings for {len(tokenizer)} tokens, {L} positions, EOS {eos}: too few")
     body, ids = model.float().eval().base_model, torch.arange(12)[None] % V
@@ -134,12 +135,12 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
 
 
 def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """log π(y_t | x, y_<t) of completions, in float32, and their mask, (b, R), from where the shortest prompt ends."""
-    ids = [torch.tensor([*prompt, *completion]) for prompt, completion in rows]
-    labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in rows]
+    """log π(y_t | x, y_<t) of rows [prompt, completion, …], float32, and a mask, (b, R): from the first answer on."""
+    ids = [torch.tensor([*prompt, *completion]) for prompt, completion, *_ in rows]
+    labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion, *_ in rows]
     ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=rows[0][1][-1]).to(device)  # (b, L)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
-    start = max(1, min(len(prompt) for prompt, _ in rows))  # nothing comes before a row's first token to predict it
+    start = max(1, min(len(prompt) for prompt, *_ in rows))  # nothing comes before a row's first token to predict it
     logits = model(ids[:, :-1], logits_to_keep=ids.shape[1] - start, use_cache=False).logits.float()  # (b, R, V)
     logprobs = -nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, start:].flatten(), reduction="none")
     return logprobs.view(len(rows), -1), labels[:, start:] != -100
@@ -154,20 +155,18 @@ class Agent(nn.Module):
 
     def forward(self, rows: list[Any]) -> tuple[Tensor, Tensor]:
         """log π(y_t | x, y_<t) and V(x, y_<t) of the response tokens of rows [prompt, response, …], joined: (n,)."""
-        rows, device = [row[:2] for row in rows], self.critic.score.weight.device
+        device = self.critic.score.weight.device
         logprobs, mask = completion_logprobs(self.policy, rows, device)
-        ids = [torch.tensor(prompt + response) for prompt, response in rows]
+        ids = [torch.tensor(prompt + response) for prompt, response, *_ in rows]
         ids = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)  # (b, L)
         hidden = self.critic.base_model(ids[:, :-1], use_cache=False).last_hidden_state[:, -mask.shape[1] :]
-        return logprobs[mask], self.critic.score(hidden)[mask].squeeze(-1).float()
+        with torch.autocast(device.type, enabled=False):  # bfloat16 would round a value to 8 bits
+            return logprobs[mask], self.critic.score(hidden[mask].float()).squeeze(-1)
 
 
 @torch.no_grad()
 def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor) -> list[list[int]]:
-    """Responses to prompts (token ids), up to the first stop token; numbers uniform (b, R) in [0, 1) draw their tokens.
-
-    The model's generation_config must have nothing but stop tokens and padding: a temperature or penalty would count.
-    """
+    """Responses to prompts, drawn by uniform (b, R) in [0, 1); of the generation_config only stops and padding fit."""
     width, R = max(map(len, prompts)), uniform.shape[1]  # padding goes to the left, so that all end in one column
     ids = torch.tensor([ids[:1] * (width - len(ids)) + ids for ids in prompts], device=uniform.device)
     visible = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=uniform.device)
@@ -243,8 +242,8 @@ def text_ends(tokenizer: Any) -> tuple[list[int], str, str]:
     return start, tokenizer.eos_token, max(ends, key=len, default=tokenizer.eos_token)
 
 
-def load_prompts(name: str, split: str, tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
-    """Rows of a split with "ids": the tokens of its column `prompt`, texts or messages, to where an answer begins."""
+def load_prompts(name: str, split: str, tokenizer: Any, max_length: int) -> list[tuple[list[int], dict[str, Any]]]:
+    """Rows of a split, each behind the token ids of its `prompt`, text or messages, to where an answer begins."""
     import datasets
 
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
@@ -254,27 +253,31 @@ def load_prompts(name: str, split: str, tokenizer: Any, max_length: int) -> list
         raise SystemExit(f"--dataset {name}, split {split}: {fault.__cause__ or repr(fault)}") from fault
     if "prompt" not in data.column_names:
         raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename one of them to prompt")
-    rows, start = data.to_list(), text_ends(tokenizer)[0]
-    for number, row in enumerate(rows, 1):
-        text = row["prompt"]
-        if text and isinstance(text, list) and all(type(x.get(k)) is str for x in text for k in ("role", "content")):
-            text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
-        if not isinstance(text, str) or text.lstrip("[{ \n").startswith(("'role'", '"role"', "'content'", '"content"')):
+    rows, (start, eos, _) = [], text_ends(tokenizer)
+    for number, row in enumerate(data.to_list(), 1):
+        text = row["prompt"].removesuffix(eos) if isinstance(row["prompt"], str) else row["prompt"]
+        if isinstance(text, str) and list in map(type, map(row.get, ("completion", "chosen"))):  # as dpo.py reads it
+            text = [{"role": "user", "content": text}]
+        is_chat = text and type(text) is list and all(type(x.get(k)) is str for x in text for k in ("role", "content"))
+        if is_chat:  # an answer that has begun goes on
+            go = "continue_final_message" if text[-1]["role"] == "assistant" else "add_generation_prompt"
+            text = tokenizer.apply_chat_template(text, tokenize=False, **{go: True})
+        if type(text) is not str or re.match(r"""\s*\[\s*{\s*['"](role|content|from|value)['"]""", text):
             raise SystemExit(f"--dataset {name}, {split}, row {number}: prompt {text!r:.40} is not text or messages")
         ids = tokenizer(text, add_special_tokens=False).input_ids if text.strip() else []
-        row["ids"] = ids if isinstance(row["prompt"], list) or ids[:1] == start else start + ids
-    kept = [row for row in rows if len(start) < len(row["ids"]) <= max_length]
+        rows.append((ids if is_chat or ids[:1] == start else start + ids, row))
+    kept = [(ids, row) for ids, row in rows if len(start) < len(ids) <= max_length]
     if len(kept) < len(rows):
         print(f"split {split}: {len(rows) - len(kept)} of {len(rows)} prompts left out: empty, or no room to answer")
     return kept
 
 
-def function_rewards(function: Callable[..., Any], rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
+def function_rewards(function: Any, rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
     """function(prompts, completions, **other columns), as in TRL; stops the run unless it gives a number for each."""
     prompts = [row["prompt"] for row in rows]
     if isinstance(prompts[0], list):
         texts = [[{"role": "assistant", "content": text}] for text in texts]
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "ids")}
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     try:
         values = [float(value) for value in function(prompts, texts, **columns)]
     except Exception as fault:
@@ -324,14 +327,22 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     device, processes = accelerator.device, accelerator.num_processes
     own = slice(accelerator.process_index, None, processes)  # of the rows of a micro-batch
     torch.manual_seed(args.seed)
+    adapter = args.lora_rank and not args.merge_lora and transformers.utils.find_adapter_config_file(args.model)
+    if adapter or saved and saved["args"]["lora_rank"] != args.lora_rank:
+        raise SystemExit("--lora-rank cannot change when resuming, and on top of an adapter it needs --merge-lora")
+    if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise SystemExit("sampling needs whole models on each process: launch without FSDP, DeepSpeed or Megatron")
     B, R = args.batch_size, args.response_length
     policy, tokenizer = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
-    file, _, function = args.reward_model.rpartition(":")
-    function = runpy.run_path(file)[function] if file.endswith(".py") else None
-    trunk, changes = (args.model, {"num_labels": 1}) if function else (args.reward_model, {})
-    scorer, words = load_model(transformers.AutoModelForSequenceClassification, trunk, args.max_length, **changes)
+    file, is_file, function = args.reward_model.partition(".py:")
+    function = runpy.run_path(file + ".py")[function] if is_file else None
+    trunk = args.model if function else args.reward_model  # of the critic
+    head = {"num_labels": 1} if function else {}
+    scorer, words = load_model(transformers.AutoModelForSequenceClassification, trunk, args.max_length, **head)
     sizes = [model.get_input_embeddings().num_embeddings for model in (policy, scorer)]
-    if tokenizer.get_vocab() != words.get_vocab() or sizes[0] > sizes[1] or scorer.config.num_labels != 1:
+    same = words.chat_template in (None, tokenizer.chat_template) and text_ends(tokenizer) == text_ends(words)
+    same = same and tokenizer.get_vocab().items() <= words.get_vocab().items()
+    if not same or sizes[0] > sizes[1] or scorer.config.num_labels != 1:
         found = f"reads other tokens than --model ({sizes[1]} embeddings, not {sizes[0]}) or gives several scores"
         raise SystemExit(f"--reward-model {args.reward_model} {found}: train one from --model with reward_model.py")
     prompts = load_prompts(args.dataset, args.train_split, tokenizer, args.max_length - R)
@@ -339,14 +350,15 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         raise SystemExit(f"{len(prompts)} prompts fill no batch, or micro-batches lack rows for {processes} processes")
     gold_reward = runpy.run_path(args.gold)["gold_reward"] if args.gold else None
     generation, stops = policy.generation_config, tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
-    stops = list({*stops, *torch.tensor(generation.eos_token_id or []).flatten().long().tolist()})
-    generation.eos_token_id = stops
-    policy.generation_config = transformers.GenerationConfig(eos_token_id=stops, pad_token_id=stops[0])
+    generation.validate(strict=True)  # as saving does
+    policy.generation_config = transformers.GenerationConfig(eos_token_id=[1 << 30], pad_token_id=stops[0])
     uniform = torch.rand(2, 16, dtype=torch.float64)
     if sample(policy, [[1], [1, 2, 3, 4]], uniform)[0] != sample(policy, [[1]], uniform[:1])[0]:
         raise SystemExit(f"--model {args.model} samples otherwise beside a longer prompt: it takes no positions")
+    eos = [generation.eos_token_id] if isinstance(generation.eos_token_id, int) else generation.eos_token_id or []
+    generation.eos_token_id = policy.generation_config.eos_token_id = stops = list({*stops, *eos})
     torch.set_num_threads(1 if policy.num_parameters() < 10e6 else torch.get_num_threads())  # small ones lose by more
-    critic = copy.deepcopy(scorer)
+    critic, scorer = (scorer, None) if function else (copy.deepcopy(scorer), scorer.requires_grad_(False).to(device))
     nn.init.zeros_(critic.score.weight)
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
@@ -359,10 +371,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         setattr(critic, critic.base_model_prefix, get_peft_model(critic.base_model, lora))
         hook = accelerator.register_save_state_pre_hook  # checkpoints hold what is trained only
         hook(lambda _, states, __: [w.pop(n) for w in states for n in [*w] if "lora_" not in n and ".score." not in n])
-    reference = policy if args.lora_rank else copy.deepcopy(policy).requires_grad_(False)
-    at_reference = policy.disable_adapter if args.lora_rank else contextlib.nullcontext
-    for model in (reference, scorer.requires_grad_(False)):
-        model.to(device)
+    reference = policy if args.lora_rank else copy.deepcopy(policy).requires_grad_(False).to(device)
+    at_reference = policy.disable_adapter if args.lora_rank else torch.no_grad
     agent = Agent(policy, critic)
     trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
@@ -382,37 +392,46 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     accelerator.log_with = [logs, *["wandb"] * args.track]
     accelerator.init_trackers("algos", init_kwargs={"wandb": {"name": run_dir.name, "config": asdict(args)}})
 
-    def respond(asked: list[dict[str, Any]], uniform: Tensor) -> list[list[int]]:
+    @torch.no_grad()
+    def roll_out(asked: list[Any], noise: torch.Generator) -> tuple[list[Any], Tensor, Tensor]:
+        """Rows [prompt, response, [number]], log π, log π_ref and V of their tokens, (3, B, R), and scores, (B,)."""
+        uniform = torch.rand(len(asked), R, generator=noise, dtype=torch.float64)[own].to(device)
         with accelerator.autocast():
-            responses = sample(policy, [row["ids"] for row in asked[own]], uniform[own].to(device))
-        numbered = gather_object([*zip(range(len(asked))[own], responses)])
-        return [response for _, response in sorted(numbered)]
+            responses = sample(policy, [ids for ids, _ in asked[own]], uniform)
+        responses = sorted(gather_object([*zip(range(len(asked))[own], responses)]))
+        rows = [[ids, response, [i]] for (ids, _), (i, response) in zip(asked, responses)]
+        tokens, scores = torch.zeros(3, len(rows), R, device=device), torch.zeros(len(rows), device=device)
+        for part in micro_batches(rows, args.micro_batch_size):
+            numbers = [i for *_, (i,) in part[own]]
+            with accelerator.autocast():
+                logprobs, values = agent(part[own])
+                with at_reference():
+                    ref, mask = completion_logprobs(reference, part[own], device)
+            sizes = [len(response) for _, response, _ in part[own]]
+            for i, *all_three in zip(numbers, *(x.split(sizes) for x in (logprobs, ref[mask], values))):
+                tokens[:, i, : len(all_three[0])] = torch.stack(all_three)
+            if not function:  # a score is read where its response ends; bfloat16 would round it to 8 bits
+                ids = [torch.tensor(prompt + response, device=device) for prompt, response, _ in part[own]]
+                with accelerator.autocast():
+                    hidden = scorer.base_model(nn.utils.rnn.pad_sequence(ids, batch_first=True), use_cache=False)[0]
+                scores[numbers] = scorer.score(hidden.float())[range(len(ids)), [len(row) - 1 for row in ids], 0]
+        if function and accelerator.is_main_process:
+            texts = [tokenizer.decode(y[: len(y) - (y[-1] in stops)], skip_special_tokens=True) for _, y, _ in rows]
+            scores = torch.tensor(function_rewards(function, [row for _, row in asked], texts), device=device)
+        return rows, *accelerator.reduce((tokens, scores))  # zeros but for each process's share
 
-    def score(asked: list[dict[str, Any]], responses: list[list[int]]) -> Tensor:
-        if function:
-            texts = [tokenizer.decode(y[: len(y) - (y[-1] in stops)]) for y in responses]
-            return torch.tensor(function_rewards(function, asked, texts), device=device)
-        rows = [torch.tensor(x["ids"] + y, device=device) for x, y in zip(asked, responses)]
-        last = torch.arange(len(rows)), [len(row) - 1 for row in rows]  # where a reward is read
-        with torch.no_grad(), accelerator.autocast():
-            hidden = scorer.base_model(nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False)
-            return scorer.score(hidden.last_hidden_state[last])[:, 0].float()
-
-    caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
-    for number in (signal.SIGINT, signal.SIGTERM):
+    caught, stop = [], False
+    for number in (signal.SIGINT, signal.SIGTERM):  # after which the run is saved; a second one kills
         signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
     quiet = None if accelerator.is_main_process else Path(os.devnull).open("w")
     bar = tqdm(total=total_steps, initial=step, unit="update", file=quiet)
-    stop = False
     while True:
         # ===== evaluate =====
         agent.eval()  # without gradient checkpointing, which samples without a cache
         if step % (args.save_every or total_steps) == 0 or step >= total_steps:
             asked = prompts[: max(4, processes)]
-            uniform = torch.rand(len(asked), R, generator=torch.Generator().manual_seed(args.seed), dtype=torch.float64)
-            responses = respond(asked, uniform)
-            values = score(asked, responses).tolist()
-            texts = [f"{tokenizer.decode(x['ids'] + y)} ({r:.2f})" for x, y, r in zip(asked, responses, values)]
+            rows, _, scores = roll_out(asked, torch.Generator().manual_seed(args.seed))
+            texts = [f"{tokenizer.decode(x + y)} ({r:.2f})" for (x, y, _), r in zip(rows, scores)]
             accelerator.log({"samples": "\n\n".join(texts)}, step)
             accelerator.print(f"\nupdate {step}:", *texts[:2], sep="\n")
         if stop or step >= total_steps:
@@ -421,28 +440,14 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         # ===== collect =====
         noise = torch.Generator().manual_seed(1_000_003 * args.seed + step)  # a resumed run needs no state of it
         asked = batch_at(prompts, step, B, args.seed)
-        responses = respond(asked, torch.rand(B, R, generator=noise, dtype=torch.float64))
-        rows = [[prompt["ids"], response, [i]] for i, (prompt, response) in enumerate(zip(asked, responses))]
+        rows, (old_logprobs, ref_logprobs, old_values), scores = roll_out(asked, noise)
 
         # ===== compute targets =====
-        lengths = torch.tensor([[len(response)] for response in responses], device=device)
+        lengths = torch.tensor([[len(response)] for _, response, _ in rows], device=device)
         mask = torch.arange(R, device=device) < lengths  # (B, R): tokens of responses, stop token included
         last = (torch.arange(R, device=device) == lengths - 1).float()
-        old_logprobs, ref_logprobs, old_values = tokens = torch.zeros(3, B, R, device=device)
-        scores = torch.zeros(B, device=device)
-        for part in micro_batches(rows, args.micro_batch_size):
-            numbers = [i for *_, (i,) in part[own]]
-            with torch.no_grad(), accelerator.autocast():
-                logprobs, values = agent(part[own])
-                with at_reference():
-                    ref, part_mask = completion_logprobs(reference, [row[:2] for row in part[own]], device)
-            scores[numbers] = score([asked[i] for i in numbers], [responses[i] for i in numbers])
-            found = torch.zeros(3, len(numbers), R, device=device)
-            found[:, mask[numbers]] = torch.stack([logprobs, ref[part_mask], values])
-            tokens[:, numbers] = found
-        old_logprobs, ref_logprobs, old_values = accelerator.reduce(tokens)  # zeros but for each process's share
-        stopped = torch.tensor([response[-1] in stops for response in responses], device=device).float()
-        scores = accelerator.reduce(scores) - args.missing_eos_penalty * (1 - stopped)
+        stopped = torch.tensor([response[-1] in stops for _, response, _ in rows], device=device).float()
+        scores = scores - args.missing_eos_penalty * (1 - stopped)
         token_rewards = kl_penalised_rewards(scores, old_logprobs, ref_logprobs, last, args.kl_coef)
         next_values = nn.functional.pad(old_values[:, 1:], (0, 1))
         inputs = (x.T for x in (token_rewards, old_values, next_values, last, last))  # time first
@@ -492,10 +497,10 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         means["episodes_per_second"] = (step - bar.initial) * B / bar.format_dict["elapsed"]
         if gold_reward:
             golds = []
-            for prompt, response in zip(asked, responses):
+            for prompt, response, _ in rows:
                 finished = response[-1] in stops
                 text = tokenizer.decode(response[: len(response) - finished])
-                golds.append(gold_reward(tokenizer.decode(prompt["ids"]), text, finished))
+                golds.append(gold_reward(tokenizer.decode(prompt), text, finished))
             means["objective/gold"] = sum(golds) / B
         accelerator.log(means, step)
         bar.set_postfix_str(f"score {reward:.2f}, KL {kl:.2f}", refresh=False)
@@ -510,7 +515,6 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
                 for older in set(folder.glob("[0-9]*")) - {folder / str(step)}:
                     shutil.rmtree(older)
         bar.update(1)
-
     bar.close()
     if step < total_steps:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
@@ -519,6 +523,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     model.generation_config = generation
     weights = accelerator.get_state_dict(model.to(model.config.dtype))
     if accelerator.is_main_process:
+        shutil.rmtree(run_dir / "model", ignore_errors=True)  # a merged model beside an old adapter opens as both
         model.save_pretrained(run_dir / "model", state_dict=weights)
         tokenizer.save_pretrained(run_dir / "model")
 

@@ -12,9 +12,8 @@ that RLHF and DPO start from and are held to. Paper: Ouyang et al. 2022, arXiv 2
     accelerate launch algos/sft.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --bf16 --gradient-checkpointing
 
 Data: columns `prompt` and `completion`, whose tokens alone get a loss, or `messages` or `text`: texts or lists of
-{"role", "content"} messages. Letters: B rows, R tokens of completions, L of whole rows, V words. Losses are in nats.
-Differs from the paper: (1) a mean over all tokens of a batch; no mixing of prompts by source; (2) AdamW without weight
-decay, a cosine schedule, the gradient's norm clipped to 1, no dropout, no batch of two epochs.
+{"role", "content"} messages. Letters: B rows, R tokens of completions, L of rows, V words. Differs from the paper:
+a mean over all tokens of a batch; AdamW, a cosine schedule, the gradient's norm clipped to 1, no dropout.
 """
 
 import argparse
@@ -26,10 +25,9 @@ import re
 import shutil
 import signal
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -44,7 +42,6 @@ from tqdm import tqdm
 SCRIPT = Path(__file__).stem
 ASSETS = Path(__file__).resolve().parent.parent / "benchmark/world/assets"  # the small language world
 LAYOUTS = [["prompt", "completion"], ["messages"], ["text"]]  # columns of a data set
-LOG_EVERY = 10  # updates
 
 
 @dataclass
@@ -85,17 +82,19 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     adapter = transformers.utils.find_adapter_config_file(name)
     base = json.loads(Path(adapter).read_text())["base_model_name_or_path"] if adapter else name
     config, tokenizer = transformers.AutoConfig.from_pretrained(base), transformers.AutoTokenizer.from_pretrained(name)
-    changes |= {key: 0.0 for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
+    changes |= {k: 0.0 for k, value in vars(config).items() if re.search("drop|jitter", k) and isinstance(value, float)}
     model, info = loader.from_pretrained(base, dtype="auto", output_loading_info=True, **changes)
-    is_new = "num_labels" in changes and "ForSequenceClassification" not in str(config.architectures)  # the head
-    if info["missing_keys"] - ({"score.weight"} if is_new else set()):
-        raise SystemExit(f"{base} lacks the weights {sorted(info['missing_keys'])}")
+    new = "num_labels" in changes and "ForSequenceClassification" not in str(config.architectures)  # the head
+    if wrong := info["missing_keys"] - {"score.weight" * new} | info["unexpected_keys"] & {"score.weight"}:
+        raise SystemExit(f"{base} lacks the weights {sorted(wrong)} of {type(model).__name__}, or should not have them")
     if adapter:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
-        model = PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
+        config = replace(PeftConfig.from_pretrained(name), task_type=None)  # the model's class says what it is for
+        model = PeftModel.from_pretrained(model, name, config=config).merge_and_unload().requires_grad_(True)
     V, eos = model.get_input_embeddings().num_embeddings, tokenizer.eos_token
-    L = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    limit = "original_" * ("longrope" in str(model.config)) + "max_position_embeddings"  # a longer row changes all
+    L = getattr(model.config.get_text_config(), limit, None) or math.inf
     if eos is None or len(tokenizer) > V or max_length > L:
         raise SystemExit(f"{name} has {V} embeddings for {len(tokenizer)} tokens, {L} positions, EOS {eos}: too few")
     body, ids = model.float().eval().base_model, torch.arange(12)[None] % V
@@ -108,12 +107,12 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
 
 
 def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """log π(y_t | x, y_<t) of completions, in float32, and their mask, (b, R), from where the shortest prompt ends."""
-    ids = [torch.tensor([*prompt, *completion]) for prompt, completion in rows]
-    labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in rows]
+    """log π(y_t | x, y_<t) of rows [prompt, completion, …], float32, and a mask, (b, R): from the first answer on."""
+    ids = [torch.tensor([*prompt, *completion]) for prompt, completion, *_ in rows]
+    labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion, *_ in rows]
     ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=rows[0][1][-1]).to(device)  # (b, L)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
-    start = max(1, min(len(prompt) for prompt, _ in rows))  # nothing comes before a row's first token to predict it
+    start = max(1, min(len(prompt) for prompt, *_ in rows))  # nothing comes before a row's first token to predict it
     logits = model(ids[:, :-1], logits_to_keep=ids.shape[1] - start, use_cache=False).logits.float()  # (b, R, V)
     logprobs = -nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, start:].flatten(), reduction="none")
     return logprobs.view(len(rows), -1), labels[:, start:] != -100
@@ -142,28 +141,28 @@ def text_ends(tokenizer: Any) -> tuple[list[int], str, str]:
 
 
 def encode(tokenizer: Any, max_length: int, prompt: Any, *completions: Any) -> list[list[int]] | None:
-    """Token ids [prompt, completion, …] of texts or messages; None without room in max_length or an empty completion.
+    """Token ids [prompt, completion, …] of texts or messages; None without room, if one is empty or if two are equal.
 
     They are tokenized as one text, since tokens may merge where they meet, and parted where the ids leave those of the
     prompt alone, or each other if several have no prompt. BOS comes at most once; a completion ends in one stop token.
     """
     start, *stops = text_ends(tokenizer)
-    texts = [completion if prompt is None else prompt + completion for completion in completions]
-    question = prompt or ""
+    question = prompt.removesuffix(stops[0]) if isinstance(prompt, str) else prompt or ""
+    texts = [question + completion if question else completion for completion in completions]
     if isinstance([prompt, *completions][-1], list):
         render, start = functools.partial(tokenizer.apply_chat_template, tokenize=False), []
         question, texts = render(prompt, add_generation_prompt=True) if prompt else "", [render(text) for text in texts]
     if not all(text.startswith(question) for text in texts):
-        raise SystemExit(f"--dataset: the chat template changes a prompt once it is answered:\n{question}\n{texts[0]}")
+        raise SystemExit(f"--dataset: no answer, or a template that changes a prompt with it:\n{question}\n{texts[0]}")
     stop = "|".join(map(re.escape, stops))
     ends = [re.search(rf"({stop})(\s|{stop})*$", text[len(question) :]) for text in texts]
     texts = [text[: len(question) + end.start()] if end else text for text, end in zip(texts, ends)]
     ids = [start * (x[:1] != start) + x for x in tokenizer([question, *texts], add_special_tokens=False).input_ids]
     P = len(os.path.commonprefix(ids[1:] if prompt is None and len(texts) > 1 else ids))
-    if P >= max_length or not ids[-1] or not all(text[len(question) :].strip() for text in texts):
-        return None
     last = tokenizer.convert_tokens_to_ids([end[1] if end else stops[0] for end in ends])
-    return [ids[-1][:P], *([*x[P:], end][: max_length - P] for x, end in zip(ids[1:], last))]
+    parts = [[*x[P:], end][: max_length - P] for x, end in zip(ids[1:], last)]
+    lost = P >= max_length or not ids[-1] or not all(text[len(question) :].strip() for text in texts)
+    return None if lost or len({*map(str, parts)}) < len(parts) else [ids[-1][:P], *parts]
 
 
 def load_rows(name: str, split: str, tokenizer: Any, max_length: int) -> list[list[list[int]]]:
@@ -178,19 +177,22 @@ def load_rows(name: str, split: str, tokenizer: Any, max_length: int) -> list[li
     columns = next((layout for layout in LAYOUTS if set(layout) <= set(data.column_names)), None)
     if not columns:
         raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename them to one of {LAYOUTS}")
-    rows = data.select_columns(columns).to_list()
+    rows, lost = data.select_columns(columns).to_list(), r"""\s*\[\s*{\s*['"](role|content|from|value)['"]"""
     for number, row in enumerate(rows, 1):
+        if isinstance(row.get("prompt"), str) and isinstance(row[columns[-1]], list):
+            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+        asked = row.get("prompt") or []
         for column, value in row.items():
+            if isinstance(value, list) and column != "prompt" and value[: len(asked)] == asked:  # it repeats the prompt
+                row[column] = value = value[len(asked) :]
             turns = value if isinstance(value, list) else [{"role": "user", "content": value}]
             ok = turns and all(isinstance(turn.get(key), str) for turn in turns for key in ("role", "content"))
-            if not ok or type(value) is not type(rows[0][column]) or re.match(r"\[\s*{\s*.[rc]o", turns[0]["content"]):
+            if not ok or {type(value)} != {*map(type, rows[0].values())} or re.match(lost, turns[0]["content"]):
                 found = f"--dataset {name}, split {split}, row {number}, column {column}: {value!r:.40}"
-                raise SystemExit(f"{found} is not text or messages as in row 1; mend it, in jsonl if csv lost it")
-    for column in columns[1:] if "prompt" in columns else ():  # prompts of other kind, completions with their prompt
-        if isinstance(rows[0]["prompt"], str) and isinstance(rows[0][column], list):
-            rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-        if all(row[column][: len(row["prompt"])] == row["prompt"] for row in rows):
-            rows = [row | {column: row[column][len(row["prompt"]) :]} for row in rows]
+                raise SystemExit(f"{found} is not text or messages as all of row 1; mend it, in jsonl if csv lost it")
+    for column in columns[1:] if isinstance(rows[0].get("prompt"), str) else ():  # texts that repeat their prompt
+        if sum(row[column].startswith(row["prompt"]) for row in rows) > len(rows) / 2:
+            rows = [row | {column: row[column].removeprefix(row["prompt"])} for row in rows]
     rows = [encode(tokenizer, max_length, row.pop("prompt", None), *row.values()) for row in rows]
     if None in rows:
         print(f"split {split}: {rows.count(None)} of {len(rows)} rows left out: no room, or an empty completion")
@@ -231,18 +233,19 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16" if args.bf16 else "no")
     device, processes = accelerator.device, accelerator.num_processes
     own = slice(accelerator.process_index, None, processes)  # of the rows of a micro-batch
-    model, tokenizer = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
+    policy, tokenizer = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
     train = load_rows(args.dataset, args.train_split, tokenizer, args.max_length)
     held_out = load_rows(args.dataset, args.eval_split, tokenizer, args.max_length) if args.eval_split else []
     if min(args.micro_batch_size, args.batch_size, len(held_out or train)) < processes or len(train) < args.batch_size:
         raise SystemExit(f"{len(train)} rows don't fill a batch, or micro-batches lack rows for {processes} processes")
-    generation, stops = model.generation_config, tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
-    generation.eos_token_id = list({*stops, *torch.tensor(generation.eos_token_id or []).flatten().long().tolist()})
-    torch.set_num_threads(1 if model.num_parameters() < 10e6 else torch.get_num_threads())  # small ones lose by more
+    eos, stops = policy.generation_config.eos_token_id, tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
+    policy.generation_config.eos_token_id = list({*stops, *([eos] if isinstance(eos, int) else eos or [])})
+    policy.generation_config.validate(strict=True)  # as saving does
+    torch.set_num_threads(1 if policy.num_parameters() < 10e6 else torch.get_num_threads())  # small ones lose by more
     if args.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
+        policy.activation_checkpointing_enable()
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
+    model, optimizer = accelerator.prepare(policy, optimizer)
     step, total_steps = saved["step"] if saved else 0, args.max_steps or args.epochs * (len(train) // args.batch_size)
     warmup = math.ceil(args.warmup * total_steps)
     if saved:
@@ -275,9 +278,9 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
                 found["eval/loss"].extend((-logprobs[mask]).tolist())
             for prompt, completion in (held_out or train)[:4]:
                 ids = torch.tensor([prompt or completion[:8]], device=device)
-                ids = accelerator.unwrap_model(model).generate(ids, max_new_tokens=64, do_sample=False)
-                texts += tokenizer.batch_decode(ids)
-            means = {name: fmean(gather_object(values)) for name, values in found.items()}
+                room = max(1, min(64, args.max_length - ids.shape[1]))
+                texts += tokenizer.batch_decode(policy.generate(ids, max_new_tokens=room, do_sample=False))
+            means = {name: torch.tensor(gather_object(values)).mean().item() for name, values in found.items()}
             accelerator.log(means | {"samples": "\n\n".join(texts)}, step)
             accelerator.print(f"\nupdate {step}:", *(f"{name} {value:.4f}" for name, value in means.items()))
             model.train()
@@ -304,8 +307,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         # ===== log and save =====
         stop = accelerator.reduce(torch.tensor(len(caught), device=device)) > 0  # of any process
         save_now = stop or step == total_steps or args.save_every and step % args.save_every == 0
-        if save_now or step == 1 or step % LOG_EVERY == 0:
-            means = {name: fmean(gather_object(torch.cat(values).tolist())) for name, values in metrics.items()}
+        if save_now or step == 1 or step % 10 == 0:
+            means = {k: torch.tensor(gather_object(torch.cat(x).tolist())).mean().item() for k, x in metrics.items()}
             if not math.isfinite(means["loss"] + means["grad_norm"]):
                 raise SystemExit(f"\nthe loss became nan or inf before update {step}; {run_dir}/checkpoint is older")
             means["learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -323,15 +326,13 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
                 for older in set(folder.glob("[0-9]*")) - {folder / str(step)}:
                     shutil.rmtree(older)
         bar.update(1)
-
     bar.close()
     if step < total_steps:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
         raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__!r} --resume {str(run_dir)!r}")
-    model = accelerator.unwrap_model(model)
-    weights = accelerator.get_state_dict(model.to(model.config.dtype))
+    weights = accelerator.get_state_dict(policy.to(policy.config.dtype))
     if accelerator.is_main_process:
-        model.save_pretrained(run_dir / "model", state_dict=weights)
+        policy.save_pretrained(run_dir / "model", state_dict=weights)
         tokenizer.save_pretrained(run_dir / "model")
 
 

@@ -136,7 +136,7 @@ def test_the_first_gradient_is_that_of_equation_3_written_as_a_loop_over_respons
     model = AutoModelForCausalLM.from_pretrained(world / "policy").double()
     tokenizer = tiny.word_tokenizer()
     prompts = grpo.load_prompts(str(world / "data"), "train", tokenizer, 56)
-    asked = [row["ids"] for row in grpo.batch_at(prompts, 0, 2, 1) for _ in range(4)]
+    asked = [ids for ids, _ in grpo.batch_at(prompts, 0, 2, 1) for _ in range(4)]
     (answered, responses), = [(args[1], result) for args, result in seen.sample if len(args[1]) == 8]  # fmt: skip
     assert answered == asked
     scores, _, _ = seen.group_advantages[0][0]
@@ -167,7 +167,7 @@ def test_each_prompt_of_a_rollout_is_answered_by_a_group_and_scored_by_its_own_c
     flags |= {"num_minibatches": 1, "micro_batch_size": 8, "total_episodes": 40}  # both groups in one micro-batch
     seen = train(monkeypatch, world, tmp_path, **flags)
     for update, ((scores, *_), _) in enumerate(seen.group_advantages):
-        asked = [row["place"] for row in seen.batch_at[update][1]]
+        asked = [row["place"] for _, row in seen.batch_at[update][1]]
         assert (scores // 100).tolist() == [[float(place)] * 4 for place in asked]
 
 
@@ -189,7 +189,7 @@ def test_advantages_go_with_the_tokens_of_their_own_response(monkeypatch, world,
 def test_the_reference_is_the_starting_policy_in_every_rollout(monkeypatch, world, tmp_path):
     seen = train(monkeypatch, world, tmp_path, num_minibatches=1, num_epochs=1, micro_batch_size=1, total_episodes=24)
     model = AutoModelForCausalLM.from_pretrained(world / "policy")
-    (_, rows, _), _ = seen.completion_logprobs[-1]
+    (_, rows, _), _ = [call for call in seen.completion_logprobs if call[1][0].requires_grad][-1]  # in training
     with torch.no_grad():
         expected = grpo.completion_logprobs(model, rows, CPU)[0][0]
     (logprobs, _, ref_logprobs), _ = seen.kl_penalty[-1]

@@ -291,7 +291,7 @@ def test_a_run_on_a_reward_model_resumes_bit_for_bit(world, monkeypatch, tmp_pat
     whole = run(world("whole", model=model))
     assert not torch.equal(whole["score.weight"], base["score.weight"])
     with monkeypatch.context() as patch:
-        patch.setattr(reward_model.shutil, "rmtree", lambda folder: None)  # older checkpoints stay
+        patch.setattr(reward_model.shutil, "rmtree", lambda *_, **__: None)  # older checkpoints stay
         run(world("parts", model=model, save_every=1))
     path = tmp_path / "parts" / "checkpoint" / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 1}))

@@ -412,10 +412,8 @@ def test_prompts_are_encoded_as_before_an_answer_and_those_without_room_left_out
         ("messages", [user], tokenizer("user : review assistant :").input_ids),
     ):
         path = tiny.write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": prompt, "chosen": "x", "extra": 1}] * 2)
-        assert (
-            rlhf_ppo.load_prompts(str(path), "train", tokenizer, 64)
-            == [{"prompt": prompt, "chosen": "x", "extra": 1, "ids": ids}] * 2
-        )
+        row = {"prompt": prompt, "chosen": "x", "extra": 1}
+        assert rlhf_ppo.load_prompts(str(path), "train", tokenizer, 64) == [(ids, row)] * 2
     rows = [{"prompt": "review :"}, {"prompt": " "}, {"prompt": "review " * 9}]
     path = tiny.write_jsonl(tmp_path / "some.jsonl", rows)
     assert len(rlhf_ppo.load_prompts(str(path), "train", tokenizer, 8)) == 1
@@ -453,7 +451,7 @@ def test_a_function_gives_the_reward_of_each_prompt_with_its_own_columns(monkeyp
     asked = rlhf_ppo.batch_at(
         rlhf_ppo.load_prompts(str(tmp_path / "rows.jsonl"), "train", tiny.word_tokenizer(), 64), 0, 8, 1
     )
-    assert [int(score) // 100 for score in scores] == [row["place"] for row in asked]
+    assert [int(score) // 100 for score in scores] == [row["place"] for _, row in asked]
     assert sum(int(score) % 100 for score in scores) <= (logprobs != 0).sum() > 0  # words, without stop tokens
     trunk = AutoModelForCausalLM.from_pretrained(world / "llama").model.state_dict()
     started = seen.load_model[1][0]
@@ -465,7 +463,7 @@ def test_a_function_gives_the_reward_of_each_prompt_with_its_own_columns(monkeyp
 def test_conversations_come_to_a_reward_function_as_messages():
     calls, user = [], [{"role": "user", "content": "review"}]
     function = lambda prompts, completions: calls.append((prompts, completions)) or [1]
-    assert rlhf_ppo.function_rewards(function, [{"prompt": user, "ids": [1]}], ["great ."]) == [1.0]
+    assert rlhf_ppo.function_rewards(function, [{"prompt": user}], ["great ."]) == [1.0]
     assert calls == [([user], [[{"role": "assistant", "content": "great ."}]])]
 
 
