@@ -14,13 +14,16 @@ R, ROOM = 8, 8  # tokens of a response at most, and of a prompt
 STOPS = {1, 7, 12, 17}  # EOS, two of the model's generation config, and the dot, which ends the template's turns
 UPDATES, EPOCHS, MINIBATCHES = 2, 2, 2
 LEARNING_RATE, CLIP, PENALTY, BETA = 3e-3, 0.05, 0.7, 0.3
-REWARD = "def length(prompts, completions):\n    return [len(text) / 10 for text in completions]\n"
+REWARD = """
+def letters(prompts, completions):
+    return [sum(len(word) for word in text.split() if "<" not in word) / 10 for text in completions]
+"""
 
 
 def score(response: list[int]) -> float:
     """What REWARD gives for the words before the stop token, less the penalty where there is none."""
-    words = [(["<pad>", "<eos>", "<unk>", "<bos>"] + tiny.WORDS)[i] for i in response if i not in STOPS]
-    return len(" ".join(words)) / 10 - PENALTY * (response[-1] not in STOPS)
+    words = [tiny.WORDS[i - 4] for i in response if i not in STOPS and i >= 4]  # <pad> and the like come before
+    return len("".join(words)) / 10 - PENALTY * (response[-1] not in STOPS)
 
 
 def make_world(folder, prompts: int, batch_size: int) -> tuple[dict, list[tuple[int, ...]]]:
@@ -36,7 +39,7 @@ def make_world(folder, prompts: int, batch_size: int) -> tuple[dict, list[tuple[
     assert max(map(len, texts)) == ROOM
     for split in ("train", "test"):
         tiny.write_jsonl(folder / "data" / f"{split}.jsonl", rows[: 5 if split == "test" else None])
-    flags = {"model": folder / "model", "reward_model": f"{folder / 'reward.py'}:length", "dataset": folder / "data"}
+    flags = {"model": folder / "model", "reward_model": f"{folder / 'reward.py'}:letters", "dataset": folder / "data"}
     flags = {name: str(value) for name, value in flags.items()}
     flags |= {"batch_size": batch_size, "num_minibatches": MINIBATCHES, "total_episodes": UPDATES * batch_size}
     flags |= {"micro_batch_size": batch_size // MINIBATCHES // 2, "response_length": R, "max_length": R + ROOM}
@@ -59,7 +62,7 @@ def rollouts(seen, batch_size: int, prompts: list[tuple[int, ...]]) -> list[tupl
     assert not any(STOPS & {*response[:-1]} for response in responses)
     assert 0 < sum(response[-1] in STOPS for response in responses) < len(responses)
     trained = [row for args, (logprobs, _) in seen.completion_logprobs if logprobs.requires_grad for row in args[1]]
-    trained = [(tuple(prompt), tuple(response)) for prompt, response in trained]
+    trained = [(tuple(prompt), tuple(response)) for prompt, response, *_ in trained]
     size, per_update, found = batch_size // MINIBATCHES, batch_size * EPOCHS, []
     assert len(trained) == UPDATES * per_update
     for update, rows in enumerate(sampled):
