@@ -1,17 +1,20 @@
 """grpo.py: advantages within groups, the penalty in the loss, whole runs on tiny models, and rewards in Python."""
 
+import copy
 import math
 import signal
+from collections import Counter
 from types import SimpleNamespace
 
 import grpo
 import pytest
+import replay
 import tiny
 import torch
 from accelerate.state import AcceleratorState
 from helpers import scalars, spy_on
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
 EOS, CPU = 1, torch.device("cpu")
 REWARD = """
@@ -186,8 +189,10 @@ def test_advantages_go_with_the_tokens_of_their_own_response(monkeypatch, world,
     assert found == {round(a, 5): n for a, n in zip(expected.flatten().tolist(), lengths)}
 
 
-def test_the_reference_is_the_starting_policy_in_every_rollout(monkeypatch, world, tmp_path):
-    seen = train(monkeypatch, world, tmp_path, num_minibatches=1, num_epochs=1, micro_batch_size=1, total_episodes=24)
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_reference_is_the_starting_policy_in_every_rollout(monkeypatch, world, tmp_path, lora_rank):
+    flags = {"num_minibatches": 1, "num_epochs": 1, "micro_batch_size": 1, "total_episodes": 24}
+    seen = train(monkeypatch, world, tmp_path, lora_rank=lora_rank, **flags)
     model = AutoModelForCausalLM.from_pretrained(world / "policy")
     (_, rows, _), _ = [call for call in seen.completion_logprobs if call[1][0].requires_grad][-1]  # in training
     with torch.no_grad():
@@ -246,3 +251,58 @@ def test_the_baseline_is_that_of_the_flag(monkeypatch, world, tmp_path):
 def test_flags_that_cannot_work_are_refused(world, tmp_path, changed):
     with pytest.raises(ValueError, match="must be"):
         grpo.Args(**settings(world, tmp_path, **changed))
+
+
+# --- the whole again, in short ---
+
+
+def plain_grpo(policy, updates):
+    """GRPO over the rows of each update and its minibatches, one response at a time; what each update logs."""
+    reference, optimizer, logged = copy.deepcopy(policy), torch.optim.Adam(policy.parameters()), []
+    for step, (rows, minibatches) in enumerate(updates):
+        old, ref = ({row: replay.logprobs(model, *row).detach() for row in rows} for model in (policy, reference))
+        scores = torch.tensor([replay.score(response) for _, response in rows])
+        groups = scores.view(-1, 4)
+        advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+        advantages = dict(zip(rows, advantages.flatten().tolist()))
+        log = {
+            "objective/kl": sum((old[row] - ref[row]).sum().item() for row in rows) / len(rows),
+            "objective/entropy": -sum(old[row].sum().item() for row in rows) / len(rows),
+            "objective/scores": scores.mean().item(),
+            "val/num_eos_tokens": sum(response[-1] in replay.STOPS for _, response in rows) / len(rows),
+            "frac_reward_zero_std": sum(len({*group.tolist()}) == 1 for group in groups) / len(groups),
+            "lr": replay.LEARNING_RATE * (1 - step / len(updates)),
+        }
+        optimizer.param_groups[0]["lr"] = log["lr"]
+        sums = Counter()
+        for minibatch in minibatches:
+            loss, tokens = 0, sum(len(response) for _, response in minibatch)
+            for row in minibatch:
+                now = replay.logprobs(policy, *row)
+                log_ratio, to_ref = now - old[row], ref[row] - now
+                gain = replay.clipped(log_ratio, advantages[row])
+                kl = log_ratio.exp() * (to_ref.exp() - to_ref - 1)
+                loss = loss - (gain - replay.BETA * kl).mean() / len(minibatch)
+                sums["loss/policy"] -= gain.sum().item() / tokens
+                sums["loss/kl"] += kl.sum().item() / tokens
+                sums["policy/approxkl"] += (log_ratio.exp() - 1 - log_ratio).sum().item() / tokens
+            optimizer.zero_grad()
+            loss.backward()
+            sums["grad_norm"] += torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
+            optimizer.step()
+        logged.append(log | {name: value / len(minibatches) for name, value in sums.items()})
+    return logged
+
+
+def test_two_updates_are_those_of_a_plain_second_version(monkeypatch, tmp_path):
+    flags, prompts = replay.make_world(tmp_path, prompts=8, batch_size=16)
+    seen = train(monkeypatch, tmp_path, tmp_path / "run", **flags, num_epochs=replay.EPOCHS)
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "model").double()
+    policy = copy.deepcopy(start)
+    logged = plain_grpo(policy, replay.rollouts(seen, 16, prompts))
+    for name in logged[0]:
+        values = [value for _, value in scalars(tmp_path / "run", name)]
+        assert values == pytest.approx([log[name] for log in logged], rel=1e-4, abs=1e-5), name
+    assert replay.distance(final(tmp_path / "run"), policy, start) < 1e-3
+    saved = GenerationConfig.from_pretrained(tmp_path / "run" / "model")
+    assert {*saved.eos_token_id} == replay.STOPS and saved.temperature == 0.5  # the model's own, with all stops

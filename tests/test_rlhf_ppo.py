@@ -1,13 +1,16 @@
 """rlhf_ppo.py: sampling, rewards, masks, whole runs on tiny models, and the exact optimum."""
 
+import copy
 import itertools
 import json
 import math
 import signal
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import replay
 import rlhf_ppo
 import tiny
 import torch
@@ -69,7 +72,7 @@ def run(args, saved=None):
 
 def train(monkeypatch, world, run_dir, **changed):
     """Run main in this process; returns (arguments, result) of the calls of its functions, by name."""
-    names = ("kl_penalised_rewards", "compute_gae", "policy_loss", "value_loss", "load_model", "sample")
+    names = "kl_penalised_rewards compute_gae policy_loss value_loss load_model sample completion_logprobs".split()
     with monkeypatch.context() as patch:
         seen = SimpleNamespace(**{name: spy_on(patch, rlhf_ppo, name) for name in names})
         seen.agents = spy_on(patch, rlhf_ppo, "Agent")
@@ -497,6 +500,8 @@ def test_lora_trains_adapters_and_saves_them(monkeypatch, world, tmp_path):
     policy, critic = seen.agent.policy, seen.agent.critic
     trained = {name for name, x in seen.agent.named_parameters() if x.requires_grad}
     assert trained and all("lora" in name or name == "critic.score.weight" for name in trained)
+    updated = {name.split(".")[0] for name, x in seen.agent.named_parameters() if "lora_B" in name and x.any()}
+    assert updated == {"policy", "critic"}  # adapters begin at 0
     (_, logprobs, ref_logprobs, *_), _ = seen.kl_penalised_rewards[0]
     assert torch.equal(logprobs, ref_logprobs)
     (_, logprobs, ref_logprobs, *_), _ = seen.kl_penalised_rewards[1]
@@ -522,6 +527,80 @@ def test_kl_coef_given_on_resume_counts(monkeypatch, world, tmp_path):
     run(*rlhf_ppo.parse_args())
     assert [args[-1] for args, _ in calls] == [0.01]
     assert json.loads((tmp_path / "args.json").read_text())["kl_coef"] == 0.01
+
+
+# --- the whole again, in short ---
+
+
+def values_of(critic, prompt, response):
+    """V of the state before each token of a response."""
+    hidden = critic.base_model(torch.tensor([prompt + response])).last_hidden_state
+    return critic.score(hidden)[0, len(prompt) - 1 : -1, 0]
+
+
+def plain_ppo(policy, critic, updates, lam):
+    """PPO over the rows of each update and its minibatches, one response at a time; what each update logs."""
+    reference, logged, trained = copy.deepcopy(policy), [], [*policy.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(trained)
+    for step, (rows, minibatches) in enumerate(updates):
+        old, ref = ({row: replay.logprobs(model, *row).detach() for row in rows} for model in (policy, reference))
+        old_values = {row: values_of(critic, *row).detach() for row in rows}
+        scores = [replay.score(response) for _, response in rows]
+        advantages, returns = {}, {}
+        for row, score in zip(rows, scores):
+            rewards, values = replay.BETA * (ref[row] - old[row]), old_values[row]
+            rewards[-1] += score
+            deltas = rewards + torch.cat([values[1:], torch.zeros(1)]) - values  # nothing follows the last token
+            n = range(len(deltas))
+            advantages[row] = torch.stack([sum(lam ** (s - t) * deltas[s] for s in n if s >= t) for t in n])
+            returns[row] = advantages[row] + values
+        every = torch.cat([advantages[row] for row in rows])
+        kl = sum((old[row] - ref[row]).sum().item() for row in rows) / len(rows)
+        log = {
+            "objective/kl": kl,
+            "objective/entropy": -sum(old[row].sum().item() for row in rows) / len(rows),
+            "objective/scores": sum(scores) / len(rows),
+            "objective/rlhf_reward": sum(scores) / len(rows) - replay.BETA * kl,
+            "val/num_eos_tokens": sum(response[-1] in replay.STOPS for _, response in rows) / len(rows),
+            "lr": replay.LEARNING_RATE * (1 - step / len(updates)),
+        }
+        optimizer.param_groups[0]["lr"] = log["lr"]
+        sums = Counter()
+        for minibatch in minibatches:
+            loss, tokens = 0, sum(len(response) for _, response in minibatch)
+            for row in minibatch:
+                log_ratio, values = replay.logprobs(policy, *row) - old[row], values_of(critic, *row)
+                gain = replay.clipped(log_ratio, (advantages[row] - every.mean()) / every.std(correction=0))
+                near = old_values[row] + (values - old_values[row]).clamp(-replay.CLIP, replay.CLIP)
+                errors = torch.maximum((values - returns[row]) ** 2, (near - returns[row]) ** 2) / 2
+                loss = loss + (0.1 * errors - gain).sum() / tokens
+                ratio = log_ratio.exp().detach()
+                sums["loss/policy"] -= gain.sum().item() / tokens
+                sums["loss/value"] += errors.sum().item() / tokens
+                sums["policy/approxkl"] += (ratio - 1 - ratio.log()).sum().item() / tokens
+                sums["policy/clipfrac"] += ((ratio - 1).abs() > replay.CLIP).sum().item() / tokens
+                sums["val/ratio"] += ratio.sum().item() / tokens
+            optimizer.zero_grad()
+            loss.backward()
+            sums["grad_norm"] += torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
+            optimizer.step()
+        logged.append(log | {name: value / len(minibatches) for name, value in sums.items()})
+    return logged
+
+
+def test_two_updates_are_those_of_a_plain_second_version(monkeypatch, tmp_path):
+    flags, prompts = replay.make_world(tmp_path, prompts=16, batch_size=8)
+    seen = train(monkeypatch, tmp_path, tmp_path / "run", **flags, num_ppo_epochs=replay.EPOCHS, gae_lambda=0.6)
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "model").double()
+    critic = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1).double()
+    torch.nn.init.zeros_(critic.score.weight)
+    policy, untrained = copy.deepcopy(start), copy.deepcopy(critic)
+    logged = plain_ppo(policy, critic, replay.rollouts(seen, 8, prompts), 0.6)
+    for name in logged[0]:
+        values = [value for _, value in scalars(tmp_path / "run", name)]
+        assert values == pytest.approx([log[name] for log in logged], rel=1e-4, abs=1e-5), name
+    assert replay.distance(final(tmp_path / "run"), policy, start) < 1e-3
+    assert replay.distance(seen.agent.critic.state_dict(), critic, untrained) < 1e-3
 
 
 # --- bad input ---

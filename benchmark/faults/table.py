@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 ACTOR_CRITICS, CONTROL, QL = "a2c ppo", "dqn reinforce a2c ppo", "test_q_learning.py"
 TEXT, ROWS = "sft reward_model dpo rlhf_ppo grpo", "sft reward_model dpo"
+PLAIN = "test_two_updates_are_those_of_a_plain_second_version"
 KILLED = "test_a_run_killed_at_any_moment_resumes_to_the_same_weights_bit_for_bit"
 
 
@@ -374,6 +375,30 @@ FAULTS = (
           "test_language.py::test_a_run_stopped_by_a_signal_in_an_epoch_goes_on_to_the_same_weights[2-rlhf_ppo]"),
     Fault("rlhf-longer-vocabulary-accepted", "rlhf_ppo", "or sizes[0] > sizes[1]", "or sizes[0] < 0",
           "test_rlhf_ppo.py::test_a_reward_model_that_does_not_fit_is_refused"),
+    Fault("rlhf-returns-of-whitened-advantages", "rlhf_ppo", "returns = advantages + old_values",
+          "returns = old_values + (advantages - advantages[mask].mean()) / advantages[mask].std()",
+          f"test_rlhf_ppo.py::{PLAIN}"),
+    Fault("rlhf-value-loss-weighs-ten-times", "rlhf_ppo", "VF_COEF = 0.1", "VF_COEF = 1.0",
+          f"test_rlhf_ppo.py::{PLAIN}"),
+    Fault("rlhf-lambda-ignored", "rlhf_ppo", "1.0, args.gae_lambda)", "1.0, 1.0)",
+          f"test_rlhf_ppo.py::{PLAIN}"),
+    Fault("rlhf-adapters-of-the-critic-not-trained", "rlhf_ppo", "in agent.parameters() if parameter.requires_grad]",
+          "in [*agent.policy.parameters(), critic.score.weight] if parameter.requires_grad]",
+          "test_rlhf_ppo.py::test_lora_trains_adapters_and_saves_them"),
+    Fault("rlhf-prompts-without-room", "rlhf_ppo", "args.train_split, tokenizer, args.max_length - R)",
+          "args.train_split, tokenizer, args.max_length)", f"test_rlhf_ppo.py::{PLAIN}"),
+    Fault("rlhf-learning-rate-does-not-fall", "rlhf_ppo", "args.learning_rate * (1 - step / total_steps)",
+          "args.learning_rate", f"test_rlhf_ppo.py::{PLAIN}"),
+    Fault("rlhf-minibatches-in-fixed-order", "rlhf_ppo", "torch.randperm(B, generator=noise)", "torch.arange(B)",
+          f"test_rlhf_ppo.py::{PLAIN}"),
+    Fault("rlhf-logged-kl-is-per-token", "rlhf_ppo", "(old_logprobs - ref_logprobs).sum(1).mean()",
+          "(old_logprobs - ref_logprobs)[mask].mean()", f"test_rlhf_ppo.py::{PLAIN}"),
+    Fault("rlhf-logged-entropy-is-per-token", "rlhf_ppo", "-old_logprobs.sum(1).mean()", "-old_logprobs[mask].mean()",
+          f"test_rlhf_ppo.py::{PLAIN}"),
+    Fault("rlhf-texts-keep-the-stop-token", "rlhf_ppo", "y[: len(y) - (y[-1] in stops)]", "y",
+          f"test_rlhf_ppo.py::{PLAIN}"),
+    Fault("rlhf-turns-end-is-no-stop", "rlhf_ppo", "text_ends(tokenizer)[1:]", "text_ends(tokenizer)[1:2]",
+          f"test_rlhf_ppo.py::{PLAIN}"),
     # --- GRPO ---
     Fault("grpo-baseline-of-the-batch", "grpo", "scores - scores.mean(1, keepdim=True)", "scores - scores.mean()",
           "test_grpo.py::test_advantages_are_those_of_a_group_by_hand"),
@@ -402,6 +427,32 @@ FAULTS = (
           "test_grpo.py::test_equal_scores_that_floats_round_give_advantages_of_exactly_0"),
     Fault("grpo-columns-not-passed", "grpo rlhf_ppo", 'if name not in ("prompt", "ids")}', 'if name == ""}',
           "test_grpo.py::test_each_prompt_of_a_rollout_is_answered_by_a_group_and_scored_by_its_own_columns"),
+    Fault("grpo-reference-drifts-with-the-adapters", "grpo", "policy.disable_adapter if args.lora_rank else contextlib.nullcontext",
+          "contextlib.nullcontext", "test_grpo.py::test_the_reference_is_the_starting_policy_in_every_rollout"),
+    Fault("grpo-saves-its-own-generation-config", "grpo", "    model.generation_config = generation\n", "",
+          f"test_grpo.py::{PLAIN}"),
+    Fault("grpo-always-the-first-prompts", "grpo", "batch_at(prompts, step,", "batch_at(prompts, 0,",
+          f"test_grpo.py::{PLAIN}"),
+    Fault("grpo-stops-of-the-generation-config-ignored", "grpo", "list({*stops, *", "list({*stops} or {*stops, *",
+          f"test_grpo.py::{PLAIN}"),
+    Fault("grpo-missing-eos-costs-nothing", "grpo", "args.missing_eos_penalty * (1 - stopped)", "0 * (1 - stopped)",
+          f"test_grpo.py::{PLAIN}"),
+    Fault("grpo-clip-ignored", "grpo", "mb_advantages, args.clip_coef)", "mb_advantages, 1e9)",
+          f"test_grpo.py::{PLAIN}"),
+    Fault("grpo-prompts-without-room", "grpo", "args.train_split, tokenizer, args.max_length - R)",
+          "args.train_split, tokenizer, args.max_length)", f"test_grpo.py::{PLAIN}"),
+    Fault("grpo-learning-rate-does-not-fall", "grpo", "args.learning_rate * (1 - step / total_steps)",
+          "args.learning_rate", f"test_grpo.py::{PLAIN}"),
+    Fault("grpo-minibatches-in-fixed-order", "grpo", "torch.randperm(B, generator=noise)", "torch.arange(B)",
+          f"test_grpo.py::{PLAIN}"),
+    Fault("grpo-logged-kl-is-per-token", "grpo", "(old_logprobs - ref_logprobs).sum(1).mean()",
+          "(old_logprobs - ref_logprobs)[mask].mean()", f"test_grpo.py::{PLAIN}"),
+    Fault("grpo-logged-entropy-is-per-token", "grpo", "-old_logprobs.sum(1).mean()", "-old_logprobs[mask].mean()",
+          f"test_grpo.py::{PLAIN}"),
+    Fault("grpo-texts-keep-the-stop-token", "grpo", "y[: len(y) - (y[-1] in stops)]", "y",
+          f"test_grpo.py::{PLAIN}"),
+    Fault("grpo-turns-end-is-no-stop", "grpo", "text_ends(tokenizer)[1:]", "text_ends(tokenizer)[1:2]",
+          f"test_grpo.py::{PLAIN}"),
 )  # fmt: skip
 
 # what planting has shown of the tests
