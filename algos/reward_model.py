@@ -208,7 +208,7 @@ def load_rows(name: str, split: str, tokenizer: Any, max_length: int) -> list[li
         raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename them to one of {LAYOUTS}")
     rows, lost = data.select_columns(columns).to_list(), r"""\s*\[\s*{\s*['"](role|content|from|value)['"]"""
     for number, row in enumerate(rows, 1):
-        if isinstance(row.get("prompt"), str) and isinstance(row[columns[-1]], list):
+        if isinstance(row.get("prompt"), str) and isinstance(rows[0][columns[-1]], list):
             row["prompt"] = [{"role": "user", "content": row["prompt"]}]
         asked = row.get("prompt") or []
         for column, value in row.items():
@@ -216,9 +216,10 @@ def load_rows(name: str, split: str, tokenizer: Any, max_length: int) -> list[li
                 row[column] = value = value[len(asked) :]
             turns = value if isinstance(value, list) else [{"role": "user", "content": value}]
             ok = turns and all(isinstance(turn.get(key), str) for turn in turns for key in ("role", "content"))
-            if not ok or {type(value)} != {*map(type, rows[0].values())} or re.match(lost, turns[0]["content"]):
+            kinds = {type(value), type(rows[0][column]), type(asked or value)}
+            if not ok or len(kinds) > 1 or re.match(lost, turns[0]["content"]):
                 found = f"--dataset {name}, split {split}, row {number}, column {column}: {value!r:.40}"
-                raise SystemExit(f"{found} is not text or messages as all of row 1; mend it, in jsonl if csv lost it")
+                raise SystemExit(f"{found} is not text or messages as in row 1; mend it, in jsonl if csv lost it")
     for column in columns[1:] if isinstance(rows[0].get("prompt"), str) else ():  # texts that repeat their prompt
         if sum(row[column].startswith(row["prompt"]) for row in rows) > len(rows) / 2:
             rows = [row | {column: row[column].removeprefix(row["prompt"])} for row in rows]
@@ -300,9 +301,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     def measure(rows: list[Any]) -> dict[str, Tensor]:
         return reward_loss(pair_rewards(model, rows, pad, device), args.centering)
 
-    metrics, stop = defaultdict(list), False
-    caught = []  # Ctrl-C and SIGTERM, after which the run is saved; a second one kills
-    for number in (signal.SIGINT, signal.SIGTERM):
+    metrics, caught, stop = defaultdict(list), [], False
+    for number in (signal.SIGINT, signal.SIGTERM):  # after which the run is saved; a second one kills
         signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
     quiet = None if accelerator.is_main_process else Path(os.devnull).open("w")
     bar = tqdm(total=total_steps, initial=step, unit="update", file=quiet)

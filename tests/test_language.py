@@ -490,6 +490,10 @@ def with_larger_tokenizer(folder):
     tiny.bpe_tokenizer().save_pretrained(folder)
 
 
+LONGROPE = {  # turns all rows of a batch otherwise once one of them is longer than 32
+    "num_attention_heads": 4, "intermediate_size": 64, "pad_token_id": 0, "original_max_position_embeddings": 32,
+    "max_position_embeddings": 128, "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+}  # fmt: skip
 BAD_MODELS = {  # a function that writes the model, and what the message has to say
     "a layer missing": (with_names(lambda name: name * ("layers.1" not in name)), "lacks the weights .*layers.1.mlp"),
     "names behind module.": (with_names("module.{}".format), "lacks the weights .*layers.0"),
@@ -500,6 +504,7 @@ BAD_MODELS = {  # a function that writes the model, and what the message has to 
     "no eos": (lambda folder: tiny.make_model(folder, tokenizer=tiny.word_tokenizer(eos=None)), "EOS None"),
     "too few embeddings": (with_larger_tokenizer, "23 embeddings for 342 tokens"),
     "too few positions": (lambda folder: tiny.make_model(folder, max_position_embeddings=32), "32 positions"),
+    "longrope": (of_config("Phi3", **LONGROPE), "23 embeddings for 23 tokens, 32 positions"),
     "no such folder": (lambda folder: None, "Repo id .*nothing"),
 }
 
@@ -514,13 +519,25 @@ def test_models_that_would_be_silently_wrong_are_refused(script, fault, tmp_path
 
 
 @scripts
-def test_a_reward_model_is_no_language_model_and_one_with_two_labels_no_reward_model(script, tmp_path):
-    tiny.make_model(tmp_path / "lm", "qwen3", tie_word_embeddings=False)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reward_model_is_no_language_model_and_one_with_two_labels_no_reward_model(script, tied, tmp_path):
+    tiny.make_model(tmp_path / "lm", "qwen3", tie_word_embeddings=tied)
     labels = {"num_labels": 2 if script == "reward_model" else 1}
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "lm", **labels).save_pretrained(tmp_path / "rm")
     tiny.word_tokenizer().save_pretrained(tmp_path / "rm")
-    with pytest.raises((SystemExit, RuntimeError), match="lacks the weights .*lm_head.weight|ignore_mismatched_sizes"):
+    with pytest.raises(
+        (SystemExit, RuntimeError), match="lacks the weights .*(lm_head|score).weight|ignore_mismatched"
+    ):
         loads(script, tmp_path / "rm")
+
+
+def test_noise_of_training_is_off_whatever_it_is_called(tmp_path):
+    moe = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 4}
+    noise = {"input_jitter_noise": 0.1, "router_jitter_noise": 0.1, "attention_dropout": 0.1}
+    of_config("Phimoe", **moe, **noise)(tmp_path / "moe")
+    model, ids = loads("sft", tmp_path / "moe")[0], torch.arange(4, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, model.train()(ids).logits)
 
 
 @scripts
@@ -531,13 +548,98 @@ def test_every_causal_architecture_trains(train, script, arch, tmp_path):
     assert all_moved(after, before)
 
 
+def make_adapter(folder, model, **lora):
+    """Save an adapter of a language model that adds nothing yet."""
+    model, lora = AutoModelForCausalLM.from_pretrained(model), peft.LoraConfig(target_modules="all-linear", **lora)
+    peft.get_peft_model(model, lora).save_pretrained(folder)
+    tiny.word_tokenizer().save_pretrained(folder)
+
+
 @scripts
-def test_an_adapter_as_model_trains(train, world, script, tmp_path):
-    model, lora = AutoModelForCausalLM.from_pretrained(world / "model"), peft.LoraConfig(target_modules="all-linear")
-    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
-    tiny.word_tokenizer().save_pretrained(tmp_path / "adapter")
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_an_adapter_as_model_trains(train, world, script, task, tmp_path):
+    make_adapter(tmp_path / "adapter", world / "model", task_type=task)
     before = load_file(world / "model" / "model.safetensors")  # a new adapter adds nothing
     assert all_moved(weights(train(script, model=tmp_path / "adapter")), before)
+
+
+@lora_scripts
+def test_an_adapter_on_an_adapter_would_be_saved_without_the_first_and_needs_a_merged_model(
+    train, world, script, tmp_path
+):
+    make_adapter(tmp_path / "adapter", world / "model")
+    with pytest.raises(SystemExit, match="on top of an adapter it needs --merge-lora"):
+        train(script, "--lora-rank=2", model=tmp_path / "adapter")
+    before = load_file(world / "model" / "model.safetensors")
+    after = weights(train(script, "--lora-rank=2", "--merge-lora", model=tmp_path / "adapter"))
+    assert after.keys() == before.keys() and not same(after, before)
+
+
+@lora_scripts
+def test_a_run_resumed_with_merge_lora_leaves_no_adapter_beside_the_merged_model(train, script):
+    run_dir = train(script, "--lora-rank=2")
+    assert (run_dir / "model" / "adapter_model.safetensors").exists()
+    call(script, "--resume", run_dir, "--merge-lora")
+    assert not list((run_dir / "model").glob("adapter*")) and (run_dir / "model" / "model.safetensors").exists()
+
+
+@lora_scripts
+@pytest.mark.parametrize("before,after", [(0, 2), (2, 0), (2, 4)])
+def test_the_rank_of_adapters_cannot_change_when_resuming(train, script, before, after):
+    run_dir = train(script, f"--lora-rank={before}", *LENGTH[script](1))
+    with pytest.raises(SystemExit, match="--lora-rank cannot change when resuming"):
+        call(script, "--resume", run_dir, f"--lora-rank={after}", *LENGTH[script](2))
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo", *SAMPLERS])
+def test_stop_tokens_of_the_generation_config_are_kept_even_number_0(train, script, tmp_path):
+    tiny.make_model(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": 0}')
+    run_dir = train(script, *LENGTH[script](1), model=tmp_path / "model")
+    assert {0, 1} <= set(json.loads((run_dir / "model" / "generation_config.json").read_text())["eos_token_id"])
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo", *SAMPLERS])
+def test_a_generation_config_that_could_not_be_saved_is_refused_before_the_run(train, script, tmp_path):
+    tiny.make_model(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": 0.6}')
+    with pytest.raises(ValueError, match="temperature"):
+        train(script, model=tmp_path / "model")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script,place", [("reward_model", "reward_loss"), ("rlhf_ppo", "kl_penalised_rewards"),
+                                          ("grpo", "group_advantages")])  # fmt: skip
+def test_bfloat16_rounds_no_score(train, script, place, monkeypatch):
+    calls = spy_on(monkeypatch, importlib.import_module(script), place)
+    values = spy_on(monkeypatch, importlib.import_module(script), "value_loss") if script == "rlhf_ppo" else []
+    train(script, "--bf16", *LENGTH[script](2), missing_eos_penalty=0) if script in SAMPLERS else train(
+        script, "--bf16"
+    )
+    for (numbers, *_), _ in calls[1:] + values[4:]:  # a critic begins at 0
+        assert numbers.dtype == torch.float32 and not torch.equal(numbers, numbers.bfloat16().float())
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo"])
+def test_samples_stay_within_the_positions_of_the_model(train, script, tmp_path):
+    tiny.make_model(tmp_path / "gpt2", "gpt2")  # 128 positions
+    rows = [row | {"prompt": "the film " * 50} for row in ROWS[script](8)]
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert train(script, *LENGTH[script](1), model=tmp_path / "gpt2", max_length=128, dataset=path, eval_split="")
+
+
+@pytest.mark.parametrize("script", SAMPLERS)
+def test_the_probe_for_positions_ends_at_no_stop_token(train, script, monkeypatch):
+    samples = spy_on(monkeypatch, importlib.import_module(script), "sample")
+    train(script, *LENGTH[script](1))
+    assert {len(row) for _, rows in samples[:2] for row in rows} == {16}
+
+
+@pytest.mark.parametrize("script", SAMPLERS)
+def test_sharded_models_cannot_sample_and_are_refused(train, script, monkeypatch):
+    monkeypatch.setattr(accelerate.Accelerator, "distributed_type", accelerate.DistributedType.FSDP)
+    with pytest.raises(SystemExit, match="launch without FSDP"):
+        train(script)
 
 
 # --- from text to tokens ---
@@ -575,17 +677,22 @@ def test_rows_of_a_run_begin_once_and_end_once_whatever_the_tokenizer(train, scr
 # --- data ---
 
 
+CHAT, HALF = [{"role": "assistant", "content": "a"}], '\n{"prompt": "half a\n'
+
+
 def cells(*values):
     """Text of a csv file whose last column has these values, for the columns of a script."""
     return lambda columns: "\n".join([",".join(columns), *("a," * (len(columns) - 1) + value for value in values)])
 
 
 def lines(*values):
-    """Text of a jsonl file whose last column has these values, for the columns of a script."""
-    return lambda columns: "\n".join(json.dumps(dict.fromkeys(columns, "a") | {columns[-1]: v}) for v in values)
+    """Text of a jsonl file whose last column has these values, for the columns of a script; others have row 1's kind."""
+    first = CHAT if isinstance(values[0], list) else "a"
+    return lambda columns: "\n".join(
+        json.dumps(dict.fromkeys(columns, first) | {columns[0]: "a", columns[-1]: v}) for v in values
+    )
 
 
-CHAT, HALF = [{"role": "assistant", "content": "a"}], '\n{"prompt": "half a\n'
 BAD_DATA = {  # name of the file, its text, and what the message has to say; LAST is the last column
     "numbers in csv": ("x.csv", cells("1", "2"), "x.csv, (split )?train, row 1, column LAST: 1 is not text"),
     "NA in csv": ("x.csv", cells("great", "NA"), "row 2, column LAST: None is not text"),
@@ -634,6 +741,7 @@ def test_bad_data_ends_the_run_and_names_the_place(train, script, fault, tmp_pat
 
 @scripts
 @pytest.mark.parametrize("cell", ["[{'content': 'a', 'role': 'user'}]", "[ {'role': 'user', 'content': 'a'}]",
+                                  "[{'from': 'human', 'value': 'a'}]",
                                   "[\n  {'role': 'user', 'content': 'a'}]"], ids=repr)  # fmt: skip
 def test_messages_that_csv_lost_are_refused_however_they_are_written(train, script, cell, tmp_path):
     (tmp_path / "x.csv").write_text(cells(f'"{cell}"')(COLUMNS[script]))

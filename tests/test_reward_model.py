@@ -175,8 +175,10 @@ def test_the_pad_token_is_kept_unless_it_is_missing_or_ends_texts(pad, tmp_path)
     assert tokenizer.convert_ids_to_tokens(found) == tokenizer.pad_token == ("<pad>" if pad == "<pad>" else "<unk>")
     assert model.config.pad_token_id == found
     tiny.make_model(tmp_path / "bytes", tokenizer=tiny.gemma_like())  # no unknown token; the pad ends turns
+    before = AutoTokenizer.from_pretrained(tmp_path / "bytes").get_vocab()
     model, tokenizer, found = load(tmp_path / "bytes")
-    assert tokenizer.pad_token not in ("<|im_end|>", "</s>") and model.config.pad_token_id == found
+    assert tokenizer.get_vocab() == before | {"<pad>": len(before)} and found == len(before)  # no word of a text
+    assert model.config.pad_token_id == found and model.get_input_embeddings().num_embeddings == found + 1
 
 
 # --- the head ---

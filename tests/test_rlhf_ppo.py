@@ -417,6 +417,14 @@ def test_prompts_are_encoded_as_before_an_answer_and_those_without_room_left_out
         path = tiny.write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": prompt, "chosen": "x", "extra": 1}] * 2)
         row = {"prompt": prompt, "chosen": "x", "extra": 1}
         assert rlhf_ppo.load_prompts(str(path), "train", tokenizer, 64) == [(ids, row)] * 2
+    for name, changed, ids in (
+        ("a prompt beside messages is the user's", {"prompt": "review", "chosen": [user]}, "user : review assistant :"),
+        ("an answer begun goes on", {"prompt": [user, {"role": "assistant", "content": "the plot"}]},
+         "user : review assistant : the plot"),
+        ("an EOS behind a prompt is not read", {"prompt": "review of plot :<eos>"}, "review of plot :"),
+    ):  # fmt: skip
+        path = tiny.write_jsonl(tmp_path / "one.jsonl", [changed])
+        assert rlhf_ppo.load_prompts(str(path), "train", tokenizer, 64)[0][0] == tokenizer(ids).input_ids, name
     rows = [{"prompt": "review :"}, {"prompt": " "}, {"prompt": "review " * 9}]
     path = tiny.write_jsonl(tmp_path / "some.jsonl", rows)
     assert len(rlhf_ppo.load_prompts(str(path), "train", tokenizer, 8)) == 1
@@ -425,7 +433,9 @@ def test_prompts_are_encoded_as_before_an_answer_and_those_without_room_left_out
 
 REWARD = """
 def words(prompts, completions, place, **columns):
-    assert list(columns) == ["extra"] and len(place) == len(prompts)
+    assert list(columns) == ["extra", "ids"] and len(place) == len(prompts) in (4, 8)  # a whole rollout, or the samples
+    assert columns["ids"] == [[number] for number in place]
+    assert not any(special in text for text in completions for special in ("<eos>", "<pad>", "<unk>"))
     return [len(text.split()) + 100 * number for text, number in zip(completions, place)]
 
 def fails(prompts, completions, **columns):
@@ -443,7 +453,9 @@ def not_a_number(prompts, completions, **columns):
 def rewarded(world, tmp_path):
     """Flags of a run whose reward is a function of a Python file."""
     (tmp_path / "rewards.py").write_text(REWARD)
-    rows = [{"prompt": row["prompt"], "place": i, "extra": "x"} for i, row in enumerate(tiny.preferences(8))]
+    rows = [
+        {"prompt": row["prompt"], "place": i, "extra": "x", "ids": [i]} for i, row in enumerate(tiny.preferences(8))
+    ]
     tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     return lambda name: {"reward_model": f"{tmp_path / 'rewards.py'}:{name}", "dataset": str(tmp_path / "rows.jsonl")}
 
@@ -640,6 +652,11 @@ def test_a_reward_model_that_does_not_fit_is_refused(world, tmp_path):
     tiny.word_tokenizer().save_pretrained(tmp_path / "two")
     assert "gives several scores" in refusal(world, tmp_path, reward_model=str(tmp_path / "two"))
     assert "lacks the weights ['score.weight']" in refusal(world, tmp_path, reward_model=str(world / "llama"))
+    for name, tokenizer in (("bos", tiny.word_tokenizer(bos_token="<bos>")), ("chat", tiny.word_tokenizer())):
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }} .{% endfor %}"  # of another turn's end
+        reward_model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        assert "reads other tokens" in refusal(world, tmp_path, reward_model=str(tmp_path / name))
     tiny.make_model(tmp_path / "padded", "llama", vocab_size=64)
     assert "(23 embeddings, not 64)" in refusal(world, tmp_path, model=str(tmp_path / "padded"))
 

@@ -1,5 +1,6 @@
 """sft.py: which tokens have a loss, how texts become tokens, and in which order rows come."""
 
+import json
 import random
 import signal
 
@@ -194,9 +195,55 @@ def test_columns_of_each_layout_are_read_and_completions_may_repeat_their_prompt
     chat = [tiny.as_messages(row) for row in rows]
     messages = load("messages", [{"messages": row["prompt"] + row["completion"]} for row in chat])
     assert messages == [[[], p + c] for p, c in load("chat", chat)]
-    some = [{"prompt": "the", "completion": "the film ."}, {"prompt": "the", "completion": "plot ."}]
-    assert tokenizer.decode(load("some", some)[0][1]) == "film . <eos>" or load("some", some)[0][1][0] != expected
-    assert len(load("some", some)) == 2
+
+
+def test_completions_that_repeat_their_prompt_are_parted_from_it_though_one_row_does_not(tmp_path):
+    tokenizer = tiny.word_tokenizer()
+
+    def texts(rows):
+        path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+        return [tokenizer.decode(row[1]) for row in sft.load_rows(str(path), "train", tokenizer, 64)]
+
+    whole, alone = {"prompt": "the", "completion": "the film ."}, {"prompt": "the", "completion": " plot ."}
+    assert texts([whole, whole, alone]) == ["film . <eos>"] * 2 + ["plot . <eos>"]
+    assert texts([whole, alone, alone]) == ["<unk> film . <eos>"] + ["plot . <eos>"] * 2  # "thethe"
+    user, answer = {"role": "user", "content": "plot"}, {"role": "assistant", "content": "great"}
+    whole, alone = {"prompt": [user], "completion": [user, answer]}, {"prompt": [user], "completion": [answer]}
+    for rows in (
+        [whole, whole, alone],
+        [whole, alone, alone],
+        [whole | {"prompt": "plot"}, alone | {"prompt": "plot"}],
+    ):
+        assert {*texts(rows)} == {"great <eos>"}  # of messages there is no doubt
+    with pytest.raises(SystemExit, match="no answer.*\n.*plot.*\n.*fine.*plot"):
+        texts([whole | {"completion": [{"role": "system", "content": "fine"}, user, answer]}])
+
+
+def test_json_is_text_unless_it_spells_messages(tmp_path):
+    rows = [
+        {"prompt": "the", "completion": json.dumps([{first: "film"}])} for first in ("company", "role_name", "code")
+    ]
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert len(sft.load_rows(str(path), "train", tiny.word_tokenizer(), 64)) == 3
+
+
+def test_messages_before_a_text_are_refused(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "plot"}], "completion": "great ."}]
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(SystemExit, match="row 1, column completion.*is not text or messages as in row 1"):
+        sft.load_rows(str(path), "train", tiny.word_tokenizer(), 64)
+
+
+def test_an_eos_behind_a_prompt_is_not_read():
+    tokenizer = tiny.word_tokenizer()
+    plain, ended = rows_of(tokenizer, [("review of plot :", " great ."), ("review of plot :<eos>", " great .")])
+    assert plain == ended
+
+
+def test_pairs_that_are_equal_where_they_are_cut_are_left_out():
+    tokenizer, encode = tiny.word_tokenizer(), lambda *texts: sft.encode(tokenizer, 8, "review :", *texts)
+    assert encode(" the film was very great .", " the film was very great . dull") is None  # 6 tokens of each
+    assert encode(" great", " great") is None and len(encode(" great", " dull")) == 3
 
 
 # --- batches ---
