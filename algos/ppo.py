@@ -234,8 +234,8 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict[str, Any]) -> gym.vec
         envs = wrap.FlattenObservation(envs)
     if isinstance(action, Box) and len(action.shape) == 1 and action.dtype.kind == "f":
         finite = (action.low > -1e30) & (action.high < 1e30)
-        low, high = np.where(finite, -1, action.low), np.where(finite, 1, action.high)
-        return wrap.ClipAction(wrap.RescaleAction(envs, low, high) if finite.any() else envs)
+        low, high = np.where(finite, action.low, -1), np.where(finite, action.high, 1)
+        return wrap.TransformAction(envs, lambda x: ((low + high + (high - low) * x) / 2).clip(action.low, action.high))
     if not isinstance(action, Discrete) or action.start != 0:
         raise SystemExit(f"{env_id}: actions must be Discrete from 0 or a one-dimensional Box of floats, not {action}")
     return envs
@@ -266,8 +266,8 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     if path:
         path = path / "checkpoint.pt" if path.is_dir() else path
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if saved["script"] != SCRIPT:
-            raise SystemExit(f"--resume {path}: written by {saved['script']}.py, not {SCRIPT}.py")
+        if saved.get("script") != SCRIPT:
+            raise SystemExit(f"--resume {path}: written by {saved.get('script')}.py, not {SCRIPT}.py")
         saved["args"]["run_dir"] = str(path.parent) if path.name == "checkpoint.pt" else ""  # a copy begins a new run
         default = Args(**saved["args"])
     return tyro.cli(Args, default=default, description=__doc__.splitlines()[0]), saved
@@ -378,8 +378,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         save_now = stop or args.save_every and step // args.save_every > step_before // args.save_every
         if save_now or step_before == 0 or step // LOG_EVERY > step_before // LOG_EVERY:
             means = {name: sum(map(float, values)) / len(values) for name, values in metrics.items()}
-            if not np.isfinite(means["losses/grad_norm"]):
-                raise SystemExit(f"\nthe loss became nan or inf before step {step}; {run_dir}/checkpoint.pt is older")
+            if not all(x.isfinite().all() for x in agent.state_dict().values()):
+                raise SystemExit(f"\nthe agent became nan or inf before step {step}; {run_dir}/checkpoint.pt is older")
             if "charts/episodic_return" in means:
                 means["charts/episodes"] = len(metrics["charts/episodic_return"])
                 bar.set_postfix_str(f"return {means['charts/episodic_return']:.1f}", refresh=False)
@@ -404,7 +404,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         print(f"evaluation: return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} greedy episodes")
     if args.capture_video:
         envs = make_envs(args.env_id, 1, env_kwargs | {"render_mode": "rgb_array"})
-        evaluate(agent, wrap.RecordVideo(envs, f"{run_dir}/videos"), device)
+        evaluate(agent, wrap.RecordVideo(envs, f"{run_dir}/videos", video_length=2000), device)
     writer.close()
 
 

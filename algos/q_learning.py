@@ -6,8 +6,8 @@
 """Tabular Q-learning (Watkins 1989; Sutton & Barto 2018, section 6.5), beside the exact optimum.
 
 Q*(s, a) is the return of action a in state s followed by the best actions. Each step moves Q(s, a) by a share α towards
-a sample of Bellman's optimality equation. Where the environment publishes its transitions (`P`, as toy text does) value
-iteration finds Q* first, and charts/q_error is max |Q - Q*| over the charts/visited pairs (s, a) updated so far.
+a sample of Bellman's optimality equation. Where the environment publishes its transitions (`P`, as toy text does), and
+keeps to them, value iteration finds Q* first: charts/q_error is max |Q - Q*| over the charts/visited pairs (s, a).
 
     python algos/q_learning.py    # Taxi-v4: optimal, 13 s; --alpha-decay 0 --epsilon-end 0.5: q_error 0 (4 of 5 seeds)
     python algos/q_learning.py --env-id FrozenLake-v1 --total-timesteps 500000    # optimal, q_error falls to 0.06, 17 s
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import tyro
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -92,18 +92,11 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     if path:
         path = path / "checkpoint.pt" if path.is_dir() else path
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if saved["script"] != SCRIPT:
-            raise SystemExit(f"--resume {path}: written by {saved['script']}.py, not {SCRIPT}.py")
+        if saved.get("script") != SCRIPT:
+            raise SystemExit(f"--resume {path}: written by {saved.get('script')}.py, not {SCRIPT}.py")
         saved["args"]["run_dir"] = str(path.parent) if path.name == "checkpoint.pt" else ""  # a copy begins a new run
         default = Args(**saved["args"])
     return tyro.cli(Args, default=default, description=__doc__.splitlines()[0]), saved
-
-
-def save_checkpoint(run_dir: Path, args: Args, step: int, **modules: Any) -> None:
-    """Write all that a run needs to go on; a crash while writing leaves the former checkpoint whole."""
-    state = {"script": SCRIPT, "args": asdict(args), "step": step, "rng": torch.get_rng_state()}
-    torch.save(state | {name: x.state_dict() for name, x in modules.items()}, run_dir / "checkpoint.tmp")
-    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
 
 
 def main(args: Args, saved: dict[str, Any] | None = None) -> None:
@@ -114,15 +107,15 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     if any(not isinstance(space, gym.spaces.Discrete) or space.start != 0 for space in spaces):
         raise SystemExit(f"{args.env_id}: observations and actions must be Discrete from 0, not {spaces}")
     q, visits = np.zeros((2, *(space.n for space in spaces)))  # Q(s, a) and the number of its updates, (S, A)
-    agent = nn.Module()  # saves both, whose memory it shares
-    agent.q, agent.visits = nn.Buffer(torch.from_numpy(q)), nn.Buffer(torch.from_numpy(visits))
-    tables = {"return": agent.q}  # of the greedy policy and, where P is known, of π*
-    if hasattr(envs.envs[0].unwrapped, "P") and "fickle" not in args.env_kwargs:  # which Taxi's P omits
-        tables["optimal_return"] = optimal_q = value_iteration(envs.envs[0].unwrapped.P, args.gamma)
+    agent = {"q": torch.from_numpy(q), "visits": torch.from_numpy(visits)}  # shares their memory
+    tables = {"return": agent["q"]}  # of the greedy policy and, where P is known, of π*
+    if isinstance(P := getattr(envs.envs[0].unwrapped, "P", None), dict):
+        tables["optimal_return"] = optimal_q = value_iteration(P, args.gamma)
+        known = {(s, a, *outcome) for s in P for a in P[s] for _, *outcome in P[s][a]}
     envs = gym.wrappers.vector.RecordEpisodeStatistics(envs, LOG_EVERY, stats_key="raw")
     step = saved["step"] if saved else 0
     if saved:
-        agent.load_state_dict(saved["agent"])
+        q[:], visits[:] = saved["agent"]["q"], saved["agent"]["visits"]
         if args.seed == saved["args"]["seed"]:
             torch.set_rng_state(saved["rng"])
     run_dir = Path(args.run_dir or f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}")
@@ -136,7 +129,6 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
 
         wandb.init(project="algos", name=run_dir.name, config=asdict(args), dir=run_dir, sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=step + 1)
-    save_checkpoint(run_dir, args, step, agent=agent)
     obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))
     caught, signals = [], (signal.SIGINT, signal.SIGTERM)  # after one the run is saved; a second one kills
     for number in signals:
@@ -146,12 +138,16 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         # ===== collect =====
         is_step = ~envs.prev_dones  # an environment that was done resets now, whatever the action
         epsilon = epsilon_at(step, args.epsilon_end, args.exploration_fraction * args.total_timesteps)
-        explore = torch.rand(args.num_envs) < epsilon
-        action = torch.where(explore, torch.randint(q.shape[1], explore.shape), agent.q[obs].argmax(-1)).numpy()  # (N,)
+        best = agent["q"].index_select(0, torch.from_numpy(obs)).argmax(-1)  # (N,); refuses negative states
+        action = torch.where(torch.rand(len(best)) < epsilon, torch.randint(q.shape[1], best.shape), best).numpy()
         next_obs, reward, terminated, _, _ = envs.step(action)
+        seen = zip(*(x[is_step].tolist() for x in (obs, action, next_obs, reward, terminated)))
+        if "optimal_return" in tables and not known.issuperset(seen):
+            del tables["optimal_return"]
+            tqdm.write(f"{args.env_id} does otherwise than its P says: the optimum is not known")
 
         # ===== compute targets =====
-        targets = td_target(torch.tensor(reward), agent.q[next_obs], torch.tensor(terminated).double(), args.gamma)
+        targets = td_target(torch.tensor(reward), agent["q"][next_obs], torch.tensor(terminated).double(), args.gamma)
 
         # ===== update =====
         for s, a, y in zip(obs[is_step], action[is_step], targets.numpy()[is_step]):
@@ -162,34 +158,38 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
 
         # ===== log and save =====
         last = caught or step >= args.total_timesteps
-        save_now = last or args.save_every and step // args.save_every > step_before // args.save_every
+        save_now = last or args.save_every and step // args.save_every > (step_before or -1) // args.save_every
         if save_now or step_before == 0 or step // LOG_EVERY > step_before // LOG_EVERY:
-            assert np.isfinite(q).all(), f"Q became nan or inf before step {step}; {run_dir}/checkpoint.pt is older"
+            assert np.isfinite(q).all(), f"Q became nan or inf before step {step}; any checkpoint in {run_dir} is older"
             writer.add_scalar("charts/SPS", (step - bar.initial) / bar.format_dict["elapsed"], step)
             writer.add_scalar("charts/visited", (visits > 0).sum(), step)
             if "optimal_return" in tables:
-                writer.add_scalar("charts/q_error", (agent.q - optimal_q).abs()[visits > 0].max(), step)
+                writer.add_scalar("charts/q_error", (agent["q"] - optimal_q).abs()[visits > 0].max(), step)
             for name, queue in {"episodic_return": envs.return_queue, "episodic_length": envs.length_queue}.items():
                 if queue:
                     writer.add_scalar(f"charts/{name}", np.mean(queue), step)
                     queue.clear()
-        if save_now or caught:
-            save_checkpoint(run_dir, args, step, agent=agent)
+        if save_now:  # to another file first, so that a crash leaves the former checkpoint whole
+            state = {"script": SCRIPT, "args": asdict(args), "step": step, "rng": torch.get_rng_state()}
+            torch.save(state | {"agent": agent}, run_dir / "checkpoint.tmp")
+            (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
         bar.update(step - step_before)
-        if caught:
+        if caught and last:
             raise SystemExit(f"\nstopped at step {step}; to go on: python {sys.argv[0]} --resume {str(run_dir)!r}")
 
     # ===== evaluate =====
-    (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))
+    for number in signals:
+        signal.signal(number, signal.SIG_DFL)
+    (run_dir / "model.safetensors").write_bytes(save(agent))
     for name, table in tables.items() if args.eval_episodes > 0 else ():
         envs = gym.make_vec(args.env_id, args.eval_episodes, "sync", None, **json.loads(args.env_kwargs))
-        obs, _ = envs.reset(seed=args.seed)
+        obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))
         returns, running = np.zeros(len(obs)), np.ones(len(obs), dtype=bool)
         for _ in range(MAX_EVAL_STEPS):
             obs, reward, terminated, truncated, _ = envs.step(table[obs].argmax(-1).numpy())
             returns += np.where(running, reward, 0)
             running &= ~(terminated | truncated)
-            if caught or not running.any():
+            if not running.any():
                 break
         writer.add_scalar(f"eval/{name}_mean", returns.mean(), step)
         tqdm.write(f"evaluation: {name} {returns.mean():.2f} ± {returns.std():.2f}, {running.sum()} of {len(obs)} cut")

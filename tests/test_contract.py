@@ -332,7 +332,7 @@ def test_every_flag_given_on_resume_counts_or_is_refused_and_args_json_says_what
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kwargs: None))
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: f)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(module.wrap, "RecordVideo", lambda envs, folder: envs)
+    monkeypatch.setattr(module.wrap, "RecordVideo", lambda envs, *_, **__: envs)
     resumed = resume(script, half, "plain")
     for name in module.Args.__dataclass_fields__.keys() - {"resume"}:
         old = args_of(half).get(name)
@@ -549,7 +549,7 @@ def test_sigterm_at_any_moment_saves_what_was_reached(script, moment, monkeypatc
 @pytest.mark.parametrize("reward", ["nan", "inf"])
 def test_a_reward_that_is_not_finite_stops_the_run_and_leaves_a_finite_checkpoint(script, reward):
     kwargs = json.dumps({"kind": reward, "at": 150})
-    with pytest.raises(SystemExit, match=r"the loss became nan or inf .*run/checkpoint.pt") as stop:
+    with pytest.raises(SystemExit, match=r"the agent became nan or inf .*run/checkpoint.pt") as stop:
         train(script, "run", "--env-id", "probe_envs:Trouble-v0", "--env-kwargs", kwargs, "--save-every", 1)
     assert isinstance(stop.value.code, str)  # so that Python prints it and exits with status 1
     state = load("run")
