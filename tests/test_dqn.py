@@ -1,5 +1,6 @@
 """DQN: each formula against a hand number, the replay buffer against what really happened, main() against known Q*."""
 
+import copy
 import math
 
 import dqn
@@ -9,7 +10,7 @@ import probe_envs  # noqa: F401  (registers the environments)
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
-from helpers import run, scalars, weights
+from helpers import run, scalars, spy_on, weights
 from torch import tensor
 
 CHAIN_REWARD = np.array([[1.0, 0.0], [0.0, 2.0]])  # of state and action
@@ -408,6 +409,38 @@ def test_the_gradient_is_clipped_only_when_asked_and_its_norm_is_logged(tmp_path
     assert scalars(run_dir, "losses/grad_norm")[0][1] > 0.1  # before the clip
 
 
+def test_updates_follow_the_hand_computed_gradient_of_the_mean_error_to_the_lagging_network(tmp_path, monkeypatch):
+    """Eight steps by SGD instead of Adam, and what is logged of them, against formulas written here."""
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr))
+    sample = spy_on(monkeypatch, dqn.ReplayBuffer, "sample")
+    flags = {"total_timesteps": 16 + 8 * 4, "learning_rate": 1e-5, "gamma": 0.9}
+    run_dir, _ = train(tmp_path, "probe_envs:Scaled-v0", **flags, target_every=10**6)
+    torch.manual_seed(1)
+    ours = dqn.QNetwork(Box(-1, 1, (3,)), Discrete(2))
+    lagging, logged, apart = copy.deepcopy(ours), [], []
+    for obs, actions, rewards, terminated, next_obs in (map(torch.as_tensor, x) for (_, n), x in sample if n):
+        obs, next_obs = obs.float(), next_obs.float()
+        with torch.no_grad():
+            best = lagging.layers(next_obs).amax(1)
+            apart.append(ours.layers(next_obs) - lagging.layers(next_obs))
+        values = ours.layers(obs)[torch.arange(16), actions]
+        loss = ((rewards + 0.9 * best * (1 - terminated) - values) ** 2).sum() / 16
+        logged.append(torch.stack([loss, values.mean()]).tolist())
+        for parameter, gradient in zip(ours.parameters(), torch.autograd.grad(loss, list(ours.parameters()))):
+            parameter.data -= 1e-5 * gradient
+    assert len(logged) == 8 and max(x.max() for x in apart) > 0.1 and min(x.min() for x in apart) < -0.1
+    for name, after in weights(run_dir).items():
+        torch.testing.assert_close(after, ours.state_dict()[name], rtol=1e-3, atol=1e-5)
+    points = [scalars(run_dir, f"losses/{name}") for name in ("td_loss", "q_values")]
+    for column, ((_, first), (_, rest)) in zip(zip(*logged), points):  # the first is logged alone
+        assert (first, rest) == (pytest.approx(column[0], rel=1e-3), pytest.approx(np.mean(column[1:]), rel=1e-3))
+
+
+def test_rewards_are_learnt_as_they_are_however_large(tmp_path, losses_seen):
+    train(tmp_path, "CliffWalking-v1", total_timesteps=300, gamma=0.0, epsilon_end=1.0)
+    assert set(torch.cat([targets for _, targets, _ in losses_seen]).tolist()) == {-1.0, -100.0}
+
+
 def test_the_target_network_lags_until_it_is_copied(tmp_path):
     obs, flags = torch.eye(2), {"total_timesteps": 390, "learning_rate": 0.01}
     never, always, late = (train(tmp_path, "Chain-v0", target_every=every, **flags)[1] for every in (10**6, 1, 200))
@@ -422,10 +455,11 @@ def test_the_target_network_lags_until_it_is_copied(tmp_path):
 
 def test_epsilon_is_logged_from_1_to_its_end_over_the_chosen_share_of_the_run(tmp_path):
     flags = {"epsilon_end": 0.2, "exploration_fraction": 0.5}
-    run_dir, _ = train(tmp_path, "probe_envs:Probe-v0", total_timesteps=8000, train_every=100, **flags)
+    flags |= {"train_every": 100, "learning_starts": 1500}
+    run_dir, _ = train(tmp_path, "probe_envs:Probe-v0", total_timesteps=8000, **flags)
     points = {round(step, -3): value for step, value in scalars(run_dir, "charts/epsilon")}
     assert [points[step] for step in (2000, 4000, 5000, 8000)] == pytest.approx([0.6, 0.2, 0.2, 0.2], abs=0.02)
-    assert len(scalars(run_dir, "losses/td_loss")) == len(scalars(run_dir, "losses/q_values")) == 9  # and the first
+    assert len(scalars(run_dir, "losses/td_loss")) == len(scalars(run_dir, "losses/q_values")) == 8  # and the first
 
 
 def test_atari_learns_from_the_sign_of_the_reward_and_logs_the_score(tmp_path):
