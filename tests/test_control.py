@@ -111,6 +111,25 @@ def test_finite_bounds_of_actions_become_plus_minus_1_and_sampled_actions_are_cl
     envs.close()
 
 
+def test_actions_between_any_bounds_are_within_them_to_the_last_bit():
+    rng = np.random.default_rng(0)
+    low = rng.normal(size=3000) * 10 ** rng.uniform(-3, 6, 3000)
+    high = low + rng.choice([0, 1, 1], 3000) * 10 ** rng.uniform(-3, 6, 3000)  # a third leave no choice
+    low[:4], high[:4] = [1, -1, 1, -3.3], [1, 1, 7, 1e4]
+    low, high = np.float32([low, high])
+    seen = []
+    gym.register("Bounds-v0", entry_point=lambda: probe_envs.Bounds(low, high, seen))
+    envs = ppo.make_envs("Bounds-v0", 1, {})
+    envs.reset(seed=0)
+    space, exact = envs.single_action_space, np.float64([low, high])
+    for x in (-1, 0, 1, -5, 5):
+        envs.step(np.full((1, 3000), x, np.float32))
+        assert space.contains(seen[-1]), x
+        expected = exact[0] + np.clip((x + 1) / 2, 0, 1) * (exact[1] - exact[0])
+        assert (abs(seen[-1] - expected) <= 4 * np.finfo(np.float32).eps * abs(exact).max(0)).all(), x
+    envs.close()
+
+
 def test_unbounded_actions_are_passed_as_they_are_and_one_sided_bounds_clip():
     largest = np.finfo(np.float32).max  # stands for "unbounded" in many an environment
     cases = ((-np.inf, np.inf, [-3, 0.5, 9]), (0, np.inf, [0, 0.5, 9]), (-largest, largest, [-3, 0.5, 9]))
@@ -176,6 +195,19 @@ def test_any_uint8_image_is_scaled_and_goes_through_the_cnn(script, shape, tmp_p
 def test_images_too_small_for_the_cnn_are_refused_with_the_reason():
     with pytest.raises(SystemExit, match="too small for the CNN, which needs 36 x 36"):
         ppo.Agent(Box(0, 255, (20, 20, 3), np.uint8), Discrete(2), False)
+
+
+@policy_gradients
+@pytest.mark.parametrize("space", [Box(-1, 1, (3,)), Box(0, 255, (36, 36), np.uint8)], ids=["vector", "image"])
+def test_weights_begin_orthogonal_and_small_in_the_policys_last_layer(script, space):
+    agent = importlib.import_module(script).Agent(space, Discrete(2), False)
+    gains = {agent.actor[-1]: 0.01} | ({} if script == "reinforce" else {agent.critic[-1]: 1.0})
+    layers = [layer for layer in agent.modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
+    assert len(layers) >= 3
+    for layer in layers:
+        stretch = torch.linalg.svdvals(layer.weight.detach().flatten(1))  # in each direction
+        torch.testing.assert_close(stretch, torch.full_like(stretch, gains.get(layer, 2**0.5)))
+        assert not layer.bias.any()
 
 
 @policy_gradients
@@ -271,8 +303,9 @@ def test_a_loaded_agent_acts_on_raw_observations_and_evaluation_changes_no_stati
     assert all(torch.equal(agent.state_dict()[name], x) for name, x in saved.items())
 
 
-def test_reset_rows_do_not_count_in_the_statistics(tmp_path):
-    run_dir = train("a2c", tmp_path, "Clock-v0", num_envs=1, num_steps=11, normalize=True, total_timesteps=8)
+@actor_critics
+def test_each_step_counts_once_in_the_statistics_and_reset_rows_do_not(script, tmp_path):
+    run_dir = train(script, tmp_path, "Clock-v0", num_envs=1, num_steps=11, normalize=True, total_timesteps=8)
     assert weights(run_dir)["obs_norm.count"] == weights(run_dir)["return_norm.count"] == 9  # rows 4 and 8 are resets
 
 
@@ -379,6 +412,14 @@ def test_an_infinite_reward_after_its_episode_changes_no_greedy_return():
 def test_the_explained_variance_of_constant_returns_is_a_number(script, tmp_path):
     run_dir = train(script, tmp_path, "Endless-v0", total_timesteps=200, gamma=0.0, gae_lambda=1.0)  # 1, at each step
     assert all(np.isfinite(value) for _, value in scalars(run_dir, "losses/explained_variance"))
+
+
+@all_scripts
+def test_the_mean_and_deviation_of_greedy_returns_are_logged_and_said(script, tmp_path, capsys):
+    run_dir = train(script, tmp_path, "Staggered-v0", total_timesteps=20, eval_episodes=4)
+    for name, expected in (("mean", 6), ("std", 2**0.5)):  # of 4, 8, 6 and 6
+        assert scalars(run_dir, f"eval/return_{name}")[0][1] == pytest.approx(expected)
+    assert "evaluation: return 6.00 ± 1.41 over 4 greedy episodes" in capsys.readouterr().out
 
 
 @all_scripts

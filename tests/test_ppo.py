@@ -108,7 +108,7 @@ def test_value_loss_takes_the_worse_of_clipped_and_plain():
 
 @pytest.mark.parametrize("clip_value", [False, True])
 def test_an_update_follows_the_gradient_of_equation_9_clipped_to_norm_a_half(clip_value, tmp_path, monkeypatch):
-    """Two steps of one epoch each way on two minibatches, by SGD instead of Adam, against formulas written here."""
+    """Two epochs of two minibatches, by SGD instead of Adam, and what is logged, against formulas written here."""
     monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr))
     forward = spy_on(monkeypatch, ppo.Agent, "forward")
     clipped = spy_on(monkeypatch, ppo, "policy_loss")
@@ -121,7 +121,7 @@ def test_an_update_follows_the_gradient_of_equation_9_clipped_to_norm_a_half(cli
     run_dir = train(tmp_path, "Scaled-v0", **flags, seed=1)
     assert len(agents) == 1 and len(clipped) == len(squared) == 4
     minibatches = [(obs, actions) for (_, obs, actions), result in forward if result[0].requires_grad and len(obs) > 1]
-    old = copy.deepcopy(start)
+    old, logged = copy.deepcopy(start), []
     for (obs, actions), ((_, advantages, _), _), ((_, _, returns, _), _) in zip(minibatches, clipped, squared):
         assert advantages.mean().abs() < 1e-5 and (advantages.std(correction=0) - 1).abs() < 1e-3
         with torch.no_grad():
@@ -138,11 +138,23 @@ def test_an_update_follows_the_gradient_of_equation_9_clipped_to_norm_a_half(cli
         start.zero_grad()
         (-(surrogate - 0.7 * 0.5 * error.mean() + 0.3 * entropy)).backward()  # Eq. 9
         norm = torch.cat([p.grad.flatten() for p in start.parameters() if p.grad is not None]).norm()
+        logged.append(torch.stack([-surrogate, 0.5 * error.mean(), entropy, norm]).tolist())
         for parameter in start.parameters():
             if parameter.grad is not None:
                 parameter.data -= 0.5 * parameter.grad * min(1.0, 0.5 / norm)
     for name, value in weights(run_dir).items():
         torch.testing.assert_close(value, start.state_dict()[name], rtol=1e-4, atol=1e-6)
+    for name, by_hand in zip(("policy_loss", "value_loss", "entropy", "grad_norm"), np.mean(logged, 0)):
+        assert scalars(run_dir, f"losses/{name}") == [(32, pytest.approx(by_hand, rel=1e-3, abs=1e-5))]
+
+
+def test_each_epoch_parts_all_rows_into_other_minibatches_at_random(tmp_path, monkeypatch):
+    forward = spy_on(monkeypatch, ppo.Agent, "forward")
+    train(tmp_path, "Scaled-v0", total_timesteps=32, num_minibatches=2, num_epochs=3)
+    rollout = next(obs[:32].tolist() for (_, obs, _), _ in forward if len(obs) == 9 * 4)
+    halves = [{rollout.index(row) for row in obs.tolist()} for (_, obs, _), _ in forward if len(obs) == 16]
+    assert len(halves) == 6 and all(a | b == set(range(32)) for a, b in zip(halves[::2], halves[1::2]))
+    assert len({frozenset(half) for half in [*halves, range(16), range(0, 32, 2)]}) == 6 + 2
 
 
 def test_approx_kl_is_the_mean_of_ratio_minus_1_minus_its_logarithm(tmp_path, monkeypatch):
