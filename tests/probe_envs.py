@@ -251,10 +251,10 @@ for name, kwargs in (
 
 
 class Bounds(Probe):
-    """One-dimensional Box action within [low, high], each kept in `seen`. With `best`, one-step episodes, best at it."""
+    """Box action within [low, high], numbers or vectors, each kept in `seen`. With `best`, one-step episodes, best at it."""
 
     def __init__(self, low, high, seen, best=None):
-        self.action_space = Box(low, high, (1,), np.float32)
+        self.action_space = Box(np.float32(low).reshape(-1), np.float32(high).reshape(-1))
         self.high, self.seen, self.best = high, seen, best
 
     def step(self, action):
@@ -340,6 +340,34 @@ class Trouble(Noise):
         return float(self.kind)
 
 
+class Infinite(Noise):
+    """Noise that shows nothing but infinity from step `at` on."""
+
+    total = 0
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def step(self, action):
+        self.total += 1
+        obs, *rest = super().step(action)
+        return (obs if self.total < self.at else np.full(3, np.inf)), *rest
+
+
+class Film(Probe):
+    """Has pictures and no end."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+    render_mode = "rgb_array"
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.zeros((16, 16, 3), np.uint8)
+
+
 class IntBox(Probe):
     action_space = Box(0, 10, (2,), np.int64)
 
@@ -382,6 +410,8 @@ for cls, limit in (
     (Noise, 20),
     (Alternating, None),
     (Trouble, 20),
+    (Infinite, 20),
+    (Film, None),
     (IntBox, 10),
     (RewardArray, 10),
     (WrongShape, 10),

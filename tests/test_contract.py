@@ -18,6 +18,7 @@ import sys
 import types
 from pathlib import Path
 
+import cv2
 import numpy as np
 import probe_envs  # noqa: F401  (registers the environments)
 import pytest
@@ -38,6 +39,7 @@ LEARNING_RATE = 0.01
 LEFT = {"args.json", "checkpoint.pt", "checkpoint.tmp", "model.safetensors", "events"}
 MAX_SECONDS = 200  # of a process, on a busy machine
 scripts = pytest.mark.parametrize("script", SHORT)
+policy_gradients = pytest.mark.parametrize("script", ["reinforce", "a2c", "ppo"])
 # the thread that writes the events of a run that died does so once its folder is gone
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
@@ -363,6 +365,13 @@ def test_a_learning_rate_given_on_resume_is_the_optimisers(once, script):
     assert load("run")["optimizer"]["param_groups"][0]["lr"] == 0.125
 
 
+@policy_gradients
+def test_the_learning_rate_falls_over_the_steps_of_a_run_and_its_resumption_together(once, script):
+    done = load(once(script, HALF))["step"]
+    resume(script, once(script, HALF), "run", "--anneal-lr", "--total-timesteps", done + 1)
+    assert load("run")["optimizer"]["param_groups"][0]["lr"] == pytest.approx(LEARNING_RATE / (done + 1))
+
+
 @scripts
 def test_a_finished_run_is_only_evaluated_and_trains_on_when_more_steps_are_asked_for(once, script, capsys):
     shutil.copytree(once(script, HALF), "run")
@@ -395,6 +404,15 @@ def test_a_checkpoint_of_another_script_is_refused_in_a_sentence(once, script):
     torch.save(load(once(script, HALF)) | {"script": "sarsa"}, "foreign.pt")
     with pytest.raises(SystemExit, match=f"--resume foreign.pt: written by sarsa.py, not {script}.py"):
         invoke(script, "--resume", "foreign.pt")
+
+
+@scripts
+def test_weights_without_a_run_are_refused_by_name_as_something_to_resume(once, script):
+    model = once(script, HALF) / "model.safetensors"
+    torch.save(weights(once(script, HALF)), "weights.pt")
+    for path in (model, "weights.pt"):
+        with pytest.raises(SystemExit, match=f"--resume {path}: written by"):
+            invoke(script, "--resume", path)
 
 
 @scripts
@@ -554,6 +572,17 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_leaves_a_finite_checkpoin
     assert isinstance(stop.value.code, str)  # so that Python prints it and exits with status 1
     state = load("run")
     assert 0 < state["step"] <= 4 * 160 and all(x.isfinite().all() for x in state["agent"].values())
+    assert not Path("run/model.safetensors").exists()
+
+
+@policy_gradients
+@pytest.mark.parametrize("at", [150, WHOLE // 4 - 1], ids=["in the middle", "in the last rollout"])
+def test_an_infinite_observation_ends_a_run_that_normalises_and_leaves_a_finite_checkpoint(script, at):
+    flags = ["--env-id", "probe_envs:Infinite-v0", "--env-kwargs", json.dumps({"at": at}), "--save-every", 20]
+    with pytest.raises(SystemExit, match=r"the agent became nan or inf .*run/checkpoint.pt"):
+        train(script, "run", *flags)
+    state = load("run")
+    assert 0 < state["step"] <= 4 * at and all(x.isfinite().all() for x in state["agent"].values())
     assert not Path("run/model.safetensors").exists()
 
 
@@ -719,6 +748,14 @@ def test_a_video_of_the_trained_agent_is_written(script, monkeypatch):
     train(script, "run", "--env-id", "CartPole-v1", "--capture-video", steps=200)
     (video,) = Path("run/videos").glob("*.mp4")
     assert video.stat().st_size > 1000
+
+
+@scripts
+def test_the_video_of_an_endless_episode_is_cut(script, monkeypatch):
+    monkeypatch.setattr(importlib.import_module(script), "MAX_EVAL_STEPS", 2200)
+    train(script, "run", "--env-id", "probe_envs:Film-v0", "--capture-video", "--eval-episodes", 0, steps=200)
+    (video,) = Path("run/videos").glob("*.mp4")
+    assert cv2.VideoCapture(video).get(cv2.CAP_PROP_FRAME_COUNT) == pytest.approx(2000, abs=1)
 
 
 def test_the_video_environment_of_atari_shows_the_policy_what_training_showed_it():
