@@ -368,6 +368,22 @@ class Film(Probe):
         return np.zeros((16, 16, 3), np.uint8)
 
 
+class Interrupted(Probe):
+    """One state and action; the first environment to take 20 steps is interrupted: none of 16 that train for 100."""
+
+    observation_space = action_space = Discrete(1)
+    interrupted = False
+
+    def observe(self):
+        return 0
+
+    def over(self):
+        if self.time == 20 and not Interrupted.interrupted:
+            Interrupted.interrupted = True
+            signal.raise_signal(signal.SIGINT)
+        return self.time == 30
+
+
 class IntBox(Probe):
     action_space = Box(0, 10, (2,), np.int64)
 
@@ -412,6 +428,7 @@ for cls, limit in (
     (Trouble, 20),
     (Infinite, 20),
     (Film, None),
+    (Interrupted, None),
     (IntBox, 10),
     (RewardArray, 10),
     (WrongShape, 10),

@@ -2,6 +2,7 @@
 
 import collections
 import inspect
+import json
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import q_learning
 import torch
 from gymnasium.spaces import Discrete
+from gymnasium.wrappers import TransformReward
 from helpers import ALGOS, command, run, scalars, weights
 from torch import tensor
 
@@ -71,6 +73,44 @@ def random_mdp(num_states, num_actions, seed):
     }
 
 
+class Lasts(gym.Env):
+    """Episodes of 1 to 9 steps, each worth 1; keeps the seeds that it was given and the lengths of their episodes."""
+
+    observation_space = action_space = Discrete(1)
+    seeds: typing.ClassVar[list[int]] = []
+    lengths: typing.ClassVar[list[int]] = []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = int(self.np_random.integers(1, 10))
+        if seed is not None:
+            self.seeds.append(seed)
+            self.lengths.append(self.left)
+        return 0, {}
+
+    def step(self, action):
+        self.left -= 1
+        return 0, 1.0, self.left == 0, False, {}
+
+
+class Strays(Tabular):
+    """Shows state -1 after ten steps."""
+
+    total = 0
+
+    def step(self, action):
+        self.total += 1
+        _, *rest = super().step(action)
+        return -1 if self.total > 10 else self.state, *rest
+
+
+def claims(P):
+    """The chain, with something else as its P."""
+    env = Tabular(CHAIN, publish=False)
+    env.P = P
+    return env
+
+
 # action 0 stays for nothing; action 1 goes 0 -> 1 for a reward of 1 and 1 -> 2, the end, for 2
 CHAIN = {
     0: {0: [(1.0, 0, 0.0, False)], 1: [(1.0, 1, 1.0, False)]},
@@ -89,6 +129,13 @@ for name, cls, P, limit in (
     ("Infinite", Tabular, {0: {0: [(1.0, 0, np.inf, False)]}}, None),
 ):
     gym.register(f"Q{name}-v0", entry_point=cls, max_episode_steps=limit, kwargs={"P": P, "publish": cls is not Noisy})
+gym.register("QLasts-v0", entry_point=Lasts)
+gym.register("QStrays-v0", entry_point=Strays, kwargs={"P": CHAIN, "publish": False})
+gym.register("QMatrix-v0", entry_point=claims, kwargs={"P": np.eye(3)})
+gym.register("QNone-v0", entry_point=claims, kwargs={"P": None})
+gym.register("QDouble-v0", entry_point=lambda: TransformReward(Tabular(CHAIN), lambda reward: 2 * reward))
+FICKLE = {"fickle_passenger": True}
+gym.register("QFickle-v0", entry_point="gymnasium.envs.toy_text.taxi:TaxiEnv", max_episode_steps=200, kwargs=FICKLE)
 
 
 def train(tmp_path, env_id, **flags):
@@ -243,6 +290,48 @@ def test_where_no_transitions_are_published_only_returns_are_logged(tmp_path):
     assert scalars(run_dir, "charts/q_error") == [] and scalars(run_dir, "charts/visited")[-1][1] == 1
 
 
+@pytest.mark.parametrize("env_id", ["QMatrix-v0", "QNone-v0"])
+def test_a_p_that_is_no_table_is_ignored(env_id, tmp_path):
+    run_dir = train(tmp_path, env_id, alpha_decay=0.0, eval_episodes=1)
+    torch.testing.assert_close(weights(run_dir)["q"][:2], tensor(CHAIN_Q, dtype=torch.float64))
+    assert scalars(run_dir, "charts/q_error") == scalars(run_dir, "eval/optimal_return_mean") == []
+
+
+@pytest.mark.parametrize(
+    "env_id, kwargs, otherwise",
+    [
+        ("QDouble-v0", {}, True),
+        ("QFickle-v0", {}, True),
+        ("Taxi-v4", FICKLE, True),
+        ("Taxi-v4", {"is_rainy": True}, False),
+        ("CliffWalking-v1", {"is_slippery": True}, False),
+    ],
+)
+def test_the_optimum_is_dropped_as_soon_as_the_environment_does_otherwise_than_its_p(
+    env_id, kwargs, otherwise, tmp_path, capfd
+):
+    flags = {"env_kwargs": json.dumps(kwargs), "eval_episodes": 1, "total_timesteps": 6000}
+    run_dir = train(tmp_path, env_id, **flags)
+    said = f"{env_id} does otherwise than its P says: the optimum is not known"
+    assert capfd.readouterr().out.count(said) == otherwise
+    step, _ = scalars(run_dir, "eval/return_mean")[-1]
+    for tag in ("charts/q_error", "eval/optimal_return_mean"):
+        assert (step in dict(scalars(run_dir, tag))) != otherwise
+    if env_id == "QDouble-v0":
+        assert weights(run_dir)["q"][0, 1].item() == pytest.approx(2 * CHAIN_Q[0][1], rel=1e-3)
+
+
+def test_greedy_returns_are_those_of_the_first_episodes_which_differ_between_seeds(tmp_path, capfd):
+    Lasts.seeds.clear()
+    for seed in (-1, 1, 2):
+        Lasts.lengths.clear()
+        run_dir = train(tmp_path, "QLasts-v0", seed=seed, total_timesteps=100, eval_episodes=20)
+        returns = np.array(Lasts.lengths[4:])  # after those of training
+        assert scalars(run_dir, "eval/return_mean")[0][1] == pytest.approx(returns.mean())
+        assert f"return {returns.mean():.2f} ± {returns.std():.2f}, 0 of 20 cut" in capfd.readouterr().out
+    assert len(Lasts.seeds) == len(set(Lasts.seeds)) == 3 * (4 + 20)
+
+
 def test_evaluation_of_an_endless_episode_ends_and_says_so(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(q_learning, "MAX_EVAL_STEPS", 50)
     run_dir = train(tmp_path, "QFourArms-v0", eval_episodes=2)
@@ -296,6 +385,19 @@ def test_a_run_that_is_stopped_leaves_a_checkpoint_that_resumes(tmp_path, number
     saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     assert saved["step"] - step - 1000 in (0, 1) and saved["agent"]["visits"].sum() == saved["step"]
     assert saved["args"]["num_envs"] == 2 and saved["args"]["env_id"] == "CliffWalking-v1"
+
+
+def test_ctrl_c_in_the_evaluation_ends_it_without_a_result(tmp_path):
+    flags = ("--env-id", "probe_envs:Interrupted-v0", "--total-timesteps", 100, "--run-dir", tmp_path / "run")
+    assert run("q_learning", *flags).returncode == -signal.SIGINT
+    assert scalars(tmp_path / "run", "eval/return_mean") == [] != scalars(tmp_path / "run", "charts/SPS")
+    assert weights(tmp_path / "run")["visits"].sum() >= 100
+
+
+def test_a_negative_state_is_an_error_instead_of_the_last_state(tmp_path):
+    with pytest.raises(IndexError):
+        train(tmp_path, "QStrays-v0")
+    assert not (tmp_path / "run0" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("env_id", ["probe_envs:Probe-v0", "probe_envs:ActionsFromOne-v0", "CartPole-v1"])
