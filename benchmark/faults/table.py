@@ -216,7 +216,7 @@ FAULTS = (
     Fault("discounted-return-lost-between-rollouts", ACTOR_CRITICS, "args.gamma * discounted[t - 1])",
           "args.gamma * discounted[t - 1] * (t > 0))",
           "test_control.py::test_the_discounted_return_goes_on_from_one_rollout_to_the_next"),
-    Fault("ppo-approx-kl-is-the-log-ratio", "ppo", "(log_ratio.exp() - 1 - log_ratio).detach()", "log_ratio.detach()",
+    Fault("ppo-approx-kl-is-the-log-ratio", "ppo", "(log_ratio.detach().expm1() - log_ratio.detach())", "log_ratio.detach()",
           "test_ppo.py::test_approx_kl_is_the_mean_of_ratio_minus_1_minus_its_logarithm"),
     Fault("learning-rate-falls-to-a-half", "reinforce a2c ppo", "step_before / args.total_timesteps)",
           "0.5 * step_before / args.total_timesteps)",
