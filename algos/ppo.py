@@ -368,7 +368,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
                 metrics["losses/policy_loss"].append(pg_loss.detach().mean())
                 metrics["losses/value_loss"].append(v_loss.detach().mean())
                 metrics["losses/entropy"].append(entropy.detach().mean())
-                metrics["losses/approx_kl"].append((log_ratio.exp() - 1 - log_ratio).detach().mean())
+                metrics["losses/approx_kl"].append((log_ratio.detach().expm1() - log_ratio.detach()).mean())
                 metrics["losses/grad_norm"].append(grad_norm)
         if args.normalize and not agent.is_image:
             agent.obs_norm.update(batch[0])  # after the update, which must see what `act` saw

@@ -6,7 +6,8 @@
 Any flags of the script. It runs once as it is, in its own process, whose logged speed tells the time of the whole; and
 once with every product and attention call recorded, forward and backward. These are then replayed on tensors of the same
 shapes and strides, each kind by itself, and the best time of each kind is counted as often as it occurred. On one thread.
-The recording is of all of a run, the time of the whole from when its bar appears (dpo.py reads its reference before).
+The recording is of all of a run, the time of the whole from when its bar appears (dpo.py reads its reference before), to
+its last update (grpo.py answers prompts once more after it).
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from core.specs import ALGOS
 from cost.speed import ONE_THREAD
 
 TAGS = {"sft": "rows_per_second", "reward_model": "pairs_per_second", "dpo": "pairs_per_second",
-        "rlhf_ppo": "episodes_per_second"}  # fmt: skip
+        "rlhf_ppo": "episodes_per_second", "grpo": "episodes_per_second"}  # fmt: skip
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 REPEATS = 20
 

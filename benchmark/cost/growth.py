@@ -1,6 +1,6 @@
 """How time and memory of each script grow when environments, batch, sequence length or vocabulary double.
 
-    python benchmark/run.py growth             # everything, about 12 minutes on one core
+    python benchmark/run.py growth             # everything, about 15 minutes on one core
     python benchmark/run.py growth 'dqn *'     # some rows
 
 Each row is a short run of its own on one thread of the CPU: the speed by what the script logs, start-up not counted,
@@ -26,7 +26,9 @@ from cost.speed import ONE_THREAD, rate
 from world import ASSETS
 
 UPDATES = 12  # of a language script's run
-UNITS = {"sft": "rows", "reward_model": "pairs", "dpo": "pairs", "rlhf_ppo": "episodes"}  # of speeds; control: steps
+SAMPLERS = ("rlhf_ppo", "grpo")  # they train on their own texts
+UNITS = {"sft": "rows", "reward_model": "pairs", "dpo": "pairs"}  # of speeds; control: steps
+UNITS |= dict.fromkeys(SAMPLERS, "episodes")
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,9 @@ ROWS = (
     Row("ppo", "batch", "--num-steps", (32, 64, 128, 256)),
     *(
         Row(script, what, flag, sizes)
-        for script in ("sft", "reward_model", "dpo", "rlhf_ppo")
+        for script in ("sft", "reward_model", "dpo", *SAMPLERS)
         for what, flag, sizes in (
-            ("batch", "--batch-size", (64, 128, 256, 512) if script == "rlhf_ppo" else (32, 64, 128, 256)),
+            ("batch", "--batch-size", (64, 128, 256, 512) if script in SAMPLERS else (32, 64, 128, 256)),
             ("sequence length", "", (32, 64, 128, 256)),
             ("vocabulary", "", (1024, 2048, 4096, 8192)),
         )
@@ -109,7 +111,7 @@ def flags_of(row: Row, size: int, folder: Path) -> list[str]:
         return [*sized, "--total-timesteps", "40000", "--eval-episodes", "0"]
     if row.script in ("reinforce", "a2c", "ppo"):
         return [*sized, "--total-timesteps", str(max(60_000, 300 * size)), "--eval-episodes", "0"]
-    if row.script == "rlhf_ppo":
+    if row.script in SAMPLERS:
         if row.what == "sequence length":  # random weights seldom stop
             sized = ["--response-length", str(size), "--model", str(ASSETS / "base")]
         if row.what == "vocabulary":
