@@ -323,7 +323,7 @@ def test_the_optimum_is_dropped_as_soon_as_the_environment_does_otherwise_than_i
 
 def test_greedy_returns_are_those_of_the_first_episodes_which_differ_between_seeds(tmp_path, capfd):
     Lasts.seeds.clear()
-    for seed in (-1, 1, 2):
+    for seed in (-3, 1, 2):
         Lasts.lengths.clear()
         run_dir = train(tmp_path, "QLasts-v0", seed=seed, total_timesteps=100, eval_episodes=20)
         returns = np.array(Lasts.lengths[4:])  # after those of training
