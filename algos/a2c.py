@@ -55,11 +55,11 @@ MAX_EVAL_STEPS = 27_000  # an evaluation episode is cut there, as Atari's are
 
 @dataclass
 class Args:
-    seed: int = 1  # of weights, actions, minibatches and environments
+    seed: int = 1  # of all that is random, environments included
     device: str = "auto"  # cpu or cuda; auto takes a GPU when there is one
     run_dir: str = ""  # where the run is written; by default runs/<task>__<script>__<seed>__<time>
     resume: str = ""  # run directory or checkpoint to continue in new episodes, with its flags where none are given
-    save_every: int = 100_000  # steps between checkpoints; 0: only at the end
+    save_every: int = 100_000  # steps between checkpoints; 0: only at the two ends
     track: bool = False  # mirror the logs to Weights & Biases
     compile: bool = False  # torch.compile the networks
     eval_episodes: int = 20  # episodes of the greedy policy after training; 0 skips them
@@ -68,7 +68,7 @@ class Args:
     env_kwargs: str = "{}"  # JSON object of keyword arguments for the environment
     total_timesteps: int = 500_000  # environment steps to train for
     num_envs: int = 16  # N: environments stepped side by side
-    normalize: bool = False  # normalise by running statistics, which the agent keeps (for MuJoCo)
+    normalize: bool = False  # normalise observations, with a critic rewards too, by statistics that the agent keeps
     learning_rate: float = 1e-3  # step size of RMSprop at the start
     anneal_lr: bool = False  # let the learning rate fall linearly to 0
     num_steps: int = 5  # T: steps per environment between two updates (A3C's t_max)
@@ -186,7 +186,7 @@ def compute_gae(
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: dict[str, Any]) -> gym.vector.VectorEnv:
     """N environments; Discrete observations become one-hot, the finite bounds of Box actions ±1, others are clipped."""
-    warnings.filterwarnings("error", ".*(not within the observation space|reward returned)")  # a broken contract
+    warnings.filterwarnings("error", ".*(not within the observation space|reward returned)")  # of what it lets pass
     sys.path.append("")  # where a user's own module may lie
     kwargs, atari = dict(env_kwargs), "ALE/" in env_id
     if atari:

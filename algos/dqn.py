@@ -61,11 +61,11 @@ MAX_EVAL_STEPS = 27_000  # an evaluation episode is cut there, as Atari's are
 
 @dataclass
 class Args:
-    seed: int = 1  # of weights, actions, minibatches and environments
+    seed: int = 1  # of all that is random, environments included
     device: str = "auto"  # cpu or cuda; auto takes a GPU when there is one
     run_dir: str = ""  # where the run is written; by default runs/<task>__<script>__<seed>__<time>
     resume: str = ""  # run directory or checkpoint to continue in new episodes, with its flags where none are given
-    save_every: int = 100_000  # steps between checkpoints; 0: only at the end
+    save_every: int = 100_000  # steps between checkpoints; 0: only at the two ends
     track: bool = False  # mirror the logs to Weights & Biases
     compile: bool = False  # torch.compile the networks
     eval_episodes: int = 20  # episodes of the greedy policy after training; 0 skips them
@@ -210,7 +210,7 @@ def td_loss(values: Tensor, targets: Tensor, kind: str) -> Tensor:
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: dict[str, Any]) -> gym.vector.VectorEnv:
     """N environments; Discrete observations become one-hot, the finite bounds of Box actions ±1, others are clipped."""
-    warnings.filterwarnings("error", ".*(not within the observation space|reward returned)")  # a broken contract
+    warnings.filterwarnings("error", ".*(not within the observation space|reward returned)")  # of what it lets pass
     sys.path.append("")  # where a user's own module may lie
     kwargs, atari = dict(env_kwargs), "ALE/" in env_id
     if atari:
@@ -368,7 +368,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         # ===== log =====
         stop = bool(caught) or step >= args.total_timesteps
         save_now = stop or args.save_every and step // args.save_every > step_before // args.save_every
-        if save_now or due > learnt == 0 or step // LOG_EVERY > step_before // LOG_EVERY:
+        if save_now or learnt == 0 < due or step // LOG_EVERY > step_before // LOG_EVERY:
             means = {name: sum(map(float, values)) / len(values) for name, values in metrics.items()}
             if not all(x.isfinite().all() for x in agent.state_dict().values()):
                 raise SystemExit(f"\nthe agent became nan or inf before step {step}; {run_dir}/checkpoint.pt is older")
