@@ -140,7 +140,7 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     return logprobs.view(len(rows), -1), labels[:, start:] != -100
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor) -> list[list[int]]:
     """Responses to prompts, drawn by uniform (b, R) in [0, 1); of the generation_config only stops and padding fit."""
     width, R = max(map(len, prompts)), uniform.shape[1]  # padding goes to the left, so that all end in one column
@@ -336,7 +336,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     accelerator.log_with = [logs, *["wandb"] * args.track]
     accelerator.init_trackers("algos", init_kwargs={"wandb": {"name": run_dir.name, "config": asdict(args)}})
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def roll_out(asked: list[Any], noise: torch.Generator) -> tuple[list[Any], Tensor, Tensor]:
         """Rows [prompt, response, [number]], log π and log π_ref of their tokens, (2, B, R), and scores, (B,)."""
         uniform = torch.rand(len(asked), R, generator=noise, dtype=torch.float64)[own].to(device)
@@ -415,7 +415,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
                     accelerator.backward(loss * processes)
                     metrics["loss/policy"].append(pg_loss.detach().sum() / count)
                     metrics["loss/kl"].append(kl.detach().sum() / count)
-                    metrics["policy/approxkl"].append((log_ratio.exp() - 1 - log_ratio).detach().sum() / count)
+                    metrics["policy/approxkl"].append((log_ratio.detach().expm1() - log_ratio.detach()).sum() / count)
                 metrics["grad_norm"].append(accelerator.clip_grad_norm_(policy.parameters(), 1.0))
                 optimizer.step()
         step += 1

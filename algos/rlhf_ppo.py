@@ -164,7 +164,7 @@ class Agent(nn.Module):
             return logprobs[mask], self.critic.score(hidden[mask].float()).squeeze(-1)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor) -> list[list[int]]:
     """Responses to prompts, drawn by uniform (b, R) in [0, 1); of the generation_config only stops and padding fit."""
     width, R = max(map(len, prompts)), uniform.shape[1]  # padding goes to the left, so that all end in one column
@@ -392,7 +392,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     accelerator.log_with = [logs, *["wandb"] * args.track]
     accelerator.init_trackers("algos", init_kwargs={"wandb": {"name": run_dir.name, "config": asdict(args)}})
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def roll_out(asked: list[Any], noise: torch.Generator) -> tuple[list[Any], Tensor, Tensor]:
         """Rows [prompt, response, [number]], log π, log π_ref and V of their tokens, (3, B, R), and scores, (B,)."""
         uniform = torch.rand(len(asked), R, generator=noise, dtype=torch.float64)[own].to(device)
