@@ -225,7 +225,7 @@ def load_rows(name: str, split: str, tokenizer: Any, max_length: int) -> list[li
             rows = [row | {column: row[column].removeprefix(row["prompt"])} for row in rows]
     rows = [encode(tokenizer, max_length, row.pop("prompt", None), *row.values()) for row in rows]
     if None in rows:
-        print(f"split {split}: {rows.count(None)} of {len(rows)} rows left out: no room, or an empty completion")
+        print(f"split {split}: {rows.count(None)} of {len(rows)} rows left out: no room, empty or equal completions")
     return [row for row in rows if row]
 
 
@@ -279,7 +279,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     if args.gradient_checkpointing:
         scorer.activation_checkpointing_enable()
     full = torch.autocast(device.type, enabled=False)  # bfloat16 would round a score to 8 bits
-    scorer.score.register_forward_hook(full(lambda head, x, _: nn.functional.linear(x[0].float(), head.weight)))
+    scorer.score.register_forward_hook(full(lambda head, x, _: head.forward(x[0].float())))
     optimizer = torch.optim.AdamW(scorer.parameters(), weight_decay=0.0, fused=True)
     model, optimizer = accelerator.prepare(scorer, optimizer)
     step, total_steps = saved["step"] if saved else 0, args.max_steps or args.epochs * (len(train) // args.batch_size)

@@ -343,7 +343,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     same = words.chat_template in (None, tokenizer.chat_template) and text_ends(tokenizer) == text_ends(words)
     same = same and tokenizer.get_vocab().items() <= words.get_vocab().items()
     if not same or sizes[0] > sizes[1] or scorer.config.num_labels != 1:
-        found = f"reads other tokens than --model ({sizes[1]} embeddings, not {sizes[0]}) or gives several scores"
+        found = f"reads other texts than --model ({sizes[1]} embeddings, not {sizes[0]}) or gives several scores"
         raise SystemExit(f"--reward-model {args.reward_model} {found}: train one from --model with reward_model.py")
     prompts = load_prompts(args.dataset, args.train_split, tokenizer, args.max_length - R)
     if len(prompts) < B or min(B // args.num_minibatches, args.micro_batch_size) < processes:

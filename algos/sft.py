@@ -196,7 +196,7 @@ def load_rows(name: str, split: str, tokenizer: Any, max_length: int) -> list[li
             rows = [row | {column: row[column].removeprefix(row["prompt"])} for row in rows]
     rows = [encode(tokenizer, max_length, row.pop("prompt", None), *row.values()) for row in rows]
     if None in rows:
-        print(f"split {split}: {rows.count(None)} of {len(rows)} rows left out: no room, or an empty completion")
+        print(f"split {split}: {rows.count(None)} of {len(rows)} rows left out: no room, empty or equal completions")
     return [row for row in rows if row]
 
 

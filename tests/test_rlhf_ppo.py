@@ -656,7 +656,7 @@ def test_a_reward_model_that_does_not_fit_is_refused(world, tmp_path):
         tokenizer.chat_template = "{% for m in messages %}{{ m.content }} .{% endfor %}"  # of another turn's end
         reward_model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-        assert "reads other tokens" in refusal(world, tmp_path, reward_model=str(tmp_path / name))
+        assert "reads other texts" in refusal(world, tmp_path, reward_model=str(tmp_path / name))
     tiny.make_model(tmp_path / "padded", "llama", vocab_size=64)
     assert "(23 embeddings, not 64)" in refusal(world, tmp_path, model=str(tmp_path / "padded"))
 
