@@ -27,6 +27,7 @@ Differs from the paper:
 
 import argparse
 import json
+import os
 import signal
 import sys
 import warnings
@@ -34,15 +35,13 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 from gymnasium.spaces import Box, Discrete
-from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
-from gymnasium.wrappers import vector as wrap
+from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, vector as wrap
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -184,7 +183,7 @@ def compute_gae(
 # --- environments ---
 
 
-def make_envs(env_id: str, num_envs: int, env_kwargs: dict[str, Any]) -> gym.vector.VectorEnv:
+def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.VectorEnv:
     """N environments; Discrete observations become one-hot, the finite bounds of Box actions ±1, others are clipped."""
     warnings.filterwarnings("error", ".*(not within the observation space|reward returned)")  # of what it lets pass
     sys.path.append("")  # where a user's own module may lie
@@ -233,7 +232,7 @@ def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: torch.device)
     return returns
 
 
-def parse_args() -> tuple[Args, dict[str, Any] | None]:
+def parse_args() -> tuple[Args, dict | None]:
     """Flags of the command line; when resuming, on top of those of the checkpoint, which comes with them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path)
@@ -248,7 +247,7 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     return tyro.cli(Args, default=default, description=__doc__.splitlines()[0]), saved
 
 
-def main(args: Args, saved: dict[str, Any] | None = None) -> None:
+def main(args: Args, saved: dict | None = None) -> None:
     torch.manual_seed(args.seed)
     device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     env_kwargs, T, N = json.loads(args.env_kwargs), args.num_steps, args.num_envs
@@ -371,6 +370,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         writer.add_scalar("eval/return_std", returns.std(), step)
         print(f"evaluation: return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} greedy episodes")
     if args.capture_video:
+        os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")  # which SDL, that draws, misses on servers
         envs = make_envs(args.env_id, 1, env_kwargs | {"render_mode": "rgb_array"})
         evaluate(agent, wrap.RecordVideo(envs, f"{run_dir}/videos", video_length=2000), device)
     writer.close()

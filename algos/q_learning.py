@@ -24,7 +24,6 @@ import sys
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -84,7 +83,7 @@ def value_iteration(P: dict[int, dict[int, list]], gamma: float) -> Tensor:
     return q
 
 
-def parse_args() -> tuple[Args, dict[str, Any] | None]:
+def parse_args() -> tuple[Args, dict | None]:
     """Flags of the command line; when resuming, on top of those of the checkpoint, which comes with them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path)
@@ -99,7 +98,7 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     return tyro.cli(Args, default=default, description=__doc__.splitlines()[0]), saved
 
 
-def main(args: Args, saved: dict[str, Any] | None = None) -> None:
+def main(args: Args, saved: dict | None = None) -> None:
     torch.manual_seed(args.seed)
     sys.path.append("")  # a user's own module may lie there
     envs = gym.make_vec(args.env_id, args.num_envs, "sync", None, **json.loads(args.env_kwargs))

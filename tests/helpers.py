@@ -20,10 +20,10 @@ def command(script: str, *flags: object, processes: int = 1) -> list[str]:
 
 
 def run(script: str, *flags: object, processes: int = 1, **kwargs) -> subprocess.CompletedProcess:
-    """Run a script to its end; its output is in .stdout and .stderr."""
-    return subprocess.run(
-        command(script, *flags, processes=processes), capture_output=True, text=True, timeout=300, **kwargs
-    )
+    """Run a script to its end, on the CPU also where there are GPUs; its output is in .stdout and .stderr."""
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    options = {"env": hidden, "capture_output": True, "text": True, "timeout": 300} | kwargs
+    return subprocess.run(command(script, *flags, processes=processes), **options)
 
 
 def weights(run_dir: Path) -> dict[str, Tensor]:

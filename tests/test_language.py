@@ -22,8 +22,7 @@ import tiny
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from helpers import ALGOS, command, scalars, spy_on
-from helpers import run as start
+from helpers import ALGOS, command, run as start, scalars, spy_on
 from safetensors.torch import load_file, save_file
 from tensorboard.summary.writer import event_file_writer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer

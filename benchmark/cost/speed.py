@@ -26,7 +26,7 @@ from core.report import table
 
 PEERS = specs.BENCHMARK / "peers"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-STEPS = {"dqn": 60_000, "a2c": 60_000, "ppo": 60_000, "rlhf_ppo": 256, "dpo": 20, "reward_model": 30, "grpo": 6}
+STEPS = {"dqn": 60_000, "a2c": 60_000, "ppo": 60_000, "rlhf_ppo": 4096, "dpo": 20, "reward_model": 30, "grpo": 32}
 
 SB3 = """
 import json, sys, time
@@ -96,8 +96,9 @@ def ours(script: str, steps: int) -> float:
         command = [sys.executable, specs.ALGOS / f"{script}.py", *flags, "--device", "cpu",
                    "--run-dir", f"{folder}/run"]  # fmt: skip
         output(command)
-        tag = "episodes_per_second" if script == "rlhf_ppo" else "charts/SPS"
-        return float(curves.load_run(Path(folder) / "run", tag)[1][-1])
+        if script == "rlhf_ppo":
+            return rate(Path(folder) / "run", "episodes_per_second")
+        return float(curves.load_run(Path(folder) / "run", "charts/SPS")[1][-1])
 
 
 def peers(peer_python: Path, script: str, steps: int) -> float:
@@ -108,8 +109,8 @@ def peers(peer_python: Path, script: str, steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [peer_python, PEERS / "trl_ppo.py", "--out", f"{folder}/out", "--total-episodes", str(steps)]
         output(command)
-        last = (Path(folder) / "out" / "log.jsonl").read_text().splitlines()[-1]
-        return steps / json.loads(last)["seconds"]
+        ends = [json.loads(line)["seconds"] for line in (Path(folder) / "out" / "log.jsonl").read_text().splitlines()]
+        return steps * (1 - 1 / len(ends)) / (ends[-1] - ends[0])
 
 
 def pairs_of_runs(script: str, peer_python: Path, steps: int, repeats: int) -> Iterator[tuple[float, float]]:

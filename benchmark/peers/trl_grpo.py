@@ -221,7 +221,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def speed(args: argparse.Namespace) -> None:
-    """Time short runs of both in turn, from the end of the first update to the end of the last."""
+    """Time default runs of both in turn, from the end of the first update to the end of the last."""
     torch.set_num_threads(1)
     B, ratios = DEFAULTS.batch_size, []
     for _ in range(args.repeats):
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--total-episodes", type=int, default=DEFAULTS.total_episodes, help="train: responses in all")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", help="train: folder for the model and log.jsonl")
-    parser.add_argument("--updates", type=int, default=6, help="speed: updates of each run, the first not counted")
+    parser.add_argument("--updates", type=int, default=32, help="speed: updates of each run, the first not counted")
     parser.add_argument("--repeats", type=int, default=5, help="speed: runs of each")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
