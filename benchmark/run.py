@@ -2,7 +2,7 @@
 
     python benchmark/run.py list                       # what there is to run
     python benchmark/run.py run                        # the quick tier: all ten scripts, then the answers
-    python benchmark/run.py run --tier full            # five seeds of all but MuJoCo (a tier too) and Atari (gpu)
+    python benchmark/run.py run --tier full            # five seeds of all but MuJoCo (a tier too) and Atari (another)
     python benchmark/run.py run 'ppo-*' --seeds 10     # some specs, with more seeds
     python benchmark/run.py check --tier full          # the answers alone, from the runs that there are
     python benchmark/run.py record ppo-CartPole-v1     # make the runs the new reference

@@ -80,7 +80,7 @@ def tiers() -> str:
         missing = [spec.name for spec in chosen if not seconds.get(spec.name)]
         time = f"{sum(spec.seeds[tier] * seconds.get(spec.name, 0) for spec in chosen) / 120:.0f} min"
         if missing:
-            time = "not measured: no GPU" if tier == "gpu" else f"{time} without {', '.join(missing)}"
+            time = f"{time} without {', '.join(missing)}"
         rows.append([tier, ", ".join(f"{spec.name} ({spec.seeds[tier]})" for spec in chosen), str(number), time])
     return (
         "## Tiers\n\nThe time is that of the recorded runs, which ran two at a time on two cores, evaluation "
