@@ -316,18 +316,18 @@ def main(args: Args, saved: dict | None = None) -> None:
         if args.normalize:
             agent.return_norm.update(b_discounted.flatten()[steps])
             b_rewards = (b_rewards / (agent.return_norm.var + 1e-8).sqrt()).clamp(-10, 10)
-        logprobs, entropy, v = (x.view(T + 1, N) for x in forward(b_obs.flatten(0, 1), b_actions.flatten(0, 1)))
-        values = v.detach()  # no gradient goes through the targets
-        advantages = compute_gae(b_rewards, values[:-1], values[1:], b_terminated, b_done, args.gamma, args.gae_lambda)
-        returns = advantages + values[:-1]
-        batch = [x[:T].flatten()[steps] for x in (logprobs, entropy, v, advantages, returns)]
-        logprobs, entropy, v, advantages, returns = batch  # (B,)
+        logprobs, entropy, values = (x.view(T + 1, N) for x in forward(b_obs.flatten(0, 1), b_actions.flatten(0, 1)))
+        v = values.detach()  # no gradient goes through the targets
+        advantages = compute_gae(b_rewards, v[:-1], v[1:], b_terminated, b_done, args.gamma, args.gae_lambda)
+        returns = advantages + v[:-1]
+        batch = [x[:T].flatten()[steps] for x in (logprobs, entropy, values, advantages, returns)]
+        logprobs, entropy, values, advantages, returns = batch  # (B,)
         metrics["losses/explained_variance"].append(1 - advantages.var() / (returns.var() + 1e-8))
 
         # ===== update =====
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * step_before / args.total_timesteps)
         pg_loss = -(logprobs * advantages).mean()  # its gradient is that of -J (A3C §4)
-        v_loss = 0.5 * ((v - returns) ** 2).mean()
+        v_loss = 0.5 * ((values - returns) ** 2).mean()
         loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
         optimizer.zero_grad()
         loss.backward()

@@ -352,21 +352,20 @@ def main(args: Args, saved: dict | None = None) -> None:
         # ===== update =====
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * step_before / args.total_timesteps)
         for _ in range(args.num_epochs):
-            order = torch.randperm(len(steps)).to(device)
-            for minibatch in zip(*(x[order].tensor_split(args.num_minibatches) for x in batch)):
-                mb_obs, mb_actions, mb_logprobs, mb_values, mb_advantages, mb_returns = minibatch  # (M, …)
+            for rows in torch.randperm(len(steps)).to(device).tensor_split(args.num_minibatches):  # (M,)
+                mb_obs, mb_actions, mb_logprobs, mb_values, mb_advantages, mb_returns = (x[rows] for x in batch)
                 new_logprobs, entropy, new_values = forward(mb_obs, mb_actions)
                 mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std(correction=0) + 1e-8)
                 log_ratio = new_logprobs - mb_logprobs
-                pg_loss = policy_loss(log_ratio, mb_advantages, args.clip_coef).mean()
-                v_loss = value_loss(new_values, mb_values, mb_returns, value_clip).mean()
-                loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()  # PPO Eq. 9, negated
+                pg_loss = policy_loss(log_ratio, mb_advantages, args.clip_coef)
+                v_loss = value_loss(new_values, mb_values, mb_returns, value_clip)
+                loss = (pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy).mean()  # PPO Eq. 9, negated
                 optimizer.zero_grad()
                 loss.backward()
                 grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.5)
                 optimizer.step()
-                metrics["losses/policy_loss"].append(pg_loss.detach())
-                metrics["losses/value_loss"].append(v_loss.detach())
+                metrics["losses/policy_loss"].append(pg_loss.detach().mean())
+                metrics["losses/value_loss"].append(v_loss.detach().mean())
                 metrics["losses/entropy"].append(entropy.detach().mean())
                 metrics["losses/approx_kl"].append((log_ratio.detach().expm1() - log_ratio.detach()).mean())
                 metrics["losses/grad_norm"].append(grad_norm)
