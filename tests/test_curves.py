@@ -25,6 +25,7 @@ def write_run(folder, args, tag="charts/episodic_return", level=100.0, steps=100
         for i in range(1, 11):
             writer.add_scalar(tag, level * i / 10, steps * i // 10)
             writer.add_scalar("charts/episodes", 20, steps * i // 10)
+            writer.add_scalar("charts/SPS", 1000, steps * i // 10)
     return str(folder)
 
 
@@ -84,6 +85,15 @@ def test_seeds_are_averaged_and_runs_with_other_flags_are_settings_of_their_own(
     assert "    60 reached after 800, 800 steps" in said and "reached after inf, inf steps" in said
     assert "--num-steps 64 against --num-steps 32: median area" in said
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unfinished_run_is_not_drawn_beyond_its_last_step(tmp_path, capsys):
+    whole = write_run(tmp_path / "whole", ppo.Args(seed=1, total_timesteps=1000))
+    part = write_run(tmp_path / "part", ppo.Args(seed=2, total_timesteps=1000), level=50, steps=500)
+    assert benchmark.main(["curves", whole, part]) == 0
+    said = capsys.readouterr().out
+    assert f"{part} is unfinished: its setting is shown up to step 500" in said and whole + " is" not in said
+    assert "2 seeds, 500 steps, final level 35 ± 5, area" in said  # 10 to 50, and 30 to 50, by 20 episodes each
 
 
 def test_runs_of_several_scripts_are_named_by_them_and_their_own_flags(tmp_path):

@@ -1,4 +1,4 @@
-"""Compare the learning curves of finished runs, several settings and a peer: a table, and a picture on request.
+"""Compare the learning curves of runs, several settings and a peer: a table, and a picture on request.
 
     for seed in 1 2 3 4 5; do python algos/ppo.py --seed $seed --run-dir runs/ppo-CartPole-v1-$seed; done
     python benchmark/run.py curves runs/ppo-CartPole-v1-* --picture runs/ppo.png \\
@@ -110,9 +110,16 @@ def load_settings(run_dirs: list[Path], tag: str | None) -> tuple[dict[str, Sett
             run = load_run(run_dir, tag)
         except LookupError as fault:
             raise SystemExit(f"error: {fault}") from None
-        setting = settings.setdefault(label, Setting([], 0, last))
+        steps = int(run[0][-1])
+        if "total_timesteps" in own:
+            steps = min(own["total_timesteps"], int(load_run(run_dir, "charts/SPS")[0][-1]))
+            if steps < own["total_timesteps"]:
+                print(f"{run_dir} is unfinished: its setting is shown up to step {steps:,}")
+        setting = settings.setdefault(label, Setting([], steps, last))
         setting.runs.append(run)
-        setting.steps = max(setting.steps, own.get("total_timesteps", int(run[0][-1])))
+        setting.steps = min(setting.steps, steps)
+    for setting in settings.values():
+        setting.runs = [tuple(x[run[0] <= setting.steps] for x in run) for run in setting.runs]
     return settings, tag, tasks.pop()
 
 

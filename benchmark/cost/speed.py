@@ -26,7 +26,7 @@ from core.report import table
 
 PEERS = specs.BENCHMARK / "peers"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-STEPS = {"dqn": 60_000, "a2c": 60_000, "ppo": 60_000, "rlhf_ppo": 4096, "dpo": 20, "reward_model": 30, "grpo": 32}
+STEPS = {"dqn": 60_000, "a2c": 60_000, "ppo": 60_000, "rlhf_ppo": 4096, "dpo": 499, "reward_model": 30, "grpo": 32}
 
 SB3 = """
 import json, sys, time

@@ -122,7 +122,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def speed(args: argparse.Namespace) -> None:
-    """Time short runs of both in turn: reference and updates, without loading, tokenising, samples and saving."""
+    """Time default runs of both in turn: reference and updates, without loading, tokenising, samples and saving."""
     number, ratios = args.steps * args.batch_size, []
     args.split = f"train[:{number}]"
     for _ in range(args.repeats):
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=DEFAULTS.epochs)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", help="train: folder for the model")
-    parser.add_argument("--steps", type=int, default=20, help="speed: updates of each run")
+    parser.add_argument("--steps", type=int, default=499, help="speed: updates of each run")
     parser.add_argument("--repeats", type=int, default=5, help="speed: runs of each")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
