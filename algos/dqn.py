@@ -93,8 +93,10 @@ class Args:
             raise ValueError("buffer-size must be at least 8 rows for each of the num-envs")
         if self.learning_starts + self.train_every > self.total_timesteps:
             raise ValueError("learning-starts and train-every leave no time to learn within total-timesteps")
-        if not (0 <= self.gamma <= 1 and 0 <= self.epsilon_end <= 1 and self.max_grad_norm > 0):
-            raise ValueError("gamma and epsilon-end must lie between 0 and 1, max-grad-norm above 0")
+        if not (0 <= self.gamma <= 1 and 0 <= self.epsilon_end <= 1 and self.exploration_fraction >= 0):
+            raise ValueError("gamma and epsilon-end must lie between 0 and 1, exploration-fraction be at least 0")
+        if not self.max_grad_norm > 0:
+            raise ValueError("max-grad-norm must be above 0")
 
 
 class QNetwork(nn.Module):

@@ -625,9 +625,9 @@ OWN_BAD_FLAGS = {
     "reinforce": {"--num-steps 0": "num-steps"},
     "a2c": {"--gae-lambda 1.1": "gae-lambda", "--num-steps 1": "num-steps"},
     "ppo": {"--gae-lambda -1": "gae-lambda", "--num-steps 1": "num-steps", "--num-minibatches 257": "num-minibatches"}
-    | {"--num-minibatches 0": "num-minibatches"},
+    | {"--num-minibatches 0": "num-minibatches", "--clip-coef -0.1": "clip-coef", "--clip-coef nan": "clip-coef"},
     "dqn": {"--learning-starts 500000": "learning-starts", "--buffer-size 10": "buffer-size", "--loss l1": "loss"}
-    | {"--epsilon-end 2": "epsilon-end"},
+    | {"--epsilon-end 2": "epsilon-end", "--exploration-fraction nan": "exploration-fraction"},
 }
 
 
