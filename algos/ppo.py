@@ -89,7 +89,7 @@ class Args:
         if min(self.total_timesteps, self.num_envs, self.num_steps - 1, self.num_epochs, self.num_minibatches) < 1:
             raise ValueError("total-timesteps, num-envs, num-epochs, num-minibatches must be at least 1, num-steps 2")
         if self.num_envs * self.num_steps < 2 * self.num_minibatches or not self.clip_coef > 0:
-            raise ValueError("num-envs · num-steps must be two rows or more for each of num-minibatches, clip-coef above 0")
+            raise ValueError("num-envs · num-steps must be at least 2 · num-minibatches, and clip-coef above 0")
         if not (0 <= self.gamma <= 1 and 0 <= self.gae_lambda <= 1):
             raise ValueError("gamma and gae-lambda must lie between 0 and 1")
 
