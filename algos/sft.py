@@ -108,11 +108,10 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
 
 def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
     """log π(y_t | x, y_<t) of rows [prompt, completion, …], float32, and a mask, (b, R): from the first answer on."""
-    ids = [torch.tensor([*prompt, *completion]) for prompt, completion, *_ in rows]
-    labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion, *_ in rows]
-    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=rows[0][1][-1]).to(device)  # (b, L)
-    labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
-    start = max(1, min(len(prompt) for prompt, *_ in rows))  # nothing comes before a row's first token to predict it
+    L = max(len(x) + len(y) for x, y, *_ in rows)
+    ids = torch.tensor([x + y + y[-1:] * (L - len(x) - len(y)) for x, y, *_ in rows], device=device)  # (b, L)
+    labels = torch.tensor([[-100] * len(x) + y + [-100] * (L - len(x) - len(y)) for x, y, *_ in rows], device=device)
+    start = max(1, min(len(x) for x, *_ in rows))  # nothing comes before a row's first token to predict it
     logits = model(ids[:, :-1], logits_to_keep=ids.shape[1] - start, use_cache=False).logits.float()  # (b, R, V)
     logprobs = -nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, start:].flatten(), reduction="none")
     return logprobs.view(len(rows), -1), labels[:, start:] != -100
