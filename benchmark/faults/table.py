@@ -369,10 +369,10 @@ FAULTS = (
     # --- language models: log-probabilities and batches ---
     Fault("logprobs-shifted-by-one", "sft dpo rlhf_ppo grpo", "model(ids[:, :-1], logits_to_keep", "model(ids, logits_to_keep",
           "test_sft.py::test_the_loss_is_that_of_a_loop_over_completion_tokens_in_float64[llama]", "sft-reviews"),
-    Fault("prompt-tokens-in-the-loss", "sft dpo rlhf_ppo grpo", "[-100] * len(prompt) + completion", "prompt + completion",
+    Fault("prompt-tokens-in-the-loss", "sft dpo rlhf_ppo grpo", "[-100] * len(x) + y +", "x + y +",
           "test_sft.py::test_tokens_of_the_prompt_have_no_gradient_and_the_eos_has_one_even_where_it_pads"),
-    Fault("eos-not-learnt", "sft dpo rlhf_ppo grpo", "[-100] * len(prompt) + completion)",
-          "[-100] * len(prompt) + completion[:-1] + [-100])",
+    Fault("eos-not-learnt", "sft dpo rlhf_ppo grpo", "[-100] * len(x) + y +",
+          "[-100] * len(x) + y[:-1] + [-100] +",
           "test_sft.py::test_tokens_of_the_prompt_have_no_gradient_and_the_eos_has_one_even_where_it_pads",
           "sft-reviews"),
     Fault("sft-mean-of-means", "sft", "sft_loss(logprobs, count)", "sft_loss(logprobs, mask.sum() * len(batch))",
