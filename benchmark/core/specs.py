@@ -20,7 +20,7 @@ from world import ASSETS, grammar
 
 BENCHMARK = Path(__file__).resolve().parent.parent
 ALGOS, REFERENCE, RESULTS = BENCHMARK.parent / "algos", BENCHMARK / "reference", BENCHMARK / "results"
-TIERS = ("quick", "full", "mujoco", "atari")  # about 10, 90 and 110 minutes on two cores, and two hours on one
+TIERS = ("quick", "full", "mujoco", "atari")  # about 10, 90 and 110 minutes on two cores; Atari is not measured
 
 
 @dataclass(frozen=True)
