@@ -366,10 +366,11 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
                     shutil.rmtree(older)
         bar.update(1)
     bar.close()
+    weights = accelerator.get_state_dict(scorer.to(scorer.config.dtype))
+    accelerator.end_training()  # processes that leave their group open may die of it
     if step < total_steps:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
         raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__!r} --resume {str(run_dir)!r}")
-    weights = accelerator.get_state_dict(scorer.to(scorer.config.dtype))
     if accelerator.is_main_process:
         scorer.save_pretrained(run_dir / "model", state_dict=weights)
         tokenizer.save_pretrained(run_dir / "model")

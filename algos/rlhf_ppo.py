@@ -515,12 +515,13 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
                     shutil.rmtree(older)
         bar.update(1)
     bar.close()
-    if step < total_steps:
-        launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__!r} --resume {str(run_dir)!r}")
     model = policy.merge_and_unload() if args.lora_rank and args.merge_lora else policy
     model.generation_config = generation
     weights = accelerator.get_state_dict(model.to(model.config.dtype))
+    accelerator.end_training()  # processes that leave their group open may die of it
+    if step < total_steps:
+        launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
+        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__!r} --resume {str(run_dir)!r}")
     if accelerator.is_main_process:
         shutil.rmtree(run_dir / "model", ignore_errors=True)  # a merged model beside an old adapter opens as both
         model.save_pretrained(run_dir / "model", state_dict=weights)

@@ -3,6 +3,7 @@
 import runpy
 import sys
 
+import torch.distributed
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -21,3 +22,4 @@ def shard(self, *arguments, **keywords):
 AcceleratorState.__init__ = shard
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
+assert not torch.distributed.is_initialized()  # its threads may abort a process that leaves it open

@@ -302,15 +302,18 @@ def test_ctrl_c_saves_first_and_the_printed_command_goes_on(world, script, tmp_p
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_stopped_by_a_signal_in_an_epoch_goes_on_to_the_same_weights(finished, train, script, number, tmp_path):
     module, run_dir = importlib.import_module(script), tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+    with pytest.MonkeyPatch.context() as patch:
+        closed = spy_on(patch, accelerate.Accelerator, "end_training")  # of the processes' group
         batch_at, steps = module.batch_at, []
         patch.setattr(
             module, "batch_at", lambda *x: steps.append(x[1] == 3 and signal.raise_signal(number)) or batch_at(*x)
         )
-        train(script)
-    step, flags = stopped(script, run_dir, stop.value.code)
-    assert step == 4 and not (run_dir / "model").exists()
-    call(script, *flags)
+        with pytest.raises(SystemExit) as stop:
+            train(script)
+        step, flags = stopped(script, run_dir, stop.value.code)
+        assert step == 4 and not (run_dir / "model").exists() and len(closed) == 1
+        call(script, *flags)
+        assert len(closed) == 2
     assert same(weights(run_dir), weights(finished(script)))
 
 
