@@ -61,7 +61,7 @@ ZOO = {  # environments, whether they are normalised, and the model's arguments
 
 
 class Episodes(BaseCallback):
-    """Notes time step and return of every episode that ends."""
+    """Notes time step and return of every episode that ends within the steps, which PPO fills up to whole rollouts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Episodes(BaseCallback):
 
     def _on_step(self) -> bool:
         for info in self.locals["infos"]:
-            if "episode" in info:
+            if "episode" in info and self.num_timesteps <= int(steps):
                 self.curve["step"].append(self.num_timesteps)
                 self.curve["return"].append(info["episode"]["r"])
         return True
