@@ -371,7 +371,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         save_now = stop or args.save_every and step // args.save_every > step_before // args.save_every
         if save_now or learnt == 0 < due or step // LOG_EVERY > step_before // LOG_EVERY:
             means = {name: sum(map(float, values)) / len(values) for name, values in metrics.items()}
-            if not all(x.isfinite().all() for x in agent.state_dict().values()):
+            if not sum(x.sum() for x in agent.state_dict().values()).isfinite():
                 raise SystemExit(f"\nthe agent became nan or inf before step {step}; {run_dir}/checkpoint.pt is older")
             if "charts/episodic_return" in means:
                 means["charts/episodes"] = len(metrics["charts/episodic_return"])

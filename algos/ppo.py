@@ -174,12 +174,10 @@ class Agent(nn.Module):
 
 def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
     """S_t = x_t + discount_t·S_{t+1}, backwards in time; all tensors (T, N)."""
-    sums = torch.empty_like(x)
-    following = torch.zeros_like(x[0])
-    for t in reversed(range(len(x))):
-        following = x[t] + discount[t] * following
-        sums[t] = following
-    return sums
+    sums = [torch.zeros_like(x[0])]
+    for x_t, discount_t in zip(reversed(x.unbind()), reversed(discount.unbind())):
+        sums.append(x_t + discount_t * sums[-1])
+    return torch.stack(sums[:0:-1])
 
 
 def compute_gae(
@@ -377,7 +375,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         save_now = stop or args.save_every and step // args.save_every > step_before // args.save_every
         if save_now or step_before == 0 or step // LOG_EVERY > step_before // LOG_EVERY:
             means = {name: sum(map(float, values)) / len(values) for name, values in metrics.items()}
-            if not all(x.isfinite().all() for x in agent.state_dict().values()):
+            if not sum(x.sum() for x in agent.state_dict().values()).isfinite():
                 raise SystemExit(f"\nthe agent became nan or inf before step {step}; {run_dir}/checkpoint.pt is older")
             if "charts/episodic_return" in means:
                 means["charts/episodes"] = len(metrics["charts/episodic_return"])

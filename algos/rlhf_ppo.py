@@ -196,12 +196,10 @@ def kl_penalised_rewards(
 
 def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
     """S_t = x_t + discount_t·S_{t+1}, backwards in time; all tensors (T, N)."""
-    sums = torch.empty_like(x)
-    following = torch.zeros_like(x[0])
-    for t in reversed(range(len(x))):
-        following = x[t] + discount[t] * following
-        sums[t] = following
-    return sums
+    sums = [torch.zeros_like(x[0])]
+    for x_t, discount_t in zip(reversed(x.unbind()), reversed(discount.unbind())):
+        sums.append(x_t + discount_t * sums[-1])
+    return torch.stack(sums[:0:-1])
 
 
 def compute_gae(

@@ -7,7 +7,7 @@
     python -m venv /tmp/trl_ppo && /tmp/trl_ppo/bin/pip install -r benchmark/peers/trl_ppo_requirements.txt  # rlhf_ppo
     python benchmark/run.py speed rlhf_ppo --peer-python /tmp/trl_ppo/bin/python
 
-Both do the same work with the same settings, one thread each; start-up is not counted. Only ratios within a run mean
+Both do the same work with the same settings, TensorBoard's curves included, one thread each; start-up is not counted. Only ratios within a run mean
 something on a busy machine.
 """
 
@@ -36,16 +36,18 @@ from stable_baselines3.common.env_util import make_vec_env
 torch.set_num_threads(1)
 settings = json.loads(sys.argv[1])
 env = make_vec_env("CartPole-v1", settings["num_envs"], seed=1)
-model = {"ppo": PPO, "a2c": A2C, "dqn": DQN}[settings["script"]]("MlpPolicy", env, device="cpu", seed=1, **settings["model"])
+kind = {"ppo": PPO, "a2c": A2C, "dqn": DQN}[settings["script"]]
+model = kind("MlpPolicy", env, device="cpu", seed=1, tensorboard_log=settings["logs"], **settings["model"])
 start = time.perf_counter()
-model.learn(settings["steps"])
+model.learn(settings["steps"], log_interval=settings["log_interval"])
 print(model.num_timesteps / (time.perf_counter() - start))
 """
 
-# the peer's arguments that equal our defaults on CartPole-v1
+# the peer's arguments that equal our defaults on CartPole-v1; both log about every 1,000 steps
 SETTINGS = {
     "ppo": {
         "num_envs": 16,
+        "log_interval": 2,  # rollouts of 512
         "model": {
             "n_steps": 32,
             "batch_size": 256,
@@ -55,9 +57,10 @@ SETTINGS = {
             "gamma": 0.98,
         },
     },
-    "a2c": {"num_envs": 16, "model": {"learning_rate": 1e-3}},
+    "a2c": {"num_envs": 16, "log_interval": 12, "model": {"learning_rate": 1e-3}},
     "dqn": {
         "num_envs": 20,
+        "log_interval": 20,  # episodes
         "model": {
             "learning_rate": 2.5e-4,
             "buffer_size": 10_000,
@@ -103,10 +106,10 @@ def ours(script: str, steps: int) -> float:
 
 def peers(peer_python: Path, script: str, steps: int) -> float:
     """The same of Stable-Baselines3 or TRL's PPO."""
-    if script != "rlhf_ppo":
-        command = [peer_python, "-c", SB3, json.dumps(SETTINGS[script] | {"script": script, "steps": steps})]
-        return float(output(command))
     with tempfile.TemporaryDirectory() as folder:
+        if script != "rlhf_ppo":
+            settings = SETTINGS[script] | {"script": script, "steps": steps, "logs": folder}
+            return float(output([peer_python, "-c", SB3, json.dumps(settings)]))
         command = [peer_python, PEERS / "trl_ppo.py", "--out", f"{folder}/out", "--total-episodes", str(steps)]
         output(command)
         ends = [json.loads(line)["seconds"] for line in (Path(folder) / "out" / "log.jsonl").read_text().splitlines()]
