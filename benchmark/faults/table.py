@@ -138,8 +138,8 @@ FAULTS = (
     Fault("a-run-is-overwritten", CONTROL, 'if (run_dir / "checkpoint.pt").exists() and not', "if False and not",
           "test_contract.py::test_a_folder_that_holds_a_run_is_never_overwritten"),
     # --- REINFORCE ---
-    Fault("reinforce-returns-not-discounted", "reinforce a2c ppo rlhf_ppo", "x[t] + discount[t] * following",
-          "x[t] + following", "test_reinforce.py::test_discounted_returns_are_the_hand_computed_rewards_to_go"),
+    Fault("reinforce-returns-not-discounted", "reinforce a2c ppo rlhf_ppo", "x_t + discount_t * sums[-1]",
+          "x_t + sums[-1]", "test_reinforce.py::test_discounted_returns_are_the_hand_computed_rewards_to_go"),
     Fault("reinforce-whole-return-for-every-step", "reinforce", "  # G_t = r_t + γ·G_{t+1}\n",
           "\n        returns = returns[:1].expand_as(returns)\n",
           "test_reinforce.py::test_an_update_is_a_step_up_the_gradient_of_one_whole_episode_of_each_environment",
