@@ -36,6 +36,22 @@ interval that misses 0 in about 5 % of all cases, for any number of seeds; a fal
 margin, so it is rarer.
 """
 
+PONG = """## Pong
+
+`ppo.py` on ALE/Pong-v5, one seed each, stopped while there was more to learn. Lines are means of bins of steps.
+
+| | |
+| --- | --- |
+| ![Pong on a CPU](../pictures/pong_on_a_cpu.png) | ![Pong on a GPU](../pictures/pong_on_a_gpu.png) |
+
+- Two cores, in pieces by `--resume`, 330 steps per second, 76 minutes alone: `OMP_NUM_THREADS=2 python algos/ppo.py
+  --env-id ALE/Pong-v5 --seed 1000 --total-timesteps 2000000 --num-envs 16 --num-steps 128 --num-minibatches 4
+  --clip-coef 0.1 --learning-rate 3e-4 --gamma 0.99`. The mean of the last 50 episodes is above 0 after 1,498,000 steps.
+- One H200 and five cores: `python algos/ppo.py --env-id ALE/Pong-v5 --seed 2 --num-envs 32 --num-steps 128
+  --num-minibatches 4 --clip-coef 0.1 --learning-rate 2.5e-4 --gamma 0.99 --total-timesteps 10000000`. The mean score is
+  above 0 after 1.4 M steps and 7.5 minutes, and 10 at 2.3 M.
+"""
+
 
 # --- numbers in words ---
 
@@ -284,8 +300,8 @@ def draw_measure(axes: Any, spec: Spec, measure: Measure, known: list[Reference]
 
 def write(out: Path, more: list[str]) -> None:
     """results/README.md and pictures/ in the folder `out`, with the sections of other rooms at the end."""
-    parts = [INTRO, tiers(), results(), learning_curves(out / "pictures"), against_peers(), published(), policies()]
-    parts += [METHOD, power(), alarms(), *more]
+    parts = [INTRO, tiers(), results(), learning_curves(out / "pictures"), PONG]
+    parts += [against_peers(), published(), policies(), METHOD, power(), alarms(), *more]
     path = out / "results" / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(part for part in parts if part))
