@@ -44,7 +44,8 @@ PONG = """## Pong
 | --- | --- |
 | ![Pong on a CPU](../pictures/pong_on_a_cpu.png) | ![Pong on a GPU](../pictures/pong_on_a_gpu.png) |
 
-- Two cores, in pieces by `--resume`, 330 steps per second, 76 minutes alone: `OMP_NUM_THREADS=2 python algos/ppo.py
+- Two cores, in pieces by `--resume`: 330 steps per second where nothing else ran, 159 minutes by the clock with much
+  that did: `OMP_NUM_THREADS=2 python algos/ppo.py
   --env-id ALE/Pong-v5 --seed 1000 --total-timesteps 2000000 --num-envs 16 --num-steps 128 --num-minibatches 4
   --clip-coef 0.1 --learning-rate 3e-4 --gamma 0.99`. The mean of the last 50 episodes is above 0 after 1,498,000 steps.
 - One H200 and five cores: `python algos/ppo.py --env-id ALE/Pong-v5 --seed 2 --num-envs 32 --num-steps 128
