@@ -323,9 +323,12 @@ def main(args: Args, saved: dict | None = None) -> None:
         for t in range(T):  # for t = 0, row t - 1 is the last of the rollout before
             action = act(torch.as_tensor(obs[t], device=device)).numpy()  # (N,) or (N, A)
             obs[t + 1], rewards[t], terminated[t], truncated, info = envs.step(action)
+            if "ALE/" in args.env_id:
+                rewards[t] = np.sign(rewards[t])
             actions[t], done[t] = action, np.maximum(terminated[t], truncated)
             mask[t] = 1 - done[t - 1]  # the row after `done` is the reset, not a step
-            discounted[t] = mask[t] * (rewards[t] + args.gamma * discounted[t - 1])
+            if args.normalize:
+                discounted[t] = mask[t] * (rewards[t] + args.gamma * discounted[t - 1])
             if done[t].any():
                 metrics["charts/episodic_return"].extend(info["raw"]["r"][done[t] > 0])
                 metrics["charts/episodic_length"].extend(info["raw"]["l"][done[t] > 0])
@@ -335,8 +338,6 @@ def main(args: Args, saved: dict | None = None) -> None:
         b_rewards, b_terminated, b_done, b_mask, b_discounted = torch.tensor(rollout, device=device)  # (T, N)
         steps = b_mask.flatten().nonzero().squeeze(-1)  # the rows of (T·N,) that count
         step_before, step = step, step + len(steps)
-        if "ALE/" in args.env_id:
-            b_rewards = b_rewards.sign()
         if args.normalize:
             agent.return_norm.update(b_discounted.flatten()[steps])
             b_rewards = (b_rewards / (agent.return_norm.var + 1e-8).sqrt()).clamp(-10, 10)

@@ -273,6 +273,8 @@ def main(args: Args, saved: dict | None = None) -> None:
         for t in range(T):
             action = act(torch.as_tensor(obs[t], device=device)).numpy()  # (N,) or (N, A)
             obs[t + 1], rewards[t], terminated[t], truncated, info = envs.step(action)
+            if "ALE/" in args.env_id:
+                rewards[t] = np.sign(rewards[t])
             actions[t], done[t] = action, np.maximum(terminated[t], truncated) * running
             mask[t] = running
             running = running - done[t]
@@ -289,8 +291,6 @@ def main(args: Args, saved: dict | None = None) -> None:
         b_rewards, _, b_done, b_mask = torch.tensor(rollout[:, : t + 1], device=device)  # (t + 1, N)
         steps = b_mask.flatten().nonzero().squeeze(-1)  # the rows of (T·N,) that count
         step_before, step = step, step + len(steps)
-        if "ALE/" in args.env_id:
-            b_rewards = b_rewards.sign()
         returns = discounted_sum(b_rewards, args.gamma * (1 - b_done))  # G_t = r_t + γ·G_{t+1}
         b_obs, b_actions, returns = (x.flatten(0, 1)[steps] for x in (b_obs, b_actions, returns))  # (B, …)
         returns = (returns - returns.mean()) / (returns.std(correction=0) + 1e-8)

@@ -364,6 +364,20 @@ def test_atari_trains_on_the_sign_of_rewards(script, tmp_path, monkeypatch):
     assert set(rewards.tolist()) == {0.0, 1.0}
 
 
+@actor_critics
+def test_atari_scales_the_sign_of_rewards_by_the_deviation_of_its_own_returns(script, tmp_path, monkeypatch):
+    module = importlib.import_module(script)
+    gae = spy_on(monkeypatch, module, "compute_gae")
+    flags = {"num_envs": 2, "total_timesteps": 200, "eval_episodes": 0, "device": "cpu"} | DEFAULTS[script]
+    flags |= {"num_steps": 100, "normalize": True, "gamma": 0.9}
+    module.main(module.Args(env_id="ALE/MsPacman-v5", run_dir=str(tmp_path / "run"), **flags))
+    (scaled, *_), _ = gae[0]
+    signs = (scaled > 0).float()
+    returns = module.discounted_sum(signs.flip(0), torch.full_like(signs, 0.9))
+    assert signs.any()
+    torch.testing.assert_close(scaled, (signs / returns.std(correction=0)).clamp(-10, 10), rtol=1e-4, atol=1e-6)
+
+
 def test_the_rendered_environment_of_atari_shows_the_policy_what_training_showed_it():
     rendered, native = (ppo.make_envs("ALE/Pong-v5", 1, kwargs) for kwargs in ({"render_mode": "rgb_array"}, {}))
     assert rendered.single_observation_space.shape == native.single_observation_space.shape == (4, 84, 84)
