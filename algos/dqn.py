@@ -11,7 +11,7 @@ Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (t
 
     python algos/dqn.py                                           # CartPole-v1, whose settings the defaults are: 492
     python algos/dqn.py --env-id LunarLander-v3 --buffer-size 100000 --train-every 4 --target-every 1000 \\
-        --learning-rate 6.3e-4 --loss huber --max-grad-norm 10  # 230
+        --learning-rate 6.3e-4 --loss huber --max-grad-norm 10  # 231
     python algos/dqn.py --env-id MountainCar-v0 --env-kwargs '{"max_episode_steps": 1000}' --num-envs 16 \\
         --train-every 4 --buffer-size 100000 --learning-rate 1e-3 --learning-starts 1000 --target-every 600  # -135
     python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --learning-rate 1e-4 --batch-size 32 \\

@@ -2,9 +2,11 @@
 
 import ast
 import fcntl
+import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import tyro
 from helpers import REPO
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -593,6 +596,54 @@ def test_references_fit_their_specs():
                 assert reference.steps == 1_000_000
             for figures in reference.seeds.values():
                 assert set(figures) <= {measure.tag for measure in spec.measures}
+
+
+def returns_of(reference):
+    """Mean and standard deviation over seeds of the final return and of the area, as README prints them."""
+    (figures,) = zip(*(figures.values() for figures in reference.seeds.values()))
+    seeds = np.array([(each["final"], np.mean(each["curve"])) for each in figures])
+    return np.stack([seeds.mean(0), seeds.std(0, ddof=1)]).T.flatten()
+
+
+def assert_rounded(said, exact):
+    """Numbers in a text, with README's minus, are those measured to the last digit that they show."""
+    for text, number in zip(said, exact, strict=True):
+        unit = 10.0 ** -len(text.partition(".")[2])
+        assert float(text.replace("−", "-")) == pytest.approx(number, abs=0.51 * unit)
+
+
+RETURNS = [s for s in specs.SPECS if s.measures[0].tag == "charts/episodic_return" and references.ours(s)]
+
+
+@pytest.mark.parametrize("spec", RETURNS, ids=lambda spec: spec.name)
+def test_readme_says_what_is_recorded(spec):
+    (row,) = re.findall(rf"(?m)^\| {spec.script} \| {spec.task}, .*", (REPO / "README.md").read_text())
+    numbers = re.findall(r"−?[\d.]+(?= ±)|(?<=± )[\d.]+", row)
+    exact = np.concatenate([returns_of(reference) for reference in references.load(spec)])
+    assert_rounded(numbers, exact)
+    assert f"| {len(references.ours(spec).seeds)} |" in row
+
+
+def test_readme_says_the_speeds_that_were_measured():
+    for script, kept in specs.results("speed").items():
+        (row,) = re.findall(rf"(?m)^\| {script}, .*/s .*", (REPO / "README.md").read_text())
+        ours, peer = np.median(kept["pairs"], 0)
+        ratios = [a / b for a, b in kept["pairs"]]
+        for part in (f"| {ours:,.0f} {kept['unit']} |", f", {peer:,.0f} |",
+                     f"| {np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"):  # fmt: skip
+            assert part in row
+
+
+@pytest.mark.parametrize("script", ["a2c", "dqn", "ppo"])
+def test_the_commands_of_a_docstring_end_where_it_says(script):
+    module = importlib.import_module(script)
+    command = r"(?m)^ *python algos/\w+\.py([^#\n]*)#.*?(-?\d+)$"
+    said = re.findall(command, module.__doc__.replace("\\\n", ""))
+    assert len(said) >= 3
+    for flags, figure in said:
+        args = tyro.cli(module.Args, args=[*specs.CONTROL, *shlex.split(flags)])
+        (spec,) = (s for s in RETURNS if s.script == script and tyro.cli(module.Args, args=s.flags) == args)
+        assert_rounded([figure], returns_of(references.ours(spec))[:1])
 
 
 def test_a_peer_compared_with_itself_passes():
