@@ -478,11 +478,16 @@ def test_what_trl_wrote_becomes_a_peer_by_the_tags_of_the_spec(monkeypatch, caps
     lines = [{f"objective/{x}": float(i) for x in ("scores", "kl", "rlhf_reward")} for i in range(8)]
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"train_runtime": 1}]))
-    record_trl.record("rlhf_ppo", [log, log])
+    evaluated = tmp_path / "trl_ppo.json"  # of the same run, from either of the folders that the trainers write
+    evaluated.write_text(
+        json.dumps([{"name": str(tmp_path / x), "share": share} for x, share in (("", 0.8), ("model", 0.9))])
+    )
+    record_trl.record("rlhf_ppo", [evaluated])
     (spec,) = (spec for spec in specs.SPECS if spec.script == "rlhf_ppo")
     ours, peer = references.load(spec)
     assert peer.name == "TRL 1.10.0" and list(peer.seeds) == ["1", "2"] and peer.steps == ours.steps
     assert peer.seeds["2"]["objective/kl"]["final"] == 5.5  # mean of the last four
+    assert [figures["evaluation/share"]["final"] for figures in peer.seeds.values()] == [0.8, 0.9]
     assert benchmark.main(["record-trl", "dpo", "/nowhere.json"]) == 2
     assert "error: /nowhere.json: no such file\n" in capsys.readouterr().err
 

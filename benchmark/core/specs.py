@@ -157,6 +157,7 @@ RLHF = (
     Measure("objective/scores", "score", margin=0.25, last=4),
     Measure("objective/gold", "gold reward", margin=0.25, last=4),
     Measure("objective/kl", "KL from the reference", higher=False, margin=0.4, last=4, start=0.0),
+    Measure("evaluation/share", "share of J* - J_ref", margin=0.25, start=0.0, optimum=lambda: 1.0),
 )
 GRPO = (
     Measure("objective/scores", "score", margin=0.25, last=4),
@@ -229,7 +230,7 @@ SPECS = (
          peer="trl_dpo_preferences.json",
          evaluation=EVALUATE),
     Spec("rlhf_ppo", "prompts", {"quick": 1, "full": 5}, 4, RLHF, (*CPU, "--gold", "{benchmark}/world/grammar.py"),
-         peer="trl_rlhf_ppo_prompts.json"),
+         peer="trl_rlhf_ppo_prompts.json", evaluation=EVALUATE),
     Spec("grpo", "prompts", {"quick": 1, "full": 5}, 3, GRPO, (*CPU, "--save-every", "8"), peer="trl_grpo_prompts.json",
          evaluation=EVALUATE),
     Spec("ppo", "Pong", {"atari": 1}, 150, returns(-20.7, optimum=21.0),

@@ -3,17 +3,12 @@
     for s in 1 2 3; do /tmp/trl/bin/python benchmark/peers/trl_reward_model.py train --seed $s > runs/trl_rm_$s; done
     python benchmark/run.py record-trl reward_model runs/trl_rm_*
 
-    for s in 1 2 3; do /tmp/trl/bin/python benchmark/peers/trl_dpo.py train --seed $s --out runs/trl_dpo_$s; done
-    python benchmark/run.py evaluate runs/trl_dpo_* --beta 0.5 --golds runs/golds.json --json runs/trl_dpo.json
-    python benchmark/run.py record-trl dpo runs/trl_dpo.json
-
-    for s in 1 2 3; do /tmp/trl_ppo/bin/python benchmark/peers/trl_ppo.py --seed $s --out runs/trl_ppo_$s; done
-    python benchmark/run.py record-trl rlhf_ppo runs/trl_ppo_*/log.jsonl
-
-    for s in 1 2 3; do /tmp/trl/bin/python benchmark/peers/trl_grpo.py train --seed $s --out runs/trl_grpo_$s; done
-    python benchmark/run.py evaluate runs/trl_grpo_* --beta 0.5 --prompts 1000 --reference-samples 30000 \\
-        --golds runs/golds.json --json runs/trl_grpo.json
-    python benchmark/run.py record-trl grpo runs/trl_grpo.json  # and the log.jsonl in the folders that it names
+    for s in 1 2 3; do /tmp/trl/bin/python benchmark/peers/trl_dpo.py train --seed $s --out runs/trl_dpo/$s; done
+    for s in 1 2 3; do /tmp/trl/bin/python benchmark/peers/trl_grpo.py train --seed $s --out runs/trl_grpo/$s; done
+    for s in 1 2 3; do /tmp/trl_ppo/bin/python benchmark/peers/trl_ppo.py --seed $s --out runs/trl_ppo/$s; done
+    python benchmark/run.py evaluate runs/trl_dpo/* --beta 0.5 --prompts 1000 --reference-samples 30000 \\
+        --golds runs/golds.json --json runs/trl_dpo.json        # prompts and samples are those of our specs
+    python benchmark/run.py record-trl dpo runs/trl_dpo.json    # so grpo too, and rlhf_ppo of runs/trl_ppo/*/model
 
 Seeds are numbered in the order given. Run the trainers with OMP_NUM_THREADS=1 where several run side by side.
 """
@@ -36,34 +31,32 @@ TRAINERS = {  # with script and requirements
     "rlhf_ppo": ("PPOTrainer", "trl_ppo.py", "trl_ppo_requirements.txt"),
     "grpo": ("GRPOTrainer", "trl_grpo.py", "trl_requirements.txt"),
 }
-PPO_TAGS = ("objective/scores", "objective/kl", "objective/rlhf_reward")
+LOGGED = {  # tag of ours, and what the trainer calls it in the log.jsonl that its script writes
+    "rlhf_ppo": {tag: tag for tag in ("objective/scores", "objective/kl", "objective/rlhf_reward")},
+    "grpo": {"objective/scores": "reward"},
+}
 
 
-def figures(script: str, path: Path) -> list[Figures]:
-    """Figures of each seed that a file holds, by the tags of the script's spec."""
-    lines = [line for line in path.read_text().splitlines() if line.startswith("{")]
-    if script == "dpo":
-        return [
-            {f"evaluation/{x}": {"final": row[x]} for x in ("share", "gold", "kl")}
-            for row in json.loads(path.read_text())
-        ]
-    if script == "grpo":
-        return [grpo_figures(row) for row in json.loads(path.read_text())]
-    if script == "reward_model":
+def figures(spec: specs.Spec, path: Path) -> list[Figures]:
+    """Figures of each seed that a file holds, by the tags of the spec."""
+    if spec.script == "reward_model":
+        lines = [line for line in path.read_text().splitlines() if line.startswith("{")]
         after = json.loads(lines[-1])["after"]
         return [{"eval/accuracy": {"final": after["accuracy"]}, "eval/loss": {"final": after["loss"]}}]
-    rows = [row for row in map(json.loads, lines) if "objective/scores" in row]
-    steps, ones = np.arange(1, len(rows) + 1), np.ones(len(rows))
-    values = {tag: np.array([row[tag] for row in rows]) for tag in PPO_TAGS}
-    return [{tag: figures_of(steps, values[tag], ones, len(rows), 4) for tag in PPO_TAGS}]
+    return [policy_figures(spec, row) for row in json.loads(path.read_text())]
 
 
-def grpo_figures(row: dict[str, Any]) -> Figures:
-    """Figures of a policy by run.py evaluate, and the score of each update that trl_grpo.py logged in its folder."""
-    scores = np.array([json.loads(line)["reward"] for line in (Path(row["name"]) / "log.jsonl").open()])
-    steps, ones = np.arange(1, len(scores) + 1), np.ones(len(scores))
-    curve = {"objective/scores": figures_of(steps, scores, ones, len(scores), 4)}
-    return curve | {f"evaluation/{name}": {"final": row[name]} for name in ("share", "gold")}
+def policy_figures(spec: specs.Spec, row: dict[str, Any]) -> Figures:
+    """Figures of a policy by run.py evaluate, and curves of what the trainer logged of each update."""
+    tags = [measure.tag for measure in spec.measures if measure.tag.startswith("evaluation/")]
+    found = {tag: {"final": row[tag.removeprefix("evaluation/")]} for tag in tags}
+    folder = Path(row["name"])
+    for tag, name in LOGGED.get(spec.script, {}).items():
+        log = (folder.parent if folder.name == "model" else folder) / "log.jsonl"
+        values = np.array([line[name] for line in map(json.loads, log.open()) if name in line])
+        steps, ones = np.arange(1, len(values) + 1), np.ones(len(values))
+        found[tag] = figures_of(steps, values, ones, len(values), 4)
+    return found
 
 
 def record(script: str, files: list[Path]) -> None:
@@ -75,7 +68,7 @@ def record(script: str, files: list[Path]) -> None:
     trainer, peer, requirements = TRAINERS[script]
     pinned = (Path(__file__).parent / requirements).read_text()
     versions = dict(re.findall(r"^(\S+)==(\S+)$", pinned, re.MULTILINE))
-    found = [one for path in files for one in figures(script, path)]
+    found = [one for path in files for one in figures(spec, path)]
     content = {
         "library": f"TRL {versions['trl']}",
         "script": f"{trainer}, benchmark/peers/{peer}",
