@@ -86,7 +86,8 @@ class Args:
     exploration_fraction: float = 0.5  # share of total_timesteps over which ε falls linearly
 
     def __post_init__(self) -> None:
-        json.loads(self.env_kwargs)  # raises a ValueError
+        if type(json.loads(self.env_kwargs)) is not dict:
+            raise ValueError("env-kwargs must be a JSON object")
         if min(self.total_timesteps, self.num_envs, self.batch_size, self.train_every, self.target_every) < 1:
             raise ValueError("total-timesteps, num-envs, batch-size, train-every and target-every must be at least 1")
         if self.buffer_size < 8 * self.num_envs:
@@ -217,19 +218,19 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.Vector
     if atari:
         env_id, kwargs = "ale_py:" + env_id.split(":")[-1], {"repeat_action_probability": 0.0} | kwargs
     if atari and "render_mode" not in kwargs:
-        kwargs["reward_clipping"] = False  # main takes the sign, after the statistics
+        kwargs = {"use_fire_reset": False} | kwargs | {"reward_clipping": False}  # main takes the sign
     elif atari:  # the native vector environment cannot be rendered
         wrappers = [AtariPreprocessing, lambda env: FrameStackObservation(env, 4, padding_type="zero")]
         kwargs |= {"vectorization_mode": "sync", "frameskip": 1, "wrappers": wrappers}
     envs = gym.make_vec(env_id, num_envs, **kwargs)
     obs, action = envs.single_observation_space, envs.single_action_space
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise SystemExit(f"{env_id}: its vector version does not reset at the next step (AutoresetMode.NEXT_STEP)")
+        raise SystemExit(f"{env_id}: its vector version does not declare AutoresetMode.NEXT_STEP in its metadata")
     if "ale_py" in str(envs.spec.entry_point) and not atari:
         raise SystemExit(f"{env_id} shows raw frames: use ALE/<Game>-v5, whose frames are preprocessed")
     if not isinstance(obs, Discrete) and not (isinstance(obs, Box) and 1 <= len(obs.shape) <= 3):
         raise SystemExit(f"{env_id}: observations must be Discrete or a Box of one to three dimensions, not {obs}")
-    envs = wrap.RecordEpisodeStatistics(envs, stats_key="raw")
+    envs = wrap.RecordEpisodeStatistics(envs, stats_key="episode_statistics")
     if isinstance(obs, Discrete):
         envs = wrap.FlattenObservation(envs)
     if isinstance(action, Box) and len(action.shape) == 1 and action.dtype.kind == "f":
@@ -249,7 +250,7 @@ def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: torch.device)
         action = agent.act(torch.as_tensor(obs, device=device), greedy=True).numpy()
         obs, reward, terminated, truncated, _ = envs.step(action)
         returns += np.where(running, reward, 0)
-        running &= ~(terminated | truncated)
+        running &= ~np.logical_or(terminated, truncated)
         if not running.any():
             break
     else:
@@ -304,10 +305,9 @@ def main(args: Args, saved: dict | None = None) -> None:
     is_step = np.ones(args.num_envs, bool)
     name = f"runs/{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.run_dir or name)
-    if (run_dir / "checkpoint.pt").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
+    if (run_dir / "checkpoint.pt").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"] or "/")):
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     print(f"run directory: {run_dir}")
     if args.track:
         import wandb
@@ -326,6 +326,7 @@ def main(args: Args, saved: dict | None = None) -> None:
             state |= {name: module.state_dict() for name, module in modules.items()}
             torch.save(state, run_dir / "checkpoint.tmp")
             (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
+            (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         if stop:
             break
 
@@ -337,11 +338,11 @@ def main(args: Args, saved: dict | None = None) -> None:
             reward = np.sign(reward)
         buffer.add(obs, actions=action, rewards=reward, terminated=terminated, is_step=is_step)
         step_before, step = step, step + int(is_step.sum())
-        done = terminated | truncated
+        done = np.logical_or(terminated, truncated)
         is_step = ~done  # the row after `done` is the reset, not a step
         if done.any():
-            metrics["charts/episodic_return"].extend(info["raw"]["r"][done])
-            metrics["charts/episodic_length"].extend(info["raw"]["l"][done])
+            metrics["charts/episodic_return"].extend(info["episode_statistics"]["r"][done])
+            metrics["charts/episodic_length"].extend(info["episode_statistics"]["l"][done])
 
         # ===== compute targets =====
         learnt, due = (max(0, s - args.learning_starts) // args.train_every for s in (step_before, step))
@@ -371,7 +372,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         save_now = stop or args.save_every and step // args.save_every > step_before // args.save_every
         if save_now or learnt == 0 < due or step // LOG_EVERY > step_before // LOG_EVERY:
             means = {name: sum(map(float, values)) / len(values) for name, values in metrics.items()}
-            if not sum(x.sum() for x in agent.state_dict().values()).isfinite():
+            if not (sum(x.sum() for x in agent.state_dict().values()) + means.get("losses/td_loss", 0)).isfinite():
                 raise SystemExit(f"\nthe agent became nan or inf before step {step}; {run_dir}/checkpoint.pt is older")
             if "charts/episodic_return" in means:
                 means["charts/episodes"] = len(metrics["charts/episodic_return"])
@@ -385,6 +386,7 @@ def main(args: Args, saved: dict | None = None) -> None:
 
     # ===== evaluate =====
     bar.close()
+    envs.close()
     if caught:
         raise SystemExit(f"stopped at step {step}; to go on: python {sys.argv[0]} --resume {str(run_dir)!r}")
     for number in signals:

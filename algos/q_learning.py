@@ -111,17 +111,16 @@ def main(args: Args, saved: dict | None = None) -> None:
     if isinstance(P := getattr(envs.envs[0].unwrapped, "P", None), dict):
         tables["optimal_return"] = optimal_q = value_iteration(P, args.gamma)
         known = {(s, a, *outcome) for s in P for a in P[s] for _, *outcome in P[s][a]}
-    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs, LOG_EVERY, stats_key="raw")
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs, LOG_EVERY, stats_key="episode_statistics")
     step = saved["step"] if saved else 0
     if saved:
         q[:], visits[:] = saved["agent"]["q"], saved["agent"]["visits"]
         if args.seed == saved["args"]["seed"]:
             torch.set_rng_state(saved["rng"])
     run_dir = Path(args.run_dir or f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}")
-    if (run_dir / "checkpoint.pt").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
+    if (run_dir / "checkpoint.pt").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"] or "/")):
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     print(f"run directory: {run_dir}")
     if args.track:
         import wandb
@@ -172,6 +171,7 @@ def main(args: Args, saved: dict | None = None) -> None:
             state = {"script": SCRIPT, "args": asdict(args), "step": step, "rng": torch.get_rng_state()}
             torch.save(state | {"agent": agent}, run_dir / "checkpoint.tmp")
             (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
+            (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         bar.update(step - step_before)
         if caught and last:
             raise SystemExit(f"\nstopped at step {step}; to go on: python {sys.argv[0]} --resume {str(run_dir)!r}")
@@ -181,13 +181,14 @@ def main(args: Args, saved: dict | None = None) -> None:
         signal.signal(number, signal.SIG_DFL)
     (run_dir / "model.safetensors").write_bytes(save(agent))
     for name, table in tables.items() if args.eval_episodes > 0 else ():
+        envs.close()
         envs = gym.make_vec(args.env_id, args.eval_episodes, "sync", None, **json.loads(args.env_kwargs))
         obs, _ = envs.reset(seed=1000 * abs(args.seed))  # episode i has this seed + i, for both tables
         returns, running = np.zeros(len(obs)), np.ones(len(obs), dtype=bool)
         for _ in range(MAX_EVAL_STEPS):
             obs, reward, terminated, truncated, _ = envs.step(table[obs].argmax(-1).numpy())
             returns += np.where(running, reward, 0)
-            running &= ~(terminated | truncated)
+            running &= ~np.logical_or(terminated, truncated)
             if not running.any():
                 break
         writer.add_scalar(f"eval/{name}_mean", returns.mean(), step)

@@ -67,7 +67,8 @@ class Args:
     gamma: float = 0.99  # discount γ
 
     def __post_init__(self) -> None:
-        json.loads(self.env_kwargs)  # raises a ValueError
+        if type(json.loads(self.env_kwargs)) is not dict:
+            raise ValueError("env-kwargs must be a JSON object")
         if self.total_timesteps < 1 or self.num_envs < 1 or self.num_steps < 2 or not 0 <= self.gamma <= 1:
             raise ValueError("total-timesteps and num-envs must be at least 1, num-steps 2, gamma between 0 and 1")
 
@@ -122,7 +123,7 @@ class Agent(nn.Module):
         if self.is_image:
             planes = obs if obs.ndim == 4 else obs.unsqueeze(1)  # (B, C, H, W)
             return self.cnn((planes.movedim(-1, 1) if planes.shape[-1] < planes.shape[1] else planes) / 255)
-        return self.obs_norm(obs).flatten(1).float()
+        return self.obs_norm(obs.float()).flatten(1)
 
     def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """log π(a|s) and entropy of π(·|s), (B,) each, of observations (B, *obs) and actions (B,) or (B, A)."""
@@ -137,7 +138,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
         """Draw actions from π(·|s) (Gumbel-max), or take the likeliest: (B,) integers or (B, A) floats, on the CPU."""
-        policy = self.actor(self.features(obs)).cpu()  # whose random numbers a checkpoint keeps
+        policy = self.actor(self.features(obs)).cpu()  # a checkpoint keeps the CPU's random numbers
         if self.discrete:
             return (policy if greedy else policy - torch.empty_like(policy).exponential_().log()).argmax(-1)
         return policy if greedy else policy + self.log_std.exp().cpu() * torch.randn_like(policy)
@@ -165,19 +166,19 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.Vector
     if atari:
         env_id, kwargs = "ale_py:" + env_id.split(":")[-1], {"repeat_action_probability": 0.0} | kwargs
     if atari and "render_mode" not in kwargs:
-        kwargs["reward_clipping"] = False  # main takes the sign, after the statistics
+        kwargs = {"use_fire_reset": False} | kwargs | {"reward_clipping": False}  # main takes the sign
     elif atari:  # the native vector environment cannot be rendered
         wrappers = [AtariPreprocessing, lambda env: FrameStackObservation(env, 4, padding_type="zero")]
         kwargs |= {"vectorization_mode": "sync", "frameskip": 1, "wrappers": wrappers}
     envs = gym.make_vec(env_id, num_envs, **kwargs)
     obs, action = envs.single_observation_space, envs.single_action_space
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise SystemExit(f"{env_id}: its vector version does not reset at the next step (AutoresetMode.NEXT_STEP)")
+        raise SystemExit(f"{env_id}: its vector version does not declare AutoresetMode.NEXT_STEP in its metadata")
     if "ale_py" in str(envs.spec.entry_point) and not atari:
         raise SystemExit(f"{env_id} shows raw frames: use ALE/<Game>-v5, whose frames are preprocessed")
     if not isinstance(obs, Discrete) and not (isinstance(obs, Box) and 1 <= len(obs.shape) <= 3):
         raise SystemExit(f"{env_id}: observations must be Discrete or a Box of one to three dimensions, not {obs}")
-    envs = wrap.RecordEpisodeStatistics(envs, stats_key="raw")
+    envs = wrap.RecordEpisodeStatistics(envs, stats_key="episode_statistics")
     if isinstance(obs, Discrete):
         envs = wrap.FlattenObservation(envs)
     if isinstance(action, Box) and len(action.shape) == 1 and action.dtype.kind == "f":
@@ -197,7 +198,7 @@ def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: torch.device)
         action = agent.act(torch.as_tensor(obs, device=device), greedy=True).numpy()
         obs, reward, terminated, truncated, _ = envs.step(action)
         returns += np.where(running, reward, 0)
-        running &= ~(terminated | truncated)
+        running &= ~np.logical_or(terminated, truncated)
         if not running.any():
             break
     else:
@@ -242,10 +243,9 @@ def main(args: Args, saved: dict | None = None) -> None:
     metrics = defaultdict(list)
     name = f"runs/{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.run_dir or name)
-    if (run_dir / "checkpoint.pt").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
+    if (run_dir / "checkpoint.pt").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"] or "/")):
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     print(f"run directory: {run_dir}")
     if args.track:
         import wandb
@@ -264,6 +264,7 @@ def main(args: Args, saved: dict | None = None) -> None:
             state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, run_dir / "checkpoint.tmp")
             (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
+            (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         if stop:
             break
 
@@ -279,9 +280,9 @@ def main(args: Args, saved: dict | None = None) -> None:
             mask[t] = running
             running = running - done[t]
             if done[t].any():
-                metrics["charts/episodic_return"].extend(info["raw"]["r"][done[t] > 0])
-                metrics["charts/episodic_length"].extend(info["raw"]["l"][done[t] > 0])
-            if not running.any() or step + mask[: t + 1].sum() >= args.total_timesteps:
+                metrics["charts/episodic_return"].extend(info["episode_statistics"]["r"][done[t] > 0])
+                metrics["charts/episodic_length"].extend(info["episode_statistics"]["l"][done[t] > 0])
+            if caught or not running.any() or step + mask[: t + 1].sum() >= args.total_timesteps:
                 break
         if running.any():
             tqdm.write(f"step {step}: {running.sum():.0f} of {N} training episodes were cut after {t + 1} steps")
@@ -327,6 +328,7 @@ def main(args: Args, saved: dict | None = None) -> None:
 
     # ===== evaluate =====
     bar.close()
+    envs.close()
     if caught:
         raise SystemExit(f"stopped at step {step}; to go on: python {sys.argv[0]} --resume {str(run_dir)!r}")
     for number in signals:

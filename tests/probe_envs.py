@@ -131,7 +131,7 @@ class Staggered(VectorEnv):
     """Native vector environment whose episodes last 4 steps in env 0 and 1 and 6 in the others; returns are 4, 8, 6, 6 …
 
     With `trap`, the rows that must not count carry nonsense: a huge reward in the reset row, and a huge final
-    observation of terminated episodes. With `growth`, later episodes are worth more.
+    observation of terminated episodes. With `growth`, later episodes are worth more. `flags` is the type of the ends.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
@@ -144,8 +144,9 @@ class Staggered(VectorEnv):
         longest=6,
         growth=0,
         autoreset_mode=AutoresetMode.NEXT_STEP,
+        flags=bool,
     ):
-        self.num_envs, self.trap, self.growth = num_envs, trap, growth
+        self.num_envs, self.trap, self.growth, self.flags = num_envs, trap, growth, flags
         self.metadata = {"autoreset_mode": autoreset_mode}
         self.single_observation_space, self.single_action_space = Box(-np.inf, np.inf, (2,), np.float32), Discrete(2)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -170,7 +171,7 @@ class Staggered(VectorEnv):
         self.over = self.time == self.length
         reward = np.where(fresh, 1e6 if self.trap else 0.0, self.gain + self.growth * self.episode)
         shown = np.where(self.over[:, None] & (self.trap is True), np.float32(1e6), self.state)
-        return shown.copy(), reward, self.over.copy(), np.zeros(self.num_envs, bool), {}
+        return shown.copy(), reward, self.over.astype(self.flags), np.zeros(self.num_envs, self.flags), {}
 
 
 class Spike(Probe):
@@ -246,6 +247,8 @@ for name, kwargs in (
     ("StaggeredTrap", {"trap": True}),
     ("StaggeredGrowing", {"longest": 11, "growth": 1}),
     ("SameStep", {"autoreset_mode": AutoresetMode.SAME_STEP}),
+    ("StaggeredIntegers", {"flags": np.int64}),
+    ("StaggeredFloats", {"flags": np.float32}),
 ):
     gym.register(f"{name}-v0", vector_entry_point=Staggered, kwargs=kwargs)
 
@@ -278,7 +281,26 @@ class Endless(Probe):
     """Never ends, and has no time limit."""
 
 
+class Guarded(Probe):
+    """Booleans of which at most two environments may be open at once; its info has keys of its own."""
+
+    observation_space = Box(0, 1, (3,), bool)
+    open = 0
+
+    def __init__(self):
+        Guarded.open += 1
+        assert Guarded.open <= 2
+
+    def step(self, action):
+        obs, reward, over, cut, _ = super().step(action)
+        return obs, reward, over, cut, {"raw": 1, "episode": 2}
+
+    def close(self):
+        Guarded.open -= 1
+
+
 gym.register("Endless-v0", entry_point=Endless)
+gym.register("Guarded-v0", entry_point=Guarded, max_episode_steps=10)
 gym.register("StaggeredRewardTrap-v0", vector_entry_point=Staggered, kwargs={"trap": "reward"})
 
 

@@ -629,6 +629,21 @@ def test_readme_says_what_is_recorded(spec):
     assert f"| {len(references.ours(spec).seeds)} |" in row
 
 
+@pytest.mark.parametrize(
+    ("script", "tag"),
+    [("sft", "eval/loss"), ("reward_model", "eval/accuracy")]
+    + [(script, "evaluation/share") for script in ("dpo", "rlhf_ppo", "grpo")],
+)
+def test_readme_says_what_the_language_scripts_reach(script, tag):
+    (row,) = re.findall(rf"(?m)^\| {script}(?:, β = 0\.5)? \| .*", (REPO / "README.md").read_text())
+    (spec,) = (spec for spec in specs.SPECS if spec.script == script)
+    exact = []
+    for reference in references.load(spec):
+        finals = [figures[tag]["final"] for figures in reference.seeds.values()]
+        exact += [np.mean(finals), np.std(finals, ddof=1)]
+    assert_rounded(re.findall(r"[\d.]+(?= ±)|(?<=± )[\d.]+", row), exact)
+
+
 def test_readme_says_the_speeds_that_were_measured():
     for script, kept in specs.results("speed").items():
         (row,) = re.findall(rf"(?m)^\| {script}, .*/s .*", (REPO / "README.md").read_text())

@@ -365,6 +365,17 @@ def test_a_learning_rate_given_on_resume_is_the_optimisers(once, script):
     assert load("run")["optimizer"]["param_groups"][0]["lr"] == 0.125
 
 
+@scripts
+def test_steps_per_second_of_a_resumed_run_are_its_own(once, script, monkeypatch):
+    bar = importlib.import_module(script).tqdm
+    monkeypatch.setattr(
+        bar, "format_dict", property(lambda self, get=bar.format_dict.fget: get(self) | {"elapsed": 2.0})
+    )
+    resume(script, once(script, HALF), "run")
+    last, speed = scalars(Path("run"), "charts/SPS")[-1]
+    assert speed == pytest.approx((last - load(once(script, HALF))["step"]) / 2)
+
+
 @policy_gradients
 def test_the_learning_rate_falls_over_the_steps_of_a_run_and_its_resumption_together(once, script):
     done = load(once(script, HALF))["step"]
@@ -376,9 +387,10 @@ def test_the_learning_rate_falls_over_the_steps_of_a_run_and_its_resumption_toge
 def test_a_finished_run_is_only_evaluated_and_trains_on_when_more_steps_are_asked_for(once, script, capsys):
     shutil.copytree(once(script, HALF), "run")
     before = load("run")
-    invoke(script, "--resume", "run", "--eval-episodes", 5)
+    invoke(script, "--resume", "run", "--eval-episodes", 5, "--learning-rate", 7)
     assert "over 5 greedy episodes" in capsys.readouterr().out
     after = load("run")
+    assert args_of("run") == args_of(once(script, HALF))  # which made the weights
     assert all(same(after[key], before[key]) for key in ("agent", "optimizer", "step", "rng"))
     assert same(weights(Path("run")), weights(once(script, HALF)))
     assert len(scalars(Path("run"), "charts/SPS")) == len(scalars(once(script, HALF), "charts/SPS"))
@@ -430,14 +442,18 @@ def test_what_is_no_checkpoint_is_an_error(once, script):
 
 
 @scripts
-def test_a_folder_that_holds_a_run_is_never_overwritten(once, script):
+def test_a_folder_that_holds_a_run_is_never_overwritten(once, script, monkeypatch):
     shutil.copytree(once(script, HALF), "run")
     before = contents("run")
     with pytest.raises(SystemExit, match="run holds a run: choose another --run-dir, or .*--resume run"):
         train(script, "run")
     with pytest.raises(SystemExit, match="run holds a run"):
         resume(script, once(script, HALF), "other", "--run-dir", "run")
-    assert contents("run") == before
+    shutil.copy("run/checkpoint.pt", "copy.pt")  # of an earlier moment, say
+    monkeypatch.chdir("run")
+    with pytest.raises(SystemExit, match=". holds a run"):
+        invoke(script, "--resume", "../copy.pt", "--run-dir", ".")
+    assert contents(".") == before
 
 
 @scripts
@@ -575,6 +591,13 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_leaves_a_finite_checkpoin
     assert not Path("run/model.safetensors").exists()
 
 
+def test_an_infinite_loss_ends_dqn_though_its_clipped_gradient_stays_finite():
+    huber = ["--env-kwargs", '{"kind": "inf", "at": 150}', "--save-every", 1, "--loss", "huber", "--max-grad-norm", 10]
+    with pytest.raises(SystemExit, match="became nan or inf"):
+        train("dqn", "run", "--env-id", "probe_envs:Trouble-v0", *huber)
+    assert 0 < load("run")["step"] <= 4 * 160 and not Path("run/model.safetensors").exists()
+
+
 @policy_gradients
 @pytest.mark.parametrize("at", [150, WHOLE // 4 - 1], ids=["in the middle", "in the last rollout"])
 def test_an_infinite_observation_ends_a_run_that_normalises_and_leaves_a_finite_checkpoint(script, at):
@@ -611,6 +634,21 @@ def test_reinforce_cuts_training_episodes_and_stops_at_the_steps_asked_for(capsy
     assert load("whole")["step"] == 1000
 
 
+def test_reinforce_is_stopped_within_an_episode_that_does_not_end(monkeypatch):
+    agent = importlib.import_module("reinforce").Agent
+    act, calls = agent.act, itertools.count(1)
+
+    def interrupted(*args):
+        if next(calls) == 50:
+            signal.raise_signal(signal.SIGTERM)
+        return act(*args)
+
+    monkeypatch.setattr(agent, "act", interrupted)
+    with pytest.raises(SystemExit, match="stopped at step 200;"):
+        train("reinforce", "run", "--env-id", "probe_envs:Endless-v0", steps=100_000)
+    assert load("run")["step"] == 200
+
+
 # --- bad flags ---
 
 BAD_FLAGS = {
@@ -618,6 +656,7 @@ BAD_FLAGS = {
     "--total-timesteps 0": "total-timesteps",
     "--gamma 1.5": "gamma",
     "--env-kwargs {length:4}": "property name enclosed in double quotes",
+    "--env-kwargs []": "JSON object",
     "--num-envs many": "num-envs",
     "--numb-envs 4": "--numb-envs",
 }
@@ -625,6 +664,7 @@ OWN_BAD_FLAGS = {
     "reinforce": {"--num-steps 0": "num-steps"},
     "a2c": {"--gae-lambda 1.1": "gae-lambda", "--num-steps 1": "num-steps"},
     "ppo": {"--gae-lambda -1": "gae-lambda", "--num-steps 1": "num-steps", "--num-minibatches 257": "num-minibatches"}
+    | {"--num-steps 3 --num-envs 2 --num-minibatches 3": "num-minibatches"}
     | {"--num-minibatches 0": "num-minibatches", "--clip-coef -0.1": "clip-coef", "--clip-coef nan": "clip-coef"},
     "dqn": {"--learning-starts 500000": "learning-starts", "--buffer-size 10": "buffer-size", "--loss l1": "loss"}
     | {"--epsilon-end 2": "epsilon-end", "--exploration-fraction nan": "exploration-fraction"},

@@ -37,6 +37,44 @@ def train(script, tmp_path, env_id, **flags):
 # --- resets and ends of episodes ---
 
 
+@all_scripts
+@pytest.mark.parametrize("kind", ["Integers", "Floats"])
+def test_ends_of_episodes_may_be_numbers_instead_of_booleans(script, kind, tmp_path):
+    flags = {"total_timesteps": 300, "eval_episodes": 3}
+    plain, numbers = (train(script, tmp_path, f"Staggered{name}-v0", **flags) for name in ("", kind))
+    assert all(torch.equal(x, weights(numbers)[name]) for name, x in weights(plain).items())
+    for tag in ("charts/episodic_return", "eval/return_mean"):
+        assert scalars(plain, tag) == scalars(numbers, tag) != []
+
+
+@all_scripts
+def test_every_finished_episode_is_logged_once(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.import_module(script), "LOG_EVERY", 50)
+    logged = scalars(train(script, tmp_path, "Clock-v0", total_timesteps=300), "charts/episodes")
+    steps = 3 * sum(episodes for _, episodes in logged)
+    assert len(logged) >= 4 and logged[-1][0] - 2 * 4 <= steps <= logged[-1][0]  # the rest is unfinished
+
+
+@all_scripts
+def test_training_closes_its_environments_before_evaluation_and_an_info_may_have_any_keys(script, tmp_path):
+    normalize = {} if script == "dqn" else {"normalize": True}
+    run_dir = train(script, tmp_path, "Guarded-v0", num_envs=2, total_timesteps=200, eval_episodes=2, **normalize)
+    assert scalars(run_dir, "eval/return_mean")[0][1] == 10 and probe_envs.Guarded.open == 0
+
+
+@all_scripts
+def test_evaluation_draws_its_environments_from_torchs_seed(script):
+    module = importlib.import_module(script)
+    agent = (module.QNetwork if script == "dqn" else module.Agent)(
+        Box(-1, 1, (3,)), Discrete(2), *([] if script == "dqn" else [False])
+    )
+    returns = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        returns.append(module.evaluate(agent, module.make_envs("probe_envs:Scaled-v0", 5, {}), torch.device("cpu")))
+    assert (returns[0] == returns[1]).all() and (returns[0] != returns[2]).all()
+
+
 @actor_critics
 def test_constant_reward_under_truncation_is_worth_1_over_1_minus_gamma(script, tmp_path):
     run_dir = train(script, tmp_path, "Probe-v0", gamma=0.9, learning_rate=3e-3, total_timesteps=12_000, num_steps=16)
@@ -256,6 +294,15 @@ def test_the_discounted_return_goes_on_from_one_rollout_to_the_next(script, tmp_
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=0)
 
 
+@actor_critics
+def test_the_discounted_return_ends_with_the_episode(script, tmp_path, monkeypatch):
+    module = importlib.import_module(script)
+    updates = spy_on(monkeypatch, module.RunningNorm, "update")
+    train(script, tmp_path, "OneStep-v0", normalize=True, total_timesteps=200)
+    returns = torch.cat([x for (norm, x), _ in updates if norm.mean.shape == ()])
+    assert len(returns) >= 200 and set(returns.tolist()) == {0.0, 1.0}
+
+
 @policy_gradients
 def test_the_last_learning_rate_is_that_of_the_last_update(script, tmp_path):
     flags = {"total_timesteps": 400, "learning_rate": 0.1, "anneal_lr": True}
@@ -347,10 +394,10 @@ def test_atari_environments_give_raw_scores_without_sticky_actions(env_id):
     obs, _ = envs.reset(seed=0)
     assert obs.shape == (2, 4, 84, 84) and obs.dtype == np.uint8
     rng, seen, info = np.random.default_rng(0), set(), {}
-    while "raw" not in info:
+    while "episode_statistics" not in info:
         _, reward, _, _, info = envs.step(rng.integers(9, size=2))
         seen |= set(reward.tolist())
-    assert max(seen) >= 10 and info["raw"]["r"].max() >= 100
+    assert max(seen) >= 10 and info["episode_statistics"]["r"].max() >= 100
     envs.close()
 
 
@@ -376,6 +423,15 @@ def test_atari_scales_the_sign_of_rewards_by_the_deviation_of_its_own_returns(sc
     returns = module.discounted_sum(signs.flip(0), torch.full_like(signs, 0.9))
     assert signs.any()
     torch.testing.assert_close(scaled, (signs / returns.std(correction=0)).clamp(-10, 10), rtol=1e-4, atol=1e-6)
+
+
+def test_no_environment_of_atari_presses_fire_for_the_policy():
+    for kwargs in ({}, {"render_mode": "rgb_array"}):
+        envs = ppo.make_envs("ALE/Breakout-v5", 1, kwargs)
+        envs.reset(seed=3)
+        infos = [envs.step(np.zeros(1, int))[-1] for _ in range(300)]
+        assert {int(info["lives"][0]) for info in infos} == {5}  # no ball was lost, since none was served
+        envs.close()
 
 
 def test_the_rendered_environment_of_atari_shows_the_policy_what_training_showed_it():

@@ -453,6 +453,18 @@ def test_the_target_network_lags_until_it_is_copied(tmp_path):
         assert not torch.equal(q_values(other, "target_network", obs), q_values(other, "agent", obs))
 
 
+def test_the_target_network_is_copied_at_each_multiple_whenever_minibatches_are_due(tmp_path, monkeypatch):
+    copies = spy_on(monkeypatch, dqn.QNetwork, "load_state_dict")
+    train(tmp_path, "Chain-v0", num_envs=2, total_timesteps=200, target_every=10, train_every=7)
+    assert len(copies) == 20
+
+
+def test_actions_are_drawn_at_the_epsilon_of_the_steps_taken(tmp_path, monkeypatch):
+    acts = spy_on(monkeypatch, dqn.QNetwork, "act")
+    train(tmp_path, "Chain-v0", num_envs=1, total_timesteps=100, epsilon_end=0.0, exploration_fraction=1.0)
+    assert acts[0][0][2] == 1.0 and acts[1][0][2] == 0.99
+
+
 def test_epsilon_is_logged_from_1_to_its_end_over_the_chosen_share_of_the_run(tmp_path):
     flags = {"epsilon_end": 0.2, "exploration_fraction": 0.5}
     flags |= {"train_every": 100, "learning_starts": 1500}
