@@ -66,8 +66,8 @@ class Args:
     track: bool = False  # mirror the logs to Weights & Biases
     compile: bool = False  # torch.compile the networks
     eval_episodes: int = 20  # episodes of the greedy policy after training; 0 skips them
-    capture_video: bool = False  # write an mp4 of one greedy episode to <run-dir>/videos
-    env_id: str = "CartPole-v1"  # gymnasium's name; module:Name-v0 imports module first, here or installed
+    capture_video: bool = False  # write an mp4 of a greedy episode (2,000 steps at most) to <run-dir>/videos
+    env_id: str = "CartPole-v1"  # gymnasium's name; module:Name-v0 imports module first, installed or in this directory
     env_kwargs: str = "{}"  # JSON object of keyword arguments for the environment
     total_timesteps: int = 500_000  # environment steps to train for
     num_envs: int = 16  # N: environments stepped side by side
@@ -80,7 +80,7 @@ class Args:
     gamma: float = 0.98  # discount γ
     gae_lambda: float = 0.95  # λ of generalised advantage estimation (GAE Eq. 16)
     clip_coef: float = 0.2  # clip range ε of the ratio (PPO Eq. 7)
-    clip_value: bool = False  # also clip the value's change, by ε in units of the return: a trap unless that is small
+    clip_value: bool = False  # also clip the value's change, by ε in units of the return: a trap with large ones
     ent_coef: float = 0.01  # entropy coefficient c2 (PPO Eq. 9)
     vf_coef: float = 0.5  # value loss coefficient c1 (PPO Eq. 9)
 

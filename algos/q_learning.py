@@ -47,7 +47,7 @@ class Args:
     save_every: int = 100_000  # steps between checkpoints; 0: only at the end
     track: bool = False  # mirror the logs to Weights & Biases
     eval_episodes: int = 100  # episodes of the greedy policy after training; 0 skips them
-    env_id: str = "Taxi-v4"  # gymnasium's name; module:Name-v0 imports module first, here or installed
+    env_id: str = "Taxi-v4"  # gymnasium's name; module:Name-v0 imports module first, installed or in this directory
     env_kwargs: str = "{}"  # JSON object of keyword arguments for the environment
     total_timesteps: int = 300_000  # environment steps to train for
     num_envs: int = 16  # N: environments stepped side by side

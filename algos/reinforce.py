@@ -55,8 +55,8 @@ class Args:
     track: bool = False  # mirror the logs to Weights & Biases
     compile: bool = False  # torch.compile the networks
     eval_episodes: int = 20  # episodes of the greedy policy after training; 0 skips them
-    capture_video: bool = False  # write an mp4 of one greedy episode to <run-dir>/videos
-    env_id: str = "CartPole-v1"  # gymnasium's name; module:Name-v0 imports module first, here or installed
+    capture_video: bool = False  # write an mp4 of a greedy episode (2,000 steps at most) to <run-dir>/videos
+    env_id: str = "CartPole-v1"  # gymnasium's name; module:Name-v0 imports module first, installed or in this directory
     env_kwargs: str = "{}"  # JSON object of keyword arguments for the environment
     total_timesteps: int = 500_000  # environment steps to train for
     num_envs: int = 8  # N: environments stepped side by side, one episode in each per update

@@ -193,7 +193,7 @@ def policies() -> str:
     return (
         "## Preference optimisation beside the exact optimum\n\nOf a final policy's samples for 3,000 prompts, mean ± "
         "standard deviation over seeds (`world/evaluate_policy.py` says what the columns are; – where J* is not known "
-        "well enough). Specs take the first 1,000 of these prompts, where every trainer's share is 0.02 to 0.05 "
+        "well enough). Specs take the first 1,000 of these prompts, where every trainer's share is 0.01 to 0.05 "
         "higher: compare within a table only. All start from `assets/sft`, with default flags but β and seed "
         "(rlhf_ppo.py at β = 0.01: 16,384 episodes). The line of the picture is what no policy can pass, its dots are "
         "the optima π* at these β.\n\n"
