@@ -251,5 +251,5 @@ def test_compiled_actions_differ_between_steps_and_have_the_policys_deviation():
 
 def test_every_update_takes_all_of_its_minibatches_whatever_the_number_of_rows(tmp_path, monkeypatch):
     calls = spy_on(monkeypatch, ppo, "policy_loss")
-    train(tmp_path, "Endless-v0", total_timesteps=9, num_envs=3, num_steps=3, num_minibatches=4, num_epochs=1)
-    assert sorted(len(log_ratio) for (log_ratio, *_), _ in calls) == [2, 2, 2, 3]
+    train(tmp_path, "Endless-v0", total_timesteps=15, num_envs=5, num_steps=3, num_minibatches=4, num_epochs=1)
+    assert sorted(len(log_ratio) for (log_ratio, *_), _ in calls) == [3, 4, 4, 4]
