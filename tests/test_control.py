@@ -401,12 +401,12 @@ def test_atari_environments_give_raw_scores_without_sticky_actions(env_id):
     envs.close()
 
 
-@actor_critics
+@policy_gradients
 def test_atari_trains_on_the_sign_of_rewards(script, tmp_path, monkeypatch):
     module = importlib.import_module(script)
-    gae = spy_on(monkeypatch, module, "compute_gae")
+    gae = spy_on(monkeypatch, module, "discounted_sum" if script == "reinforce" else "compute_gae")
     flags = {"num_envs": 2, "total_timesteps": 200, "eval_episodes": 0, "device": "cpu"} | DEFAULTS[script]
-    module.main(module.Args(env_id="ALE/MsPacman-v5", run_dir=str(tmp_path / "run"), **flags | {"num_steps": 50}))
+    module.main(module.Args(env_id="ALE/MsPacman-v5", run_dir=str(tmp_path / "run"), **flags | {"num_steps": 100}))
     rewards = torch.cat([arguments[0].flatten() for arguments, _ in gae])
     assert set(rewards.tolist()) == {0.0, 1.0}
 

@@ -118,7 +118,7 @@ FAULTS = (
           "args.exploration_fraction * args.total_timesteps - args.learning_starts)",
           "test_dqn.py::test_epsilon_is_logged_from_1_to_its_end_over_the_chosen_share_of_the_run"),
     # --- all of control ---
-    Fault("atari-rewards-not-clipped", ACTOR_CRITICS, "np.sign(rewards[t])", "rewards[t]",
+    Fault("atari-rewards-not-clipped", "reinforce a2c ppo", "np.sign(rewards[t])", "rewards[t]",
           "test_control.py::test_atari_trains_on_the_sign_of_rewards"),
     Fault("discounted-return-goes-on-into-the-next-episode", ACTOR_CRITICS,
           "mask[t] * (rewards[t] + args.gamma * discounted[t - 1])", "mask[t] * rewards[t] + args.gamma * discounted[t - 1]",
