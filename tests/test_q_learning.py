@@ -421,6 +421,38 @@ def test_a_directory_that_holds_a_run_is_refused(tmp_path):
         q_learning.main(q_learning.Args(env_id="QChain-v0", run_dir=str(run_dir)))
 
 
+def test_a_copy_of_a_checkpoint_does_not_overwrite_the_run_it_lies_beside(tmp_path, monkeypatch):
+    run_dir = train(tmp_path, "QChain-v0", total_timesteps=10)
+    before = (run_dir / "checkpoint.pt").read_bytes()
+    shutil.copy(run_dir / "checkpoint.pt", run_dir / "copy.pt")
+    monkeypatch.chdir(run_dir)
+    monkeypatch.setattr(
+        "sys.argv", ["q_learning.py", "--resume", "copy.pt", "--run-dir", ".", "--total-timesteps", "20"]
+    )
+    with pytest.raises(SystemExit, match="holds a run"):
+        q_learning.main(*q_learning.parse_args())
+    assert (run_dir / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_finished_run_is_only_evaluated_again_and_its_args_json_stays(tmp_path, monkeypatch):
+    run_dir = train(tmp_path, "QChain-v0", total_timesteps=10)
+    before = (run_dir / "args.json").read_text()
+    monkeypatch.setattr(
+        "sys.argv", ["q_learning.py", "--resume", str(run_dir), "--gamma", "0.9", "--eval-episodes", "2"]
+    )
+    q_learning.main(*q_learning.parse_args())
+    assert (run_dir / "args.json").read_text() == before and scalars(run_dir, "eval/return_mean")
+
+
+def test_training_environments_are_closed_before_evaluation(tmp_path, monkeypatch):
+    closed, close = [], gym.vector.SyncVectorEnv.close
+    monkeypatch.setattr(
+        gym.vector.SyncVectorEnv, "close", lambda envs, **kw: closed.append(envs.num_envs) or close(envs, **kw)
+    )
+    train(tmp_path, "QChain-v0", total_timesteps=10, eval_episodes=2)
+    assert closed[0] == 4
+
+
 def test_a_table_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
     with pytest.raises(AssertionError, match="nan or inf"):
         train(tmp_path, "QInfinite-v0", eval_episodes=0)
