@@ -3,13 +3,13 @@
 # dependencies = ["gymnasium[box2d,classic-control,mujoco]~=1.4.0", "ale-py~=0.12.1", "moviepy~=2.2.1", "numpy~=2.4.6",
 # "opencv-python-headless~=5.0", "safetensors~=0.8.0", "tensorboard~=2.21", "torch~=2.13.0", "tqdm~=4.70", "tyro~=1.0"]
 # ///
-"""Deep Q-Network (DQN): Q-learning with a network, from replayed steps and towards a network that lags.
+"""Deep Q-Network (DQN): Q-learning with a network, from replayed steps and towards a network that lags behind.
 
-Q(s, a), the return of action a in state s followed by the best actions, is fitted to the reward plus the largest Q of
-the next state. Replay at random breaks the correlation of successive steps; a lagging copy θ⁻ keeps the target still.
+Q(s, a) is the return of action a in state s when the best actions follow. It is fitted to the reward plus the largest Q
+of the next state. Random replay breaks the correlation of successive steps; a lagging copy θ⁻ keeps the target still.
 Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (target network, clipped error, CNN).
 
-    python algos/dqn.py                                           # CartPole-v1, whose settings the defaults are: 492
+    python algos/dqn.py                                           # CartPole-v1, which the defaults are made for: 492
     python algos/dqn.py --env-id LunarLander-v3 --buffer-size 100000 --train-every 4 --target-every 1000 \\
         --learning-rate 6.3e-4 --loss huber --max-grad-norm 10  # 231
     python algos/dqn.py --env-id MountainCar-v0 --env-kwargs '{"max_episode_steps": 1000}' --num-envs 16 \\
@@ -18,27 +18,34 @@ Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (t
         --num-envs 8 --train-every 4 --buffer-size 1000000 --learning-starts 80000 --target-every 1000 \\
         --epsilon-end 0.01 --exploration-fraction 0.1 --save-every 2000000      # 7 GB of memory, 14 of disk
 
-Environments reset themselves one step late (gymnasium's NEXT_STEP). The observation that comes with `done` is the true
-final one, so the next observation of a step is always the next row's; that next row ignores its action, is not a step,
-and is never drawn. Logged values are means over the interval, returns are raw scores, q_values are Q(s, a) replayed.
+Environments reset one step after an episode has ended (gymnasium's NEXT_STEP). So the observation that comes with
+`done` is the true final one, and the next observation of a step is always that of the next row. The row after `done` is
+the reset: its action is ignored, it is not counted as a step, and it is never drawn. Logged values are means since the
+last log. Returns are those of the environment, q_values are Q(s, a) of the replayed steps.
 
 Differs from the paper:
- 1. Adam, and the plain squared error; `--loss huber` has the gradient of 2015's clipped error.
- 2. N environments step side by side; all intervals count their steps together, also the target network's.
- 3. Truncated episodes bootstrap with Q(final observation); only a termination ends the return.
+ 1. Adam, and the plain squared error; `--loss huber` has the gradient of the clipped error of 2015.
+ 2. N environments are stepped side by side. All intervals count their steps together, that of the target network too.
+ 3. A truncated episode continues with the Q of its final observation; only a termination ends the return.
  4. Vectors: an MLP of 120 and 84 units. Atari: no sticky actions, whole games, rewards clipped to their sign.
+ 5. A run that is lengthened by --resume spreads ε over the new total, and prints a line where ε rises by that.
 """
 
 import argparse
+import atexit
 import copy
 import json
+import multiprocessing
 import os
+import re
 import signal
 import sys
 import warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +53,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, vector as wrap
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -54,50 +61,54 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
+FIXED_FLAGS = ("buffer_size", "num_envs")  # a resumed run keeps them: its replay buffer is made of them
 LOG_EVERY = 1000  # environment steps
 MAX_EVAL_STEPS = 27_000  # an evaluation episode is cut there, as Atari's are
 
 
 @dataclass
 class Args:
-    seed: int = 1  # of all that is random, environments included
-    device: str = "auto"  # cpu or cuda; auto takes a GPU when there is one
-    run_dir: str = ""  # where the run is written; by default runs/<task>__<script>__<seed>__<time>
-    resume: str = ""  # run directory or checkpoint to continue in new episodes, with its flags where none are given
-    save_every: int = 100_000  # steps between checkpoints; 0: only at the two ends
-    track: bool = False  # mirror the logs to Weights & Biases
-    compile: bool = False  # torch.compile the networks
-    eval_episodes: int = 20  # episodes of the greedy policy after training; 0 skips them
-    capture_video: bool = False  # write an mp4 of a greedy episode (2,000 steps at most) to <run-dir>/videos
-    env_id: str = "CartPole-v1"  # gymnasium's name; module:Name-v0 imports module first, installed or in this directory
-    env_kwargs: str = "{}"  # JSON object of keyword arguments for the environment
-    total_timesteps: int = 500_000  # environment steps to train for
-    num_envs: int = 20  # N: environments stepped side by side
-    learning_rate: float = 2.5e-4  # step size of Adam
-    max_grad_norm: float = np.inf  # clip the gradient's norm to this; inf: no clip
-    batch_size: int = 128  # B: steps in a minibatch
-    train_every: int = 10  # environment steps per minibatch
-    learning_starts: int = 10_000  # environment steps before the first minibatch
-    gamma: float = 0.99  # discount γ
-    loss: Literal["mse", "huber"] = "mse"  # of the error: its square (Eq. 2), or linear beyond ±1 (Nature)
-    buffer_size: int = 10_000  # rows of the replay buffer: one per step, one more per episode for its final observation
-    target_every: int = 500  # environment steps between copies of the network to θ⁻ (Nature Algorithm 1)
-    epsilon_end: float = 0.05  # share ε of random actions in the end; it starts at 1
-    exploration_fraction: float = 0.5  # share of total_timesteps over which ε falls linearly
+    seed: int = 1  # Seed of all random numbers, environments included.
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # Where the networks run; auto takes a GPU when there is one.
+    run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags where none are given.
+    save_every: int = 100_000  # Steps between checkpoints; 0 saves at the start and the end only.
+    track: bool = False  # Send the logs to Weights & Biases too.
+    compile: bool = False  # Compile the networks with torch.compile.
+    eval_episodes: int = 20  # Episodes of the greedy policy after training; 0 leaves them out.
+    capture_video: bool = False  # Write an mp4 of one greedy episode, of 2,000 steps at most, to <run-dir>/videos.
+    env_id: str = "CartPole-v1"  # Environment as gymnasium names it; my_module:Name-v0 imports my_module first.
+    env_kwargs: str = "{}"  # Arguments of the environment, as a JSON object.
+    total_timesteps: int = 500_000  # Environment steps to train for.
+    num_envs: int = 20  # Number N of environments that are stepped side by side.
+    learning_rate: float = 2.5e-4  # Learning rate of Adam.
+    max_grad_norm: float = 0.0  # Clip the norm of the gradient to this; 0 does not clip.
+    batch_size: int = 128  # Number B of steps in a minibatch.
+    train_every: int = 10  # Environment steps per minibatch.
+    learning_starts: int = 10_000  # Environment steps before the first minibatch.
+    gamma: float = 0.99  # Discount factor γ.
+    loss: Literal["mse", "huber"] = "mse"  # Loss of the error: its square (Eq. 2), or linear beyond ±1 (Nature).
+    buffer_size: int = 10_000  # Rows of the replay buffer: one per step, and one more for each final observation.
+    target_every: int = 500  # Environment steps between copies of the network to θ⁻ (Nature Algorithm 1).
+    epsilon_end: float = 0.05  # Share ε of random actions in the end; it starts at 1.
+    exploration_fraction: float = 0.5  # Share of total_timesteps in which ε falls linearly.
 
     def __post_init__(self) -> None:
         if type(json.loads(self.env_kwargs)) is not dict:
             raise ValueError("env-kwargs must be a JSON object")
+        if self.track and not find_spec("wandb"):
+            raise ValueError("--track needs wandb: pip install wandb")
         if min(self.total_timesteps, self.num_envs, self.batch_size, self.train_every, self.target_every) < 1:
             raise ValueError("total-timesteps, num-envs, batch-size, train-every and target-every must be at least 1")
         if self.buffer_size < 8 * self.num_envs:
             raise ValueError("buffer-size must be at least 8 rows for each of the num-envs")
         if self.learning_starts + self.train_every > self.total_timesteps:
             raise ValueError("learning-starts and train-every leave no time to learn within total-timesteps")
-        if not (0 <= self.gamma <= 1 and 0 <= self.epsilon_end <= 1 and self.exploration_fraction >= 0):
-            raise ValueError("gamma and epsilon-end must lie between 0 and 1, exploration-fraction be at least 0")
-        if not self.max_grad_norm > 0:
-            raise ValueError("max-grad-norm must be above 0")
+        if not (0 <= self.gamma <= 1 and 0 <= self.epsilon_end <= 1):
+            raise ValueError("gamma and epsilon-end must lie between 0 and 1")
+        if not (self.exploration_fraction >= 0 and self.max_grad_norm >= 0):
+            raise ValueError("exploration-fraction and max-grad-norm must be at least 0")
+        json.dumps(vars(self), allow_nan=False)  # args.json has no place for nan and inf
 
 
 class QNetwork(nn.Module):
@@ -107,9 +118,8 @@ class QNetwork(nn.Module):
         super().__init__()
         if not isinstance(action_space, Discrete):
             raise SystemExit(f"DQN compares the Q of all actions: they must be Discrete, not {action_space}")
-        self.is_image = obs_space.dtype == np.uint8 and len(obs_space.shape) in (2, 3)
-        if self.is_image and sorted(obs_space.shape)[-2] < 36:
-            raise SystemExit(f"images of shape {obs_space.shape} are too small for the CNN, which needs 36 x 36")
+        self.is_image = is_image(obs_space)
+        self.obs_scale = float(obs_space.high.max()) if obs_space.dtype == np.uint8 else 1.0  # 255 for images
         if self.is_image:
             layers = [nn.LazyConv2d(32, 8, stride=4), nn.ReLU(), nn.Conv2d(32, 64, 4, stride=2), nn.ReLU()]
             layers += [nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(512), nn.ReLU()]
@@ -120,71 +130,90 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Q (B, A) of observations (B, *obs) of any dtype; images may have channels first, last or none."""
-        if self.is_image:
-            planes = obs if obs.ndim == 4 else obs.unsqueeze(1)  # (B, C, H, W)
-            return self.layers((planes.movedim(-1, 1) if planes.shape[-1] < planes.shape[1] else planes) / 255)
-        return self.layers(obs.flatten(1).float())
+        obs = obs / self.obs_scale
+        if not self.is_image:
+            return self.layers(obs.float())
+        if obs.ndim == 3:
+            obs = obs.unsqueeze(1)
+        if obs.shape[-1] < obs.shape[1]:
+            obs = obs.movedim(-1, 1)
+        return self.layers(obs)  # of (B, C, H, W)
 
     @torch.no_grad()
     def act(self, obs: Tensor, epsilon: float = 0.0, greedy: bool = False) -> Tensor:
         """Actions (B,) of the largest Q, random ones with probability ε unless greedy, on the CPU."""
-        q = self(obs).cpu()  # whose random numbers a checkpoint keeps
+        q = self(obs).cpu()  # a checkpoint keeps the CPU's random numbers
         explore = torch.rand(len(q)) < (0.0 if greedy else epsilon)
-        return torch.where(explore, torch.randint(q.shape[1], (len(q),)), q.argmax(-1))
+        random_actions = torch.randint(q.shape[1], (len(q),))
+        return torch.where(explore, random_actions, q.argmax(-1))
 
 
 class ReplayBuffer:
     """The last observations of N environments and the steps taken from them, in a ring of rows.
 
-    Row i + N is the next of the same environment, so a final observation has a row too, without a step, and the row
-    after one without a step begins an episode. Of an observation that stacks frames only the newest is stored.
+    Row i + N is the next one of the same environment. A final observation has a row too, without a step, and the row
+    after one without a step begins an episode. Of an observation that stacks frames only the newest frame is stored.
     """
 
+    ARRAYS = ("frames", "actions", "rewards", "terminated", "is_step", "count")
+
     def __init__(self, size: int, num_envs: int, obs_space: Box, stack: int) -> None:
-        self.size, self.N, self.stack = size // num_envs * num_envs, num_envs, stack
-        self.frames = np.zeros((self.size, obs_space.shape[0] // stack, *obs_space.shape[1:]), obs_space.dtype)
+        self.size = size // num_envs * num_envs
+        self.N = num_envs
+        self.stack = stack
+        self.channels = obs_space.shape[0] // stack
+        self.frames = np.zeros((self.size, self.channels, *obs_space.shape[1:]), obs_space.dtype)
         self.actions = np.zeros(self.size, np.int64)
         self.rewards = np.zeros(self.size, np.float32)
         self.terminated = np.zeros(self.size, np.float32)
         self.is_step = np.zeros(self.size, bool)
         self.count = np.zeros((), np.int64)  # rows written so far
 
-    def add(self, obs: np.ndarray, **step: np.ndarray) -> None:
-        """Fill the arrays (N,) that `step` names for the newest rows, then write the next observations (N, *obs)."""
+    def add_observations(self, obs: np.ndarray) -> None:
+        """Write the next observations (N, *obs), from which no step has been taken yet."""
         rows = (self.count + np.arange(self.N)) % self.size
-        for name, values in step.items():
-            getattr(self, name)[rows - self.N] = values
-        self.frames[rows] = obs[:, -self.frames.shape[1] :]
-        self.is_step[rows] = False  # not yet
+        self.frames[rows] = obs[:, -self.channels :]
+        self.is_step[rows] = False
         self.count += self.N
 
-    def sample(self, count: int) -> tuple[np.ndarray, ...]:
-        """Obs (B, *obs), actions, rewards, terminated (B,), next obs (B, *obs) of steps, uniform with replacement."""
+    def add_steps(self, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, is_step: np.ndarray) -> None:
+        """Write the steps (N,) that were taken from the newest observations."""
+        rows = (self.count - self.N + np.arange(self.N)) % self.size
+        self.actions[rows] = actions
+        self.rewards[rows] = rewards
+        self.terminated[rows] = terminated
+        self.is_step[rows] = is_step
+
+    def sample(self, number: int) -> np.ndarray:
+        """Rows (number,) that are steps, drawn uniformly with replacement."""
         newest = int(self.count) - self.N
-        oldest = max(0, newest - self.size + self.stack * self.N)  # before it, stacks have lost frames
-        rows, wrong = np.zeros(count, np.int64), np.ones(count, bool)
-        while wrong.any():
-            rows[wrong] = torch.randint(oldest, newest, (np.count_nonzero(wrong),)).numpy() % self.size
-            wrong = ~self.is_step[rows]
-        obs, next_obs = self.observations(rows), self.observations(rows + self.N)
-        return obs, self.actions[rows], self.rewards[rows], self.terminated[rows], next_obs
+        oldest = max(0, newest - self.size + self.stack * self.N)  # earlier rows have lost frames of their stacks
+        rows = np.zeros(number, np.int64)
+        rejected = np.ones(number, bool)
+        while rejected.any():
+            candidates = torch.randint(oldest, newest, (np.count_nonzero(rejected),)).numpy()
+            rows[rejected] = candidates % self.size
+            rejected = ~self.is_step[rows]
+        return rows
 
     def observations(self, rows: np.ndarray) -> np.ndarray:
         """Rebuild the observations (B, *obs) of rows (B,); frames from before the episode are 0."""
-        stacks = (rows[:, None] + self.N * np.arange(1 - self.stack, 1)) % self.size  # (B, stack), the newest is last
+        ages = np.arange(1 - self.stack, 1)  # the newest frame comes last
+        stacks = (rows[:, None] + self.N * ages) % self.size  # (B, stack)
         frames = self.frames[stacks]
         for i in range(1, self.stack):
-            frames[~self.is_step[stacks[:, i - 1]], :i] = 0  # an episode began with frame i
-        return frames.reshape(-1, self.stack * frames.shape[2], *frames.shape[3:])
+            began = ~self.is_step[stacks[:, i - 1]]  # with frame i
+            frames[began, :i] = 0
+        return frames.reshape(-1, self.stack * self.channels, *frames.shape[3:])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The arrays, as tensors that share their memory."""
-        return {name: torch.from_numpy(x) for name, x in vars(self).items() if isinstance(x, np.ndarray)}
+        return {name: torch.from_numpy(vars(self)[name]) for name in self.ARRAYS}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy the arrays of another buffer's state_dict."""
-        for name, x in self.state_dict().items():
-            x.copy_(state[name])
+        for name, array in self.state_dict().items():
+            array.copy_(state[name])
 
 
 # --- algorithm ---
@@ -193,6 +222,11 @@ class ReplayBuffer:
 def epsilon_at(step: int, end: float, duration: float) -> float:
     """Share ε of random actions: falls linearly from 1 at step 0 to `end` at step `duration`, and stays there."""
     return 1 + (end - 1) * min(1.0, step / max(1.0, duration))
+
+
+def updates_due(step: int, learning_starts: int, train_every: int) -> int:
+    """Number of minibatches by this step: one for every `train_every` steps after `learning_starts`."""
+    return max(0, step - learning_starts) // train_every
 
 
 def td_target(rewards: Tensor, next_q: Tensor, terminated: Tensor, gamma: float) -> Tensor:
@@ -210,46 +244,88 @@ def td_loss(values: Tensor, targets: Tensor, kind: str) -> Tensor:
 # --- environments ---
 
 
+def is_image(space: gym.Space) -> bool:
+    """Whether the CNN takes these observations: uint8 images of at least 36 x 36, channels first, last or none."""
+    return space.dtype == np.uint8 and len(space.shape) in (2, 3) and sorted(space.shape)[-2] >= 36
+
+
+def is_flattenable(space: gym.Space) -> bool:
+    """Whether gymnasium can flatten the space into numbers; it cannot with a Graph, Sequence or Text in it."""
+    if isinstance(space, Dict):
+        return all(map(is_flattenable, space.values()))
+    if isinstance(space, Tuple):
+        return all(map(is_flattenable, space))
+    return isinstance(space, (Box, Discrete, MultiBinary, MultiDiscrete))
+
+
+def ignore_signals(env: gym.Env) -> gym.Env:
+    """In a process of its own ("async") an environment leaves Ctrl-C and SIGTERM to the run, which closes it."""
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return env
+
+
 def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.VectorEnv:
-    """N environments; Discrete observations become one-hot, the finite bounds of Box actions ±1, others are clipped."""
-    warnings.filterwarnings("error", ".*(not within the observation space|reward returned)")  # of what it lets pass
+    """N environments that show images or vectors, in which actions of ±1 are the finite bounds of Box actions."""
+    warnings.filterwarnings("once", module="gymnasium")
     sys.path.append("")  # where a user's own module may lie
-    kwargs, atari = dict(env_kwargs), "ALE/" in env_id
-    if atari:
-        env_id, kwargs = "ale_py:" + env_id.split(":")[-1], {"repeat_action_probability": 0.0} | kwargs
-    if atari and "render_mode" not in kwargs:
+    kwargs = dict(env_kwargs)
+    is_atari = "ALE/" in env_id
+    if is_atari:
+        env_id = "ale_py:" + env_id.split(":")[-1]
+        kwargs = {"repeat_action_probability": 0.0} | kwargs
+    if is_atari and "render_mode" not in kwargs:
         kwargs = {"use_fire_reset": False} | kwargs | {"reward_clipping": False}  # main takes the sign
-    elif atari:  # the native vector environment cannot be rendered
+    elif is_atari:  # the native vector environment cannot be rendered
         wrappers = [AtariPreprocessing, lambda env: FrameStackObservation(env, 4, padding_type="zero")]
         kwargs |= {"vectorization_mode": "sync", "frameskip": 1, "wrappers": wrappers}
+    elif kwargs.get("vectorization_mode") == "async":
+        kwargs["wrappers"] = [ignore_signals]
     envs = gym.make_vec(env_id, num_envs, **kwargs)
+    atexit.register(envs.close)  # processes that ignore SIGTERM must be closed before Python ends
     obs, action = envs.single_observation_space, envs.single_action_space
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise SystemExit(f"{env_id}: its vector version does not declare AutoresetMode.NEXT_STEP in its metadata")
-    if "ale_py" in str(envs.spec.entry_point) and not atari:
-        raise SystemExit(f"{env_id} shows raw frames: use ALE/<Game>-v5, whose frames are preprocessed")
-    if not isinstance(obs, Discrete) and not (isinstance(obs, Box) and 1 <= len(obs.shape) <= 3):
-        raise SystemExit(f"{env_id}: observations must be Discrete or a Box of one to three dimensions, not {obs}")
+    if not is_flattenable(obs):
+        advice = "convert them with gymnasium.wrappers.TransformObservation, or drop a key with FilterObservation"
+        raise SystemExit(f"{env_id}: observations of {obs} cannot be flattened into numbers: {advice}")
     envs = wrap.RecordEpisodeStatistics(envs, stats_key="episode_statistics")
-    if isinstance(obs, Discrete):
+    if not is_image(obs) and len(obs.shape or ()) != 1:
         envs = wrap.FlattenObservation(envs)
     if isinstance(action, Box) and len(action.shape) == 1 and action.dtype.kind == "f":
         finite = (action.low > -1e30) & (action.high < 1e30)
-        low, high = np.where(finite, action.low, -1), np.where(finite, action.high, 1)
-        return wrap.TransformAction(envs, lambda x: ((low + high + (high - low) * x) / 2).clip(action.low, action.high))
+        low = np.where(finite, action.low, -1)
+        high = np.where(finite, action.high, 1)
+
+        def scale(actions: np.ndarray) -> np.ndarray:
+            return ((low + high + (high - low) * actions) / 2).clip(action.low, action.high)
+
+        return wrap.TransformAction(envs, scale)
     if not isinstance(action, Discrete) or action.start != 0:
         raise SystemExit(f"{env_id}: actions must be Discrete from 0 or a one-dimensional Box of floats, not {action}")
     return envs
 
 
+def make_video_envs(env_id: str, env_kwargs: dict, folder: Path) -> gym.vector.VectorEnv:
+    """One environment that writes an mp4 of its first 2,000 steps to a folder."""
+    os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")  # SDL, which draws, misses it on servers
+    try:
+        envs = make_envs(env_id, 1, env_kwargs | {"render_mode": "rgb_array"})
+        return wrap.RecordVideo(envs, str(folder), video_length=2000)
+    except Exception as error:
+        raise SystemExit(f"--capture-video: {env_id} cannot be drawn as rgb_array: {error}") from error
+
+
 def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: torch.device) -> np.ndarray:
     """Raw returns (N,) of the greedy policy over the first episode of each environment."""
-    returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
+    returns = np.zeros(envs.num_envs)
+    running = np.ones(envs.num_envs, dtype=bool)
     obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))
     for _ in tqdm(range(MAX_EVAL_STEPS), "evaluation", unit="step", leave=False):
         action = agent.act(torch.as_tensor(obs, device=device), greedy=True).numpy()
         obs, reward, terminated, truncated, _ = envs.step(action)
-        returns += np.where(running, reward, 0)
+        returns += running * reward
         running &= ~np.logical_or(terminated, truncated)
         if not running.any():
             break
@@ -259,53 +335,55 @@ def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: torch.device)
     return returns
 
 
+# --- run ---
+
+
+def load_checkpoint(path: Path) -> dict:
+    """The checkpoint of a run directory or a file; what is wrong with it ends in a sentence."""
+    file = path / "checkpoint.pt" if path.is_dir() else path
+    if not file.exists():
+        raise SystemExit(f"--resume {path}: there is no run in {path}")
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        script = saved["script"]
+    except Exception as error:
+        raise SystemExit(f"--resume {path}: {file} is damaged or no checkpoint ({type(error).__name__})") from error
+    if script != SCRIPT:
+        raise SystemExit(f"--resume {path}: written by {script}.py, not {SCRIPT}.py")
+    saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # a copy begins a new run
+    return saved
+
+
 def parse_args() -> tuple[Args, dict | None]:
-    """Flags of the command line; when resuming, on top of those of the checkpoint, which comes with them."""
+    """Flags of the command line; with --resume on top of those of the checkpoint, which is returned too."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path)
-    path, default, saved = parser.parse_known_args()[0].resume, Args(), None
-    if path:
-        path = path / "checkpoint.pt" if path.is_dir() else path
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if saved.get("script") != SCRIPT:
-            raise SystemExit(f"--resume {path}: written by {saved.get('script')}.py, not {SCRIPT}.py")
-        saved["args"]["run_dir"] = str(path.parent) if path.name == "checkpoint.pt" else ""  # a copy begins a new run
-        default = Args(**saved["args"])
-    return tyro.cli(Args, default=default, description=__doc__.splitlines()[0]), saved
+    path = parser.parse_known_args()[0].resume
+    saved = load_checkpoint(path) if path else None
+    default = Args(**saved["args"]) if saved else Args()
+    args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
+    for name in FIXED_FLAGS:
+        if saved and vars(args)[name] != saved["args"][name]:
+            raise SystemExit(f"--{name.replace('_', '-')} cannot change when a run is resumed")
+    return args, saved
 
 
-def main(args: Args, saved: dict | None = None) -> None:
-    torch.manual_seed(args.seed)
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    env_kwargs = json.loads(args.env_kwargs)
-    envs = make_envs(args.env_id, args.num_envs, env_kwargs)
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    agent = QNetwork(obs_space, action_space).to(device)
-    target_network = copy.deepcopy(agent)  # θ⁻
-    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, fused=True)
-    stack = obs_space.shape[0] if "ALE/" in args.env_id else 1  # frames in an observation
-    buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_space, stack)
-    torch.set_num_threads(torch.get_num_threads() if agent.is_image else 1)  # small MLPs only lose time to more
-    step = saved["step"] if saved else 0
-    if saved:
-        if any(getattr(args, name) != saved["args"][name] for name in ("buffer_size", "num_envs")):
-            raise SystemExit("--buffer-size and --num-envs cannot change on resume: the replay buffer is made of them")
-        agent.load_state_dict(saved["agent"])
-        target_network.load_state_dict(saved["target_network"])
-        optimizer.load_state_dict(saved["optimizer"])
-        optimizer.param_groups[0]["lr"] = args.learning_rate
-        buffer.load_state_dict(saved["buffer"])
-        if args.seed == saved["args"]["seed"]:
-            torch.set_rng_state(saved["rng"])
-    forward, act = (torch.compile(f, dynamic=True) if args.compile else f for f in (agent.forward, agent.act))
-    modules = {"agent": agent, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
-    metrics = defaultdict(list)
-    obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))
-    buffer.add(obs)
-    is_step = np.ones(args.num_envs, bool)
-    name = f"runs/{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(args.run_dir or name)
-    if (run_dir / "checkpoint.pt").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"] or "/")):
+def announce_exploration(args: Args, saved: dict) -> None:
+    """Say what ε becomes where a resumed run has a longer schedule, and so explores again."""
+    step, old = saved["step"], saved["args"]
+    before = epsilon_at(step, old["epsilon_end"], old["exploration_fraction"] * old["total_timesteps"])
+    now = epsilon_at(step, args.epsilon_end, args.exploration_fraction * args.total_timesteps)
+    if now > before:
+        print(f"epsilon rises from {before:.3f} to {now:.3f}: --exploration-fraction is a share of --total-timesteps")
+
+
+def start_run(args: Args, saved: dict | None) -> Path:
+    """Make the run directory, and let wandb follow it; a directory that holds another run is refused."""
+    name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    name = re.sub(r"[^\w.-]", "_", name)  # some file systems refuse a colon
+    run_dir = Path(args.run_dir or f"runs/{name}")
+    is_resumed = saved and args.run_dir == saved["args"]["run_dir"]
+    if (run_dir / "checkpoint.pt").exists() and not is_resumed:
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
     run_dir.mkdir(parents=True, exist_ok=True)
     print(f"run directory: {run_dir}")
@@ -313,31 +391,104 @@ def main(args: Args, saved: dict | None = None) -> None:
         import wandb
 
         wandb.init(project="algos", name=run_dir.name, config=asdict(args), dir=run_dir, sync_tensorboard=True)
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step")
-    caught, signals = [], (signal.SIGINT, signal.SIGTERM)  # after one the run is saved; a second one kills
-    for number in signals:
-        signal.signal(number, lambda *_: caught.extend(signal.signal(number, signal.SIG_DFL) for number in signals))
-    save_now, stop = not (run_dir / "checkpoint.pt").exists(), step >= args.total_timesteps  # saved from the start
-    while True:
-        # ===== save =====
-        if save_now:  # to another file first, so that a crash leaves the former checkpoint whole
-            state = {"script": SCRIPT, "args": asdict(args), "step": step, "rng": torch.get_rng_state()}
-            state |= {name: module.state_dict() for name, module in modules.items()}
-            torch.save(state, run_dir / "checkpoint.tmp")
-            (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
-            (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        if stop:
-            break
+    return run_dir
 
+
+def catch_signals() -> list[int]:
+    """A list that Ctrl-C and SIGTERM are added to, so that the run saves and stops; a second one kills it."""
+    caught = []
+
+    def catch(number: int, frame: object) -> None:
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
+    return caught
+
+
+def save_checkpoint(run_dir: Path, args: Args, step: int, **parts: nn.Module) -> None:
+    """Write the state to another file first, so that a crash leaves the former checkpoint whole."""
+    state = {"script": SCRIPT, "args": asdict(args), "step": step, "rng": torch.get_rng_state()}
+    for name, part in parts.items():
+        state[name] = part.state_dict()
+    temporary = run_dir / "checkpoint.tmp"
+    try:
+        with open(temporary, "wb") as file:  # given a path, torch does not say that the disk is full
+            torch.save(state, file)
+        temporary.replace(run_dir / "checkpoint.pt")
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        cause = error.__context__ or error  # torch puts an error of its own on top of that of the disk
+        raise SystemExit(f"{run_dir} cannot be saved: {cause}") from error
+
+
+def crossed(every: int, before: int, now: int) -> bool:
+    """Whether a multiple of `every` lies in (before, now]; none does when it is 0."""
+    return every > 0 and now // every > before // every
+
+
+def main(args: Args, saved: dict | None = None) -> None:
+    # Random numbers and device. Networks on vectors are so small that more than one thread only loses time.
+    torch.manual_seed(args.seed)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensor = partial(torch.as_tensor, device=device)
+
+    # Environments, networks, optimiser and replay buffer, restored when a run is resumed.
+    env_kwargs = json.loads(args.env_kwargs)
+    envs = make_envs(args.env_id, args.num_envs, env_kwargs)
+    obs_space = envs.single_observation_space
+    agent = QNetwork(obs_space, envs.single_action_space).to(device)
+    if not agent.is_image:
+        torch.set_num_threads(1)
+    target_network = copy.deepcopy(agent)
+    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, fused=True)
+    stack = obs_space.shape[0] if "ALE/" in args.env_id else 1  # frames in an observation
+    buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_space, stack)
+    parts = {"agent": agent, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
+    step = 0
+    if saved:
+        step = saved["step"]
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        optimizer.param_groups[0]["lr"] = args.learning_rate
+        announce_exploration(args, saved)
+        if args.seed == saved["args"]["seed"]:
+            torch.set_rng_state(saved["rng"])
+    if args.compile:
+        agent.forward = torch.compile(agent.forward, dynamic=True)
+        agent.act = torch.compile(agent.act, dynamic=True)
+    obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))
+    buffer.add_observations(obs)
+    is_step = np.ones(args.num_envs, bool)
+
+    # The run directory, with a first checkpoint if it is new, and the logs.
+    caught = catch_signals()
+    run_dir = start_run(args, saved)
+    if args.capture_video:
+        make_video_envs(args.env_id, env_kwargs, run_dir / "videos").close()  # fails now rather than after training
+    if not (run_dir / "checkpoint.pt").exists():
+        save_checkpoint(run_dir, args, step, **parts)
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    writer.add_text("flags", f"```\n{json.dumps(asdict(args), indent=2)}\n```", step)
+    metrics = defaultdict(list)
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step")
+
+    is_last = step >= args.total_timesteps
+    while not is_last:
         # ===== collect =====
         epsilon = epsilon_at(step, args.epsilon_end, args.exploration_fraction * args.total_timesteps)
-        action = act(torch.as_tensor(obs, device=device), epsilon).numpy()  # (N,)
+        action = agent.act(tensor(obs), epsilon).numpy()  # (N,)
         obs, reward, terminated, truncated, info = envs.step(action)
         if "ALE/" in args.env_id:
             reward = np.sign(reward)
-        buffer.add(obs, actions=action, rewards=reward, terminated=terminated, is_step=is_step)
-        step_before, step = step, step + int(is_step.sum())
+        buffer.add_steps(action, reward, terminated, is_step)
+        buffer.add_observations(obs)
+        step_before = step
+        step += int(is_step.sum())
         done = np.logical_or(terminated, truncated)
         is_step = ~done  # the row after `done` is the reset, not a step
         if done.any():
@@ -345,43 +496,52 @@ def main(args: Args, saved: dict | None = None) -> None:
             metrics["charts/episodic_length"].extend(info["episode_statistics"]["l"][done])
 
         # ===== compute targets =====
-        learnt, due = (max(0, s - args.learning_starts) // args.train_every for s in (step_before, step))
-        batch = buffer.sample((due - learnt) * args.batch_size)  # the K minibatches that are due, (K·B, …)
-        b_obs, b_actions, b_rewards, b_terminated, b_next_obs = (torch.as_tensor(x, device=device) for x in batch)
+        updates_before = updates_due(step_before, args.learning_starts, args.train_every)
+        updates = updates_due(step, args.learning_starts, args.train_every)
+        rows = buffer.sample((updates - updates_before) * args.batch_size)  # of all K minibatches at once, (K·B,)
+        b_obs = tensor(buffer.observations(rows))  # (K·B, *obs)
+        b_next_obs = tensor(buffer.observations(rows + args.num_envs))
+        b_actions = tensor(buffer.actions[rows])  # (K·B,)
+        b_rewards, b_terminated = tensor(buffer.rewards[rows]), tensor(buffer.terminated[rows])
         with torch.no_grad():
             b_targets = td_target(b_rewards, target_network(b_next_obs), b_terminated, args.gamma)  # (K·B,)
 
         # ===== update =====
         for start in range(0, len(b_targets), args.batch_size):
             mb = slice(start, start + args.batch_size)
-            values = forward(b_obs[mb]).gather(-1, b_actions[mb, None]).squeeze(-1)  # (B,)
+            values = agent(b_obs[mb]).gather(-1, b_actions[mb, None]).squeeze(-1)  # (B,)
             loss = td_loss(values, b_targets[mb], args.loss).mean()
             optimizer.zero_grad()
             loss.backward()
-            if args.max_grad_norm < np.inf:
+            if args.max_grad_norm > 0:
                 grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 metrics["losses/grad_norm"].append(grad_norm)
             optimizer.step()
             metrics["losses/td_loss"].append(loss.detach())
             metrics["losses/q_values"].append(values.detach().mean())
-        if step // args.target_every > step_before // args.target_every:
+        if crossed(args.target_every, step_before, step):
             target_network.load_state_dict(agent.state_dict())
 
-        # ===== log =====
-        stop = bool(caught) or step >= args.total_timesteps
-        save_now = stop or args.save_every and step // args.save_every > step_before // args.save_every
-        if save_now or learnt == 0 < due or step // LOG_EVERY > step_before // LOG_EVERY:
-            means = {name: sum(map(float, values)) / len(values) for name, values in metrics.items()}
-            if not (sum(x.sum() for x in agent.state_dict().values()) + means.get("losses/td_loss", 0)).isfinite():
+        # ===== log and save =====
+        is_last = step >= args.total_timesteps or bool(caught)
+        save_now = is_last or crossed(args.save_every, step_before, step)
+        is_first_update = updates_before == 0 and updates > 0
+        if save_now or is_first_update or crossed(LOG_EVERY, step_before, step):
+            numbers = list(agent.state_dict().values())
+            numbers += metrics.get("losses/td_loss", [])  # an infinite Huber loss has a finite gradient
+            if not all(x.isfinite().all() for x in numbers):
                 raise SystemExit(f"\nthe agent became nan or inf before step {step}; {run_dir}/checkpoint.pt is older")
-            if "charts/episodic_return" in means:
-                means["charts/episodes"] = len(metrics["charts/episodic_return"])
-                bar.set_postfix_str(f"return {means['charts/episodic_return']:.1f}", refresh=False)
-            means["charts/SPS"] = (step - bar.initial) / bar.format_dict["elapsed"]
-            means["charts/epsilon"] = epsilon
-            for name, value in means.items():
-                writer.add_scalar(name, value, step)
+            returns = metrics.get("charts/episodic_return")
+            if returns:
+                metrics["charts/episodes"] = [len(returns)]
+                bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
+            metrics["charts/SPS"] = [(step - bar.initial) / bar.format_dict["elapsed"]]
+            metrics["charts/epsilon"] = [epsilon]
+            for name, values in metrics.items():
+                writer.add_scalar(name, sum(map(float, values)) / len(values), step)
             metrics.clear()
+        if save_now:
+            save_checkpoint(run_dir, args, step, **parts)
         bar.update(step - step_before)
 
     # ===== evaluate =====
@@ -389,8 +549,8 @@ def main(args: Args, saved: dict | None = None) -> None:
     envs.close()
     if caught:
         raise SystemExit(f"stopped at step {step}; to go on: python {sys.argv[0]} --resume {str(run_dir)!r}")
-    for number in signals:
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))
     if args.eval_episodes > 0:
         returns = evaluate(agent, make_envs(args.env_id, args.eval_episodes, env_kwargs), device)
@@ -398,9 +558,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         writer.add_scalar("eval/return_std", returns.std(), step)
         print(f"evaluation: return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} greedy episodes")
     if args.capture_video:
-        os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")  # which SDL, that draws, misses on servers
-        envs = make_envs(args.env_id, 1, env_kwargs | {"render_mode": "rgb_array"})
-        evaluate(agent, wrap.RecordVideo(envs, f"{run_dir}/videos", video_length=2000), device)
+        evaluate(agent, make_video_envs(args.env_id, env_kwargs, run_dir / "videos"), device)
     writer.close()
 
 

@@ -5,61 +5,97 @@
 # ///
 """Tabular Q-learning (Watkins 1989; Sutton & Barto 2018, section 6.5), beside the exact optimum.
 
-Q*(s, a) is the return of action a in state s followed by the best actions. Each step moves Q(s, a) by a share α towards
-a sample of Bellman's optimality equation. Where the environment publishes its transitions (`P`, as toy text does), and
-keeps to them, value iteration finds Q* first: charts/q_error is max |Q - Q*| over the charts/visited pairs (s, a).
+Q*(s, a) is the return of action a in state s when the best actions follow. Each step moves Q(s, a) by a share α towards
+a sample of Bellman's optimality equation. Where the environment publishes its transitions (`P`, as toy text does),
+value iteration finds Q* first, and two exact errors are logged, which both fall towards 0:
 
-    python algos/q_learning.py    # Taxi-v4: optimal, 13 s; --alpha-decay 0 --epsilon-end 0.5: q_error 0 (4 of 5 seeds)
-    python algos/q_learning.py --env-id FrozenLake-v1 --total-timesteps 500000    # optimal, q_error falls to 0.06, 17 s
-    python algos/q_learning.py --env-id CliffWalking-v1 --alpha-decay 0 --total-timesteps 100000  # -13, q_error 0, 6 s
+ - charts/q_error is the mean of |Q - Q*| over all pairs (s, a) that can be reached; Q is 0 where it was not visited yet.
+ - charts/regret is V*(s₀) - V^π(s₀), what the greedy policy π loses to the optimal one from the mean start state s₀.
 
-Differs from the paper: N environments side by side, which update one after another with targets of the table before;
-α = 1 / n^ω at a pair's n-th visit: ω > 1/2 averages chance out (Even-Dar & Mansour 2003); truncation bootstraps.
+    python algos/q_learning.py    # Taxi-v4
+    python algos/q_learning.py --env-id FrozenLake-v1 --total-timesteps 500000
+    python algos/q_learning.py --env-id CliffWalking-v1 --alpha-decay 0 --total-timesteps 100000
+
+Differs from the paper:
+ 1. N environments side by side, which update one after another, with targets from the table before all of them.
+ 2. The step size is α = 1 / n^ω at the n-th visit of a pair; ω > 1/2 averages chance out (Even-Dar & Mansour 2003).
+ 3. A truncated episode continues with the Q of its final observation; only a termination ends the return.
+ 4. A run that is lengthened by --resume spreads ε over the new total, and prints a line where ε rises by that.
 """
 
 import argparse
 import json
+import re
 import signal
 import sys
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from gymnasium.spaces import Discrete
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
+FIXED_FLAGS = ()  # that a resumed run keeps
 LOG_EVERY = 1000  # environment steps
 MAX_EVAL_STEPS = 27_000  # an evaluation episode is cut there
 
 
 @dataclass
 class Args:
-    seed: int = 1  # of actions and environments
-    run_dir: str = ""  # where the run is written; by default runs/<task>__<script>__<seed>__<time>
-    resume: str = ""  # run directory or checkpoint to continue in new episodes, with its flags where none are given
-    save_every: int = 100_000  # steps between checkpoints; 0: only at the end
-    track: bool = False  # mirror the logs to Weights & Biases
-    eval_episodes: int = 100  # episodes of the greedy policy after training; 0 skips them
-    env_id: str = "Taxi-v4"  # gymnasium's name; module:Name-v0 imports module first, installed or in this directory
-    env_kwargs: str = "{}"  # JSON object of keyword arguments for the environment
-    total_timesteps: int = 300_000  # environment steps to train for
-    num_envs: int = 16  # N: environments stepped side by side
-    gamma: float = 0.99  # discount γ
-    alpha_decay: float = 0.6  # ω of the step size α = 1 / n^ω; 0: α = 1, best where nothing is random
-    epsilon_end: float = 0.1  # share ε of random actions in the end; it starts at 1
-    exploration_fraction: float = 0.5  # share of total_timesteps over which ε falls linearly
+    seed: int = 1  # Seed of all random numbers, environments included.
+    run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags where none are given.
+    save_every: int = 100_000  # Steps between checkpoints; 0 saves at the start and the end only.
+    track: bool = False  # Send the logs to Weights & Biases too.
+    eval_episodes: int = 100  # Episodes of the greedy policy after training; 0 leaves them out.
+    env_id: str = "Taxi-v4"  # Environment as gymnasium names it; my_module:Name-v0 imports my_module first.
+    env_kwargs: str = "{}"  # Arguments of the environment, as a JSON object.
+    total_timesteps: int = 300_000  # Environment steps to train for.
+    num_envs: int = 16  # Number N of environments that are stepped side by side.
+    gamma: float = 0.99  # Discount factor γ.
+    alpha_decay: float = 0.6  # Exponent ω of the step size α = 1 / n^ω; 0 is α = 1, best where nothing is random.
+    epsilon_end: float = 0.1  # Share ε of random actions in the end; it starts at 1.
+    exploration_fraction: float = 0.5  # Share of total_timesteps in which ε falls linearly.
 
     def __post_init__(self) -> None:
-        in_range = 0 <= self.gamma < 1 and 0 <= self.epsilon_end <= 1 and self.alpha_decay >= 0
-        if min(self.total_timesteps, self.num_envs) < 1 or not in_range:
-            raise ValueError("total-timesteps, num-envs must be at least 1, alpha-decay 0, gamma < 1, epsilon-end <= 1")
+        if type(json.loads(self.env_kwargs)) is not dict:
+            raise ValueError("env-kwargs must be a JSON object")
+        if self.track and not find_spec("wandb"):
+            raise ValueError("--track needs wandb: pip install wandb")
+        if min(self.total_timesteps, self.num_envs) < 1:
+            raise ValueError("total-timesteps and num-envs must be at least 1")
+        if not (0 <= self.gamma < 1 and 0 <= self.epsilon_end <= 1):
+            raise ValueError("gamma must be at least 0 and below 1, epsilon-end must lie between 0 and 1")
+        if not (self.alpha_decay >= 0 and self.exploration_fraction >= 0):
+            raise ValueError("alpha-decay and exploration-fraction must be at least 0")
+        json.dumps(vars(self), allow_nan=False)  # args.json has no place for nan and inf
+
+
+class QTable(nn.Module):
+    """Q(s, a) and the number of its updates, (S, A) each."""
+
+    def __init__(self, num_states: int, num_actions: int) -> None:
+        super().__init__()
+        self.q = nn.Buffer(torch.zeros(num_states, num_actions, dtype=torch.float64))
+        self.visits = nn.Buffer(torch.zeros(num_states, num_actions, dtype=torch.float64))
+
+    def act(self, obs: Tensor, epsilon: float) -> Tensor:
+        """Actions (N,) of the largest Q in states (N,), random ones with probability ε."""
+        best = self.q.index_select(0, obs).argmax(-1)  # which refuses negative states
+        explore = torch.rand(len(best)) < epsilon
+        return torch.where(explore, torch.randint(self.q.shape[1], best.shape), best)
+
+
+# --- algorithm ---
 
 
 def epsilon_at(step: int, end: float, duration: float) -> float:
@@ -72,53 +108,95 @@ def td_target(rewards: Tensor, next_q: Tensor, terminated: Tensor, gamma: float)
     return rewards + gamma * next_q.max(-1).values * (1 - terminated)
 
 
-def value_iteration(P: dict[int, dict[int, list]], gamma: float) -> Tensor:
-    """Q* (S, A) by Bellman's optimality equation Q(s, a) = Σ p·(r + γ·max_a' Q(s', a')·(1 - terminated)), repeated."""
-    outcomes = [(s, a, *outcome) for s in range(len(P)) for a in range(len(P[s])) for outcome in P[s][a]]
-    states, actions, probs, next_states, rewards, terminated = torch.tensor(outcomes, dtype=torch.float64).T
-    q = torch.zeros(len(P), len(P[0]), dtype=torch.float64)
-    for _ in range(int(30 / (1 - gamma))):  # each shrinks the error by γ, together to 1e-13
-        targets = td_target(rewards, q[next_states.long()], terminated, gamma)
-        q = torch.zeros_like(q).index_put((states.long(), actions.long()), probs * targets, accumulate=True)
+def read_model(P: dict[int, dict[int, list]]) -> tuple[Tensor, Tensor]:
+    """p(s'|s, a) of going on in s', (S, A, S), and mean rewards r(s, a), (S, A), of P[s][a] = [(p, s', r, end), …]."""
+    num_states, num_actions = len(P), len(P[0])
+    next_probs = torch.zeros(num_states, num_actions, num_states, dtype=torch.float64)
+    rewards = torch.zeros(num_states, num_actions, dtype=torch.float64)
+    for s, actions in P.items():
+        for a, outcomes in actions.items():
+            for prob, next_state, reward, terminated in outcomes:
+                next_probs[s, a, next_state] += prob * (1 - terminated)
+                rewards[s, a] += prob * reward
+    return next_probs, rewards
+
+
+def value_iteration(next_probs: Tensor, rewards: Tensor, gamma: float) -> Tensor:
+    """Q* (S, A): Bellman's optimality equation Q(s, a) = r(s, a) + γ·Σ_s' p(s'|s, a)·max_a' Q(s', a'), repeated."""
+    q = torch.zeros_like(rewards)
+    change = torch.inf
+    while change > 1e-12:  # γ or less of it is left after each repetition
+        updated = rewards + gamma * next_probs @ q.max(-1).values
+        change = (updated - q).abs().max()
+        q = updated
     return q
 
 
+def policy_values(next_probs: Tensor, rewards: Tensor, policy: Tensor, gamma: float) -> Tensor:
+    """V^π (S,) of a policy (S,) of actions, from Bellman's equation V = r_π + γ·P_π·V, which is linear in V."""
+    states = torch.arange(len(policy))
+    identity = torch.eye(len(policy), dtype=torch.float64)
+    return torch.linalg.solve(identity - gamma * next_probs[states, policy], rewards[states, policy])
+
+
+def reachable(next_probs: Tensor, start_probs: Tensor) -> Tensor:
+    """Which states (S,) are acted in by some policy from the start states."""
+    leads_to = (next_probs > 0).any(1)  # (S, S)
+    reached = start_probs > 0
+    for _ in range(len(reached)):
+        reached = reached | leads_to[reached].any(0)
+    return reached
+
+
+# --- run ---
+
+
+def announce_exploration(args: Args, saved: dict) -> None:
+    """Say what ε becomes where a resumed run has a longer schedule, and so explores again."""
+    step, old = saved["step"], saved["args"]
+    before = epsilon_at(step, old["epsilon_end"], old["exploration_fraction"] * old["total_timesteps"])
+    now = epsilon_at(step, args.epsilon_end, args.exploration_fraction * args.total_timesteps)
+    if now > before:
+        print(f"epsilon rises from {before:.3f} to {now:.3f}: --exploration-fraction is a share of --total-timesteps")
+
+
+def load_checkpoint(path: Path) -> dict:
+    """The checkpoint of a run directory or a file; what is wrong with it ends in a sentence."""
+    file = path / "checkpoint.pt" if path.is_dir() else path
+    if not file.exists():
+        raise SystemExit(f"--resume {path}: there is no run in {path}")
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        script = saved["script"]
+    except Exception as error:
+        raise SystemExit(f"--resume {path}: {file} is damaged or no checkpoint ({type(error).__name__})") from error
+    if script != SCRIPT:
+        raise SystemExit(f"--resume {path}: written by {script}.py, not {SCRIPT}.py")
+    saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # a copy begins a new run
+    return saved
+
+
 def parse_args() -> tuple[Args, dict | None]:
-    """Flags of the command line; when resuming, on top of those of the checkpoint, which comes with them."""
+    """Flags of the command line; with --resume on top of those of the checkpoint, which is returned too."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path)
-    path, default, saved = parser.parse_known_args()[0].resume, Args(), None
-    if path:
-        path = path / "checkpoint.pt" if path.is_dir() else path
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if saved.get("script") != SCRIPT:
-            raise SystemExit(f"--resume {path}: written by {saved.get('script')}.py, not {SCRIPT}.py")
-        saved["args"]["run_dir"] = str(path.parent) if path.name == "checkpoint.pt" else ""  # a copy begins a new run
-        default = Args(**saved["args"])
-    return tyro.cli(Args, default=default, description=__doc__.splitlines()[0]), saved
+    path = parser.parse_known_args()[0].resume
+    saved = load_checkpoint(path) if path else None
+    default = Args(**saved["args"]) if saved else Args()
+    args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
+    for name in FIXED_FLAGS:
+        if saved and vars(args)[name] != saved["args"][name]:
+            raise SystemExit(f"--{name.replace('_', '-')} cannot change when a run is resumed")
+    return args, saved
 
 
-def main(args: Args, saved: dict | None = None) -> None:
-    torch.manual_seed(args.seed)
-    sys.path.append("")  # a user's own module may lie there
-    envs = gym.make_vec(args.env_id, args.num_envs, "sync", None, **json.loads(args.env_kwargs))
-    spaces = envs.single_observation_space, envs.single_action_space
-    if any(not isinstance(space, gym.spaces.Discrete) or space.start != 0 for space in spaces):
-        raise SystemExit(f"{args.env_id}: observations and actions must be Discrete from 0, not {spaces}")
-    q, visits = np.zeros((2, *(space.n for space in spaces)))  # Q(s, a) and the number of its updates, (S, A)
-    agent = {"q": torch.from_numpy(q), "visits": torch.from_numpy(visits)}  # shares their memory
-    tables = {"return": agent["q"]}  # of the greedy policy and, where P is known, of π*
-    if isinstance(P := getattr(envs.envs[0].unwrapped, "P", None), dict):
-        tables["optimal_return"] = optimal_q = value_iteration(P, args.gamma)
-        known = {(s, a, *outcome) for s in P for a in P[s] for _, *outcome in P[s][a]}
-    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs, LOG_EVERY, stats_key="episode_statistics")
-    step = saved["step"] if saved else 0
-    if saved:
-        q[:], visits[:] = saved["agent"]["q"], saved["agent"]["visits"]
-        if args.seed == saved["args"]["seed"]:
-            torch.set_rng_state(saved["rng"])
-    run_dir = Path(args.run_dir or f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}")
-    if (run_dir / "checkpoint.pt").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"] or "/")):
+def start_run(args: Args, saved: dict | None) -> Path:
+    """Make the run directory, and let wandb follow it; a directory that holds another run is refused."""
+    name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    name = re.sub(r"[^\w.-]", "_", name)  # some file systems refuse a colon
+    run_dir = Path(args.run_dir or f"runs/{name}")
+    is_resumed = saved and args.run_dir == saved["args"]["run_dir"]
+    if (run_dir / "checkpoint.pt").exists() and not is_resumed:
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
     run_dir.mkdir(parents=True, exist_ok=True)
     print(f"run directory: {run_dir}")
@@ -126,73 +204,169 @@ def main(args: Args, saved: dict | None = None) -> None:
         import wandb
 
         wandb.init(project="algos", name=run_dir.name, config=asdict(args), dir=run_dir, sync_tensorboard=True)
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    return run_dir
+
+
+def catch_signals() -> list[int]:
+    """A list that Ctrl-C and SIGTERM are added to, so that the run saves and stops; a second one kills it."""
+    caught = []
+
+    def catch(number: int, frame: object) -> None:
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
+    return caught
+
+
+def save_checkpoint(run_dir: Path, args: Args, step: int, **parts: nn.Module) -> None:
+    """Write the state to another file first, so that a crash leaves the former checkpoint whole."""
+    state = {"script": SCRIPT, "args": asdict(args), "step": step, "rng": torch.get_rng_state()}
+    for name, part in parts.items():
+        state[name] = part.state_dict()
+    temporary = run_dir / "checkpoint.tmp"
+    try:
+        with open(temporary, "wb") as file:  # given a path, torch does not say that the disk is full
+            torch.save(state, file)
+        temporary.replace(run_dir / "checkpoint.pt")
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        cause = error.__context__ or error  # torch puts an error of its own on top of that of the disk
+        raise SystemExit(f"{run_dir} cannot be saved: {cause}") from error
+
+
+def crossed(every: int, before: int, now: int) -> bool:
+    """Whether a multiple of `every` lies in (before, now]; none does when it is 0."""
+    return every > 0 and now // every > before // every
+
+
+def play(policy: Tensor, envs: gym.vector.VectorEnv, seed: int) -> tuple[np.ndarray, int]:
+    """Raw returns (N,) of a policy (S,) of actions over the first episode of each environment; how many were cut."""
+    obs, _ = envs.reset(seed=seed)
+    returns = np.zeros(envs.num_envs)
+    running = np.ones(envs.num_envs, dtype=bool)
+    for _ in range(MAX_EVAL_STEPS):
+        obs, reward, terminated, truncated, _ = envs.step(policy[obs].numpy())
+        returns += running * reward
+        running &= ~np.logical_or(terminated, truncated)
+        if not running.any():
+            break
+    return returns, running.sum()
+
+
+def main(args: Args, saved: dict | None = None) -> None:
+    # Environments and table, restored when a run is resumed.
+    torch.manual_seed(args.seed)
+    sys.path.append("")  # where a user's own module may lie
+    env_kwargs = json.loads(args.env_kwargs)
+    envs = gym.make_vec(args.env_id, args.num_envs, "sync", None, **env_kwargs)
+    states, actions = envs.single_observation_space, envs.single_action_space
+    for space in (states, actions):
+        if not isinstance(space, Discrete) or space.start != 0:
+            raise SystemExit(f"{args.env_id}: observations and actions must be Discrete from 0, not {space}")
+    agent = QTable(states.n, actions.n)
+    q, visits = agent.q.numpy(), agent.visits.numpy()  # which share the table's memory
+    step = 0
+    if saved:
+        step = saved["step"]
+        agent.load_state_dict(saved["agent"])
+        announce_exploration(args, saved)
+        if args.seed == saved["args"]["seed"]:
+            torch.set_rng_state(saved["rng"])
+    env = envs.envs[0].unwrapped
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs, LOG_EVERY, stats_key="episode_statistics")
     obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))
-    caught, signals = [], (signal.SIGINT, signal.SIGTERM)  # after one the run is saved; a second one kills
-    for number in signals:
-        signal.signal(number, lambda *_: caught.extend(signal.signal(number, signal.SIG_DFL) for number in signals))
+    is_step = np.ones(args.num_envs, bool)
+
+    # The optimum, where the environment says how it works.
+    P = getattr(env, "P", None)
+    is_known = isinstance(P, dict)
+    if is_known:
+        starts = getattr(env, "initial_state_distrib", np.bincount(obs, minlength=len(P)) / len(obs))
+        start_probs = torch.as_tensor(starts)
+        next_probs, mean_rewards = read_model(P)
+        optimal_q = value_iteration(next_probs, mean_rewards, args.gamma)
+        optimal_return = start_probs @ optimal_q.max(-1).values
+        reached = reachable(next_probs, start_probs)
+        known = {(s, a, *outcome) for s in P for a in P[s] for _, *outcome in P[s][a]}
+
+    # The run directory, with a first checkpoint if it is new, and the logs.
+    caught = catch_signals()
+    run_dir = start_run(args, saved)
+    if not (run_dir / "checkpoint.pt").exists():
+        save_checkpoint(run_dir, args, step, agent=agent)
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    writer.add_text("flags", f"```\n{json.dumps(asdict(args), indent=2)}\n```", step)
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step")
-    while step < args.total_timesteps:
+
+    is_last = step >= args.total_timesteps
+    while not is_last:
         # ===== collect =====
-        is_step = ~envs.prev_dones  # an environment that was done resets now, whatever the action
         epsilon = epsilon_at(step, args.epsilon_end, args.exploration_fraction * args.total_timesteps)
-        best = agent["q"].index_select(0, torch.from_numpy(obs)).argmax(-1)  # (N,); refuses negative states
-        action = torch.where(torch.rand(len(best)) < epsilon, torch.randint(q.shape[1], best.shape), best).numpy()
-        next_obs, reward, terminated, _, _ = envs.step(action)
-        seen = zip(*(x[is_step].tolist() for x in (obs, action, next_obs, reward, terminated)))
-        if "optimal_return" in tables and not known.issuperset(seen):
-            del tables["optimal_return"]
-            tqdm.write(f"{args.env_id} does otherwise than its P says: the optimum is not known")
+        action = agent.act(torch.from_numpy(obs), epsilon).numpy()
+        next_obs, reward, terminated, truncated, _ = envs.step(action)
+        if is_known:
+            seen = zip(obs[is_step], action[is_step], next_obs[is_step], reward[is_step], terminated[is_step])
+            is_known = known.issuperset(seen)
+            if not is_known:
+                tqdm.write(f"{args.env_id} does otherwise than its P says: the optimum is not known")
 
         # ===== compute targets =====
-        targets = td_target(torch.tensor(reward), agent["q"][next_obs], torch.tensor(terminated).double(), args.gamma)
+        next_q = agent.q[torch.from_numpy(next_obs)]
+        targets = td_target(torch.tensor(reward), next_q, torch.tensor(terminated).double(), args.gamma).numpy()
 
         # ===== update =====
-        for s, a, y in zip(obs[is_step], action[is_step], targets.numpy()[is_step]):
+        for s, a, y in zip(obs[is_step], action[is_step], targets[is_step]):
             visits[s, a] += 1
             q[s, a] += (y - q[s, a]) / visits[s, a] ** args.alpha_decay
-        step_before, step = step, step + int(is_step.sum())
+        step_before = step
+        step += int(is_step.sum())
+        is_step = ~np.logical_or(terminated, truncated)  # the row after an episode's end is the reset, not a step
         obs = next_obs
 
         # ===== log and save =====
-        last = caught or step >= args.total_timesteps
-        save_now = last or args.save_every and step // args.save_every > (step_before or -1) // args.save_every
-        if save_now or step_before == 0 or step // LOG_EVERY > step_before // LOG_EVERY:
-            assert np.isfinite(q).all(), f"Q became nan or inf before step {step}; any checkpoint in {run_dir} is older"
-            writer.add_scalar("charts/SPS", (step - bar.initial) / bar.format_dict["elapsed"], step)
-            writer.add_scalar("charts/visited", (visits > 0).sum(), step)
-            if "optimal_return" in tables:
-                writer.add_scalar("charts/q_error", (agent["q"] - optimal_q).abs()[visits > 0].max(), step)
-            for name, queue in {"episodic_return": envs.return_queue, "episodic_length": envs.length_queue}.items():
-                if queue:
-                    writer.add_scalar(f"charts/{name}", np.mean(queue), step)
-                    queue.clear()
-        if save_now:  # to another file first, so that a crash leaves the former checkpoint whole
-            state = {"script": SCRIPT, "args": asdict(args), "step": step, "rng": torch.get_rng_state()}
-            torch.save(state | {"agent": agent}, run_dir / "checkpoint.tmp")
-            (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
-            (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        is_last = step >= args.total_timesteps or bool(caught)
+        save_now = is_last or crossed(args.save_every, step_before, step)
+        if save_now or step_before == 0 or crossed(LOG_EVERY, step_before, step):
+            if not np.isfinite(q).all():
+                raise SystemExit(f"\nthe table became nan or inf before step {step}; {run_dir}/checkpoint.pt is older")
+            metrics = {"SPS": (step - bar.initial) / bar.format_dict["elapsed"], "epsilon": epsilon}
+            metrics["visited"] = (visits > 0).sum()
+            if is_known:
+                metrics["q_error"] = (agent.q - optimal_q)[reached].abs().mean()
+                values = policy_values(next_probs, mean_rewards, agent.q.argmax(-1), args.gamma)
+                metrics["regret"] = optimal_return - start_probs @ values
+            if envs.return_queue:
+                metrics["episodic_return"] = np.mean(envs.return_queue)
+                metrics["episodic_length"] = np.mean(envs.length_queue)
+                envs.return_queue.clear()
+                envs.length_queue.clear()
+            for name, value in metrics.items():
+                writer.add_scalar(f"charts/{name}", value, step)
+        if save_now:
+            save_checkpoint(run_dir, args, step, agent=agent)
         bar.update(step - step_before)
-        if caught and last:
-            raise SystemExit(f"\nstopped at step {step}; to go on: python {sys.argv[0]} --resume {str(run_dir)!r}")
 
     # ===== evaluate =====
-    for number in signals:
-        signal.signal(number, signal.SIG_DFL)
-    (run_dir / "model.safetensors").write_bytes(save(agent))
-    for name, table in tables.items() if args.eval_episodes > 0 else ():
+    bar.close()
+    envs.close()
+    if caught:
+        raise SystemExit(f"stopped at step {step}; to go on: python {sys.argv[0]} --resume {str(run_dir)!r}")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))
+    policies = {"return": agent.q.argmax(-1)}
+    if is_known:
+        policies["optimal_return"] = optimal_q.argmax(-1)
+    if args.eval_episodes > 0:
+        envs = gym.make_vec(args.env_id, args.eval_episodes, "sync", None, **env_kwargs)
+        for name, policy in policies.items():
+            returns, num_cut = play(policy, envs, seed=1000 * abs(args.seed))  # the same episodes for both
+            writer.add_scalar(f"eval/{name}_mean", returns.mean(), step)
+            print(f"evaluation: {name} {returns.mean():.2f} ± {returns.std():.2f}, {num_cut} of {len(returns)} cut")
         envs.close()
-        envs = gym.make_vec(args.env_id, args.eval_episodes, "sync", None, **json.loads(args.env_kwargs))
-        obs, _ = envs.reset(seed=1000 * abs(args.seed))  # episode i has this seed + i, for both tables
-        returns, running = np.zeros(len(obs)), np.ones(len(obs), dtype=bool)
-        for _ in range(MAX_EVAL_STEPS):
-            obs, reward, terminated, truncated, _ = envs.step(table[obs].argmax(-1).numpy())
-            returns += np.where(running, reward, 0)
-            running &= ~np.logical_or(terminated, truncated)
-            if not running.any():
-                break
-        writer.add_scalar(f"eval/{name}_mean", returns.mean(), step)
-        tqdm.write(f"evaluation: {name} {returns.mean():.2f} ± {returns.std():.2f}, {running.sum()} of {len(obs)} cut")
     writer.close()
 
 
