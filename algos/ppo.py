@@ -285,7 +285,8 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.Vector
         advice = "convert them with gymnasium.wrappers.TransformObservation, or drop a key with FilterObservation"
         raise SystemExit(f"{env_id}: observations of {obs} cannot be flattened into numbers: {advice}")
     envs = wrap.RecordEpisodeStatistics(envs, stats_key="episode_statistics")
-    if not is_image(obs) and len(obs.shape or ()) != 1:
+    is_vector = isinstance(obs, Box) and len(obs.shape) == 1
+    if not is_vector and not is_image(obs):
         envs = wrap.FlattenObservation(envs)
     if isinstance(action, Box) and len(action.shape) == 1 and action.dtype.kind == "f":
         finite = (action.low > -1e30) & (action.high < 1e30)
