@@ -96,7 +96,9 @@ class Args:
             raise ValueError("num-steps must be at least 2")
         if not (0 <= self.gamma <= 1 and 0 <= self.gae_lambda <= 1):
             raise ValueError("gamma and gae-lambda must lie between 0 and 1")
-        json.dumps(vars(self), allow_nan=False)  # args.json has no place for nan and inf
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not np.isfinite(value):  # which JSON cannot hold
+                raise ValueError(f"{name.replace('_', '-')} must be a finite number")
 
 
 class RunningNorm(nn.Module):

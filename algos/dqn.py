@@ -108,7 +108,9 @@ class Args:
             raise ValueError("gamma and epsilon-end must lie between 0 and 1")
         if not (self.exploration_fraction >= 0 and self.max_grad_norm >= 0):
             raise ValueError("exploration-fraction and max-grad-norm must be at least 0")
-        json.dumps(vars(self), allow_nan=False)  # args.json has no place for nan and inf
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not np.isfinite(value):  # which JSON cannot hold
+                raise ValueError(f"{name.replace('_', '-')} must be a finite number")
 
 
 class QNetwork(nn.Module):

@@ -107,7 +107,9 @@ class Args:
             raise ValueError("gamma and gae-lambda must lie between 0 and 1")
         if not (self.clip_coef > 0 and self.target_kl >= 0):
             raise ValueError("clip-coef must be above 0, and target-kl at least 0")
-        json.dumps(vars(self), allow_nan=False)  # args.json has no place for nan and inf
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not np.isfinite(value):  # which JSON cannot hold
+                raise ValueError(f"{name.replace('_', '-')} must be a finite number")
 
 
 class RunningNorm(nn.Module):

@@ -77,7 +77,9 @@ class Args:
             raise ValueError("gamma must be at least 0 and below 1, epsilon-end must lie between 0 and 1")
         if not (self.alpha_decay >= 0 and self.exploration_fraction >= 0):
             raise ValueError("alpha-decay and exploration-fraction must be at least 0")
-        json.dumps(vars(self), allow_nan=False)  # args.json has no place for nan and inf
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not np.isfinite(value):  # which JSON cannot hold
+                raise ValueError(f"{name.replace('_', '-')} must be a finite number")
 
 
 class QTable(nn.Module):
