@@ -1,71 +1,103 @@
-"""A2C: its update and optimiser by hand, and its identity with a PPO whose extras are off."""
+"""A2C: its updates and logs by hand, and its identity with a PPO whose extras are off."""
 
 import sys
 import types
 from pathlib import Path
 
 import a2c
+import by_hand
 import ppo
 import pytest
 import torch
-from gymnasium.spaces import Box, Discrete
-from helpers import spy_on, weights
+from by_hand import spy_by_name, train
+from helpers import weights
+from torch.testing import assert_close
+
+T = 7  # rows of a rollout, in which some episodes end and others go on
+GAMMA, LAM, VF_COEF, ENT_COEF, LOG_STD = 0.9, 0.8, 0.02, 0.3, -0.7
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "RMSprop"])
-def test_an_update_is_a_step_down_the_hand_computed_gradient(optimizer, tmp_path, monkeypatch):
-    """-log π·A + c1·½(V - R)² - c2·H, clipped to norm 0.5; RMSprop adds eps outside the root."""
+def plain_updates(acts, rollouts, box, normalize, optimizer, learning_rate):
+    """A2C from the actions of a run: a step down -log π·A + c1·½(V - R)² - c2·H in each rollout."""
+    plain = by_hand.Updates(a2c, box, normalize, LOG_STD, optimizer)
+    total = sum(rows.is_step.sum() for rows in rollouts)
+    step = 0
+    for i, rows in enumerate(rollouts):
+        actions = torch.stack([call.result for call in acts[i * T : (i + 1) * T]])
+        rewards = plain.scaled_rewards(rows.rewards, i * T, GAMMA)
+        values = plain.values(rows.obs)
+        now, later = values[:-1].detach(), values[1:].detach()
+        all_advantages = by_hand.gae_by_definition(rewards, now, later, rows.terminated, rows.done, GAMMA, LAM)
+        advantages = all_advantages[rows.is_step]
+        returns = advantages + now[rows.is_step]
+        obs = rows.obs[:-1][rows.is_step]
+        logprobs, entropy = plain.policy(obs, actions[rows.is_step])
+        policy_loss = -(logprobs * advantages).mean()
+        error = values[:-1][rows.is_step] - returns
+        value_loss = (error**2).mean() / 2
+        loss = policy_loss + VF_COEF * value_loss - ENT_COEF * entropy.mean()
+        norm = plain.step_down(loss, learning_rate * (1 - step / total), max_norm=0.5)
+        explained = 1 - advantages.var(correction=0) / returns.var(correction=0)
+        plain.log(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, grad_norm=norm)
+        plain.logged[-1]["explained_variance"] = explained.item()
+        plain.seen.append(obs)
+        step += len(obs)
+    return plain
+
+
+@pytest.mark.parametrize("optimizer, learning_rate", [("SGD", 0.3), ("RMSprop", 0.01)])
+@pytest.mark.parametrize("box, normalize", [(False, False), (True, True)])
+def test_three_updates_are_those_of_a_plain_second_version(
+    box, normalize, optimizer, learning_rate, tmp_path, monkeypatch
+):
+    """Weights and logs, the gradient clipped to norm ½ where it is larger; eps of RMSprop lies outside the root."""
     if optimizer == "SGD":
-        monkeypatch.setattr(torch.optim, "RMSprop", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr))
-    forward, gae = spy_on(monkeypatch, a2c.Agent, "forward"), spy_on(monkeypatch, a2c, "compute_gae")
-    torch.manual_seed(1)
-    start = a2c.Agent(Box(-1, 1, (3,)), Discrete(2), False)
-    flags = {"env_id": "probe_envs:Scaled-v0", "num_envs": 4, "num_steps": 8, "total_timesteps": 32}
-    flags |= {"learning_rate": 0.01, "vf_coef": 0.7, "ent_coef": 0.3, "gae_lambda": 0.9}
-    a2c.main(a2c.Args(**flags, eval_episodes=0, device="cpu", run_dir=str(tmp_path / "run")))
-    (_, obs, actions), _ = next(call for call in forward if len(call[0][1]) > 1)
-    ((_, values, *_), advantages), *_ = gae
-    advantages, returns = advantages.flatten(), (advantages + values).flatten()
-    logits, values = start.actor(obs)[:-4], start.critic(obs)[:-4, 0]  # the last row of observations only bootstraps
-    probs = logits.softmax(-1)
-    logprobs = probs.log()[torch.arange(32), actions[:-4].long()]
-    entropy = -(probs * probs.log()).sum(-1)
-    (-(logprobs * advantages) + 0.7 * 0.5 * (values - returns) ** 2 - 0.3 * entropy).mean().backward()
-    norm = torch.cat([p.grad.flatten() for p in start.parameters() if p.grad is not None]).norm()
-    assert norm > 0.5
-    after = weights(tmp_path / "run")
-    for name, parameter in start.named_parameters():
-        if parameter.grad is not None:
-            step = 0.01 * parameter.grad * 0.5 / norm
-            if optimizer == "RMSprop":
-                step = step / ((0.01 * (parameter.grad * 0.5 / norm) ** 2).sqrt() + 1e-5)  # α = 0.99: v = (1 - α)·g²
-            torch.testing.assert_close(after[name], parameter.detach() - step, rtol=1e-3, atol=1e-6)
+        by_hand.use_sgd(monkeypatch, "RMSprop")
+    rollouts = [by_hand.rollout(first, T) for first in (0, T, 2 * T)]
+    sizes = [int(rows.is_step.sum()) for rows in rollouts]
+    assert sizes == [19, 17, 16]
+    acts = spy_by_name(monkeypatch, a2c.Agent, "act")
+    run_dir = train(
+        a2c,
+        tmp_path / "run",
+        "by_hand:Known-v0",
+        env_kwargs='{"box": true}' if box else "{}",
+        seed=by_hand.SEED,
+        num_envs=by_hand.N,
+        num_steps=T,
+        total_timesteps=sum(sizes),
+        normalize=normalize,
+        learning_rate=learning_rate,
+        anneal_lr=True,
+        gamma=GAMMA,
+        gae_lambda=LAM,
+        vf_coef=VF_COEF,
+        ent_coef=ENT_COEF,
+        log_std_init=LOG_STD,
+    )
+    plain = plain_updates(acts, rollouts, box, normalize, optimizer, learning_rate)
+    assert max(plain.norms) > 0.6 and (box or min(plain.norms) < 0.4)
+    plain.compare(run_dir, sizes)
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "probe_envs:Staggered-v0", "Pendulum-v1"])
 def test_ppo_with_one_epoch_on_the_full_batch_and_its_extras_off_is_a2c(env_id, tmp_path, monkeypatch):
     """arXiv 2205.09123: at ratio 1 the clipped surrogate has A2C's gradient. 20 updates, equal to rounding."""
     source = Path(ppo.__file__).read_text()
-    (line,) = [line for line in source.splitlines() if line.strip().startswith("mb_advantages = (mb_advantages - ")]
-    plain = types.ModuleType("plain_ppo")  # ppo.py without the normalisation of advantages
+    start, end = source.index("mb_advantages ="), source.index("log_ratio = logprobs -")
+    source = source[:start] + "mb_advantages = b_advantages[mb]\n                " + source[end:]  # not normalised
+    plain = types.ModuleType("plain_ppo")
     plain.__file__ = ppo.__file__
     monkeypatch.setitem(sys.modules, "plain_ppo", plain)
-    exec(compile(source.replace(line, ""), ppo.__file__, "exec"), plain.__dict__)
+    exec(compile(source, ppo.__file__, "exec"), plain.__dict__)
     rmsprop = torch.optim.RMSprop
     monkeypatch.setattr(torch.optim, "Adam", lambda p, lr, eps, fused: rmsprop(p, lr, alpha=0.99, eps=eps))
     monkeypatch.setattr(torch, "randperm", torch.arange)  # a full batch needs no order, A2C draws none
-    common = {"env_id": env_id, "num_envs": 8, "num_steps": 5, "gae_lambda": 0.9, "learning_rate": 7e-4}
-    common |= {
-        "gamma": 0.99,
-        "anneal_lr": False,
-        "ent_coef": 0.01,
-        "vf_coef": 0.5,
-        "total_timesteps": 640,
-        "eval_episodes": 0,
-    }
-    a2c.main(a2c.Args(**common, device="cpu", run_dir=str(tmp_path / "a2c")))
-    once = {"num_minibatches": 1, "num_epochs": 1}
-    plain.main(plain.Args(**common, **once, device="cpu", run_dir=str(tmp_path / "ppo")))
-    ours, theirs = weights(tmp_path / "a2c"), weights(tmp_path / "ppo")
-    for name in ours:
-        torch.testing.assert_close(theirs[name], ours[name], rtol=1e-4, atol=2e-6)
+    flags = {"num_envs": 8, "num_steps": 5, "total_timesteps": 640, "anneal_lr": False, "learning_rate": 7e-4}
+    flags.update(gamma=0.99, gae_lambda=0.9, ent_coef=0.01, vf_coef=0.5)
+    ours = weights(train(a2c, tmp_path / "a2c", env_id, **flags))
+    theirs = weights(train(plain, tmp_path / "ppo", env_id, num_epochs=1, **flags))
+    begun = weights(train(a2c, tmp_path / "begun", env_id, **{**flags, "learning_rate": 0.0}))
+    for name, ours_now in ours.items():
+        assert_close(theirs[name], ours_now, rtol=1e-4, atol=2e-6)
+        assert (ours_now - begun[name]).abs().max() > 1e-3
