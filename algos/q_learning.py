@@ -7,9 +7,9 @@
 
 Q*(s, a) is the return of action a in state s when the best actions follow. Each step moves Q(s, a) by a share α towards
 a sample of Bellman's optimality equation. Where the environment publishes its transitions (`P`, as toy text does),
-value iteration finds Q* first, and two exact errors are logged, which both fall towards 0:
+value iteration finds Q* first, and two exact errors are logged. Both are 0 when the optimum is learnt:
 
- - charts/q_error is the mean of |Q - Q*| over all pairs (s, a) that can be reached; Q is 0 where it was not visited yet.
+ - charts/q_error is the mean of |Q - Q*| over all pairs (s, a) that can be reached, where Q is 0 until a first visit.
  - charts/regret is V*(s₀) - V^π(s₀), what the greedy policy π loses to the optimal one from the mean start state s₀.
 
     python algos/q_learning.py    # Taxi-v4
@@ -287,7 +287,7 @@ def main(args: Args, saved: dict | None = None) -> None:
     is_known = isinstance(P, dict)
     if is_known:
         starts = getattr(env, "initial_state_distrib", np.bincount(obs, minlength=len(P)) / len(obs))
-        start_probs = torch.as_tensor(starts)
+        start_probs = torch.as_tensor(starts, dtype=torch.float64)
         next_probs, mean_rewards = read_model(P)
         optimal_q = value_iteration(next_probs, mean_rewards, args.gamma)
         optimal_return = start_probs @ optimal_q.max(-1).values

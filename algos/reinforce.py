@@ -238,6 +238,8 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.Vector
     obs, action = envs.single_observation_space, envs.single_action_space
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise SystemExit(f"{env_id}: its vector version does not declare AutoresetMode.NEXT_STEP in its metadata")
+    if "ale_py" in str(envs.spec.entry_point) and not is_atari:
+        raise SystemExit(f"{env_id} shows raw frames: use ALE/<Game>-v5, whose frames are preprocessed")
     if not is_flattenable(obs):
         advice = "convert them with gymnasium.wrappers.TransformObservation, or drop a key with FilterObservation"
         raise SystemExit(f"{env_id}: observations of {obs} cannot be flattened into numbers: {advice}")

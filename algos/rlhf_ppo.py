@@ -196,10 +196,12 @@ def kl_penalised_rewards(
 
 def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
     """S_t = x_t + discount_t·S_{t+1}, backwards in time; all tensors (T, N)."""
-    sums = [torch.zeros_like(x[0])]
+    sums = []
+    total = torch.zeros_like(x[0])
     for x_t, discount_t in zip(reversed(x.unbind()), reversed(discount.unbind())):
-        sums.append(x_t + discount_t * sums[-1])
-    return torch.stack(sums[:0:-1])
+        total = x_t + discount_t * total
+        sums.append(total)
+    return torch.stack(sums[::-1])
 
 
 def compute_gae(
@@ -213,7 +215,8 @@ def compute_gae(
 def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
     """Clipped surrogate per sample (PPO Eq. 7, negated): -min(r·A, clip(r, 1 - ε, 1 + ε)·A), r = π/π_old."""
     ratio = log_ratio.exp()  # PPO Eq. 6
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)  # PPO Eq. 7
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -torch.min(ratio * advantages, clipped_ratio * advantages)  # PPO Eq. 7
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float) -> Tensor:
