@@ -97,6 +97,11 @@ def rollout(first: int, T: int) -> SimpleNamespace:
     )
 
 
+def actions_of(acts: list[SimpleNamespace], first: int, T: int) -> Tensor:
+    """Actions (T, N, …) that a run drew in rows first … first + T - 1, from its calls of `act`."""
+    return torch.stack([call.result for call in acts[first : first + T]])
+
+
 def discounted_return(k: int, n: int, gamma: float) -> float:
     """Sum of the rewards of row k and of those before it in its episode, discounted by their age."""
     total = 0.0
@@ -162,9 +167,10 @@ def gae_by_definition(
 def gaussian(actions: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
     """log-probabilities (B,) of actions (B, A) under independent Gaussians, and their entropy."""
     std = log_std.exp()
-    densities = (-0.5 * ((actions - mean) / std) ** 2).exp() / (std * math.sqrt(2 * math.pi))
-    entropy = (0.5 * (2 * math.pi * math.e * std**2).log()).sum()
-    return densities.log().sum(1), entropy.expand(len(actions))
+    distance = (actions - mean) / std
+    densities = (-(distance**2) / 2).exp() / (std * math.sqrt(2 * math.pi))
+    entropies = 0.5 * (2 * math.pi * math.e * std**2).log()
+    return densities.log().sum(1), entropies.sum().expand(len(actions))
 
 
 class Updates:

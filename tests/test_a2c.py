@@ -23,10 +23,11 @@ def plain_updates(acts, rollouts, box, normalize, optimizer, learning_rate):
     total = sum(rows.is_step.sum() for rows in rollouts)
     step = 0
     for i, rows in enumerate(rollouts):
-        actions = torch.stack([call.result for call in acts[i * T : (i + 1) * T]])
+        actions = by_hand.actions_of(acts, i * T, T)
         rewards = plain.scaled_rewards(rows.rewards, i * T, GAMMA)
         values = plain.values(rows.obs)
-        now, later = values[:-1].detach(), values[1:].detach()
+        now = values[:-1].detach()
+        later = values[1:].detach()
         all_advantages = by_hand.gae_by_definition(rewards, now, later, rows.terminated, rows.done, GAMMA, LAM)
         advantages = all_advantages[rows.is_step]
         returns = advantages + now[rows.is_step]

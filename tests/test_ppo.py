@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 three_scripts = pytest.mark.parametrize("script", [reinforce, a2c, ppo])
 actor_critics = pytest.mark.parametrize("script", [a2c, ppo])
+OBS, BOX = Box(-1, 1, (3,)), Box(-1, 1, (2,))
 
 # --- advantages ---
 
@@ -43,8 +44,9 @@ def test_gae_with_lambda_0_is_the_td_error_and_with_lambda_1_the_return_minus_th
     td_errors = ppo.compute_gae(rewards, values, next_values, zeros, zeros, 0.5, 0.0)
     assert_close(td_errors, tensor([[1.0], [2.0], [3.5]]))  # r + 0.5·V' - V
     monte_carlo = ppo.compute_gae(rewards, values, next_values, zeros, zeros, 0.5, 1.0)
-    last = 4 + 0.5 * 3
-    returns = tensor([[1 + 0.5 * (2 + 0.5 * last)], [2 + 0.5 * last], [last]])
+    third = 4 + 0.5 * 3
+    second = 2 + 0.5 * third
+    returns = tensor([[1 + 0.5 * second], [second], [third]])
     assert_close(monte_carlo, returns - values)
 
 
@@ -97,10 +99,12 @@ def test_value_loss_is_half_the_squared_error_of_each_sample():
 
 def test_the_value_loss_of_rlhf_ppo_takes_the_worse_of_clipped_and_plain():
     value_loss = importlib.import_module("rlhf_ppo").value_loss
-    values, returns = tensor([1.0, 1.0, 0.1, -1.0]), tensor([2.0, 0.0, 1.0, -2.0])
+    values = tensor([1.0, 1.0, 0.1, -1.0])
+    returns = tensor([2.0, 0.0, 1.0, -2.0])
     loss = value_loss(values, torch.zeros(4), returns, clip_coef=0.2)
     assert_close(loss, tensor([1.8**2, 1.0, 0.9**2, 1.8**2]) / 2)  # clipped to ±0.2 in the first and the last
-    assert_close(value_loss(values, torch.zeros(4), returns, torch.inf), (values - returns) ** 2 / 2)
+    plain = value_loss(values, torch.zeros(4), returns, torch.inf)
+    assert_close(plain, (values - returns) ** 2 / 2)
 
 
 # --- updates ---
@@ -114,7 +118,8 @@ def plain_update(plain, rows, actions, orders, first, learning_rate):
     """PPO on one rollout: steps down Eq. 9, negated, over the rows of each minibatch in the orders of a run."""
     rewards = plain.scaled_rewards(rows.rewards, first, GAMMA)
     values = plain.values(rows.obs).detach()
-    now, later = values[:-1], values[1:]
+    now = values[:-1]
+    later = values[1:]
     all_advantages = by_hand.gae_by_definition(rewards, now, later, rows.terminated, rows.done, GAMMA, LAM)
     advantages = all_advantages[rows.is_step]
     returns = advantages + now[rows.is_step]
@@ -182,11 +187,13 @@ def test_three_updates_are_those_of_a_plain_second_version(
     orders = [order for _, order in randperm]
     step = 0
     for i, rows in enumerate(rollouts):
-        actions = torch.stack([call.result for call in acts[i * T : (i + 1) * T]])
+        actions = by_hand.actions_of(acts, i * T, T)
         rate = learning_rate * (1 - step / sum(sizes))
-        plain_update(plain, rows, actions, orders[i * EPOCHS : (i + 1) * EPOCHS], i * T, rate)
+        plain_update(plain, rows, actions, orders[:EPOCHS], i * T, rate)
+        del orders[:EPOCHS]
         step += sizes[i]
     assert max(plain.norms) > 0.55 and (box or min(plain.norms) < 0.45)
+    assert not orders
     plain.compare(run_dir, sizes)
 
 
@@ -271,7 +278,8 @@ def test_target_kl_ends_an_update_after_the_epoch_whose_last_minibatch_exceeds_i
     lower, _ = kls_of_updates(tmp_path / "lower", target_kl=0.8 * last)
     assert lower == pytest.approx(free[:3])
     between, second = kls_of_updates(tmp_path / "between", target_kl=0.5 * (last + mean))
-    assert between == pytest.approx(free[:6]) and free[5] > mean
+    assert free[5] > mean
+    assert between == pytest.approx(free[:6])
     assert len(second) > 3  # another update begins with all of its epochs ahead
     higher, _ = kls_of_updates(tmp_path / "higher", target_kl=1.01 * max(free[2::3]))
     assert higher == pytest.approx(free)
@@ -312,9 +320,10 @@ def test_log_std_init_is_where_the_deviation_of_box_actions_begins(script, tmp_p
 
 @three_scripts
 def test_box_log_probability_and_entropy_are_sums_over_dimensions(script):
-    agent = script.Agent(Box(-1, 1, (3,)), Box(-1, 1, (2,)), False)
+    agent = script.Agent(OBS, BOX, False)
     agent.log_std.data = tensor([0.3, -0.4])
-    obs, actions = torch.randn(5, 3), torch.randn(5, 2)
+    obs = torch.randn(5, 3)
+    actions = torch.randn(5, 2)
     logprobs, entropy, *_ = agent(obs, actions)
     expected_logprobs, expected_entropy = by_hand.gaussian(actions, agent.actor(obs), agent.log_std)
     assert_close(logprobs, expected_logprobs)
@@ -323,7 +332,7 @@ def test_box_log_probability_and_entropy_are_sums_over_dimensions(script):
 
 @three_scripts
 def test_discrete_log_probability_and_entropy_are_those_of_the_softmax(script):
-    agent = script.Agent(Box(-1, 1, (3,)), Discrete(2), False)
+    agent = script.Agent(OBS, Discrete(2), False)
     agent.actor[-1].bias.data = tensor([math.log(3.0), 0.0])
     agent.actor[-1].weight.data.zero_()
     logprobs, entropy, *_ = agent(torch.randn(2, 3), tensor([0.0, 1.0]))
@@ -335,7 +344,7 @@ def test_discrete_log_probability_and_entropy_are_those_of_the_softmax(script):
 @three_scripts
 def test_act_samples_discrete_actions_from_the_policy_or_takes_the_likeliest_one(script):
     torch.manual_seed(0)
-    agent = script.Agent(Box(-1, 1, (3,)), Discrete(3), False)
+    agent = script.Agent(OBS, Discrete(3), False)
     agent.actor[-1].bias.data = tensor([-0.7, 0.9, 0.1])
     obs = torch.randn(1, 3).expand(40_000, 3)
     frequencies = torch.bincount(agent.act(obs), minlength=3) / len(obs)
@@ -346,14 +355,15 @@ def test_act_samples_discrete_actions_from_the_policy_or_takes_the_likeliest_one
 @three_scripts
 def test_act_samples_box_actions_from_the_gaussian_or_takes_its_mean(script):
     torch.manual_seed(0)
-    agent = script.Agent(Box(-1, 1, (3,)), Box(-1, 1, (2,)), False)
+    agent = script.Agent(OBS, BOX, False)
     agent.actor[-1].bias.data = tensor([-0.7, 0.9])
     agent.log_std.data = tensor([0.4, -0.9])
     obs = torch.randn(1, 3).expand(40_000, 3)
     actions = agent.act(obs)
     mean = agent.actor(obs[0])
     assert_close(actions.mean(0), mean, atol=0.03, rtol=0)
-    assert_close(actions.std(0), tensor([math.exp(0.4), math.exp(-0.9)]), atol=0.02, rtol=0)
+    deviation = tensor([math.exp(0.4), math.exp(-0.9)])
+    assert_close(actions.std(0), deviation, atol=0.02, rtol=0)
     assert actions.T.corrcoef()[0, 1].abs() < 0.02  # each dimension has noise of its own
     assert_close(agent.act(obs[:1], greedy=True)[0], mean)
 
@@ -364,8 +374,10 @@ def test_compiled_actions_differ_between_steps_and_have_the_policys_deviation():
     except Exception as fault:
         pytest.skip(f"torch.compile does not work here: {type(fault).__name__}")
     torch.manual_seed(0)
-    agent = ppo.Agent(Box(-1, 1, (1,)), Box(-1, 1, (2,)), False, -0.7)
+    agent = ppo.Agent(OBS, BOX, False, log_std_init=-0.7)
     act = torch.compile(agent.act, dynamic=True)
-    steps = torch.stack([act(torch.ones(64, 1)) for _ in range(200)])  # (200, 64, 2)
+    obs = torch.ones(64, 3)
+    steps = torch.stack([act(obs) for _ in range(200)])  # (200, 64, 2)
     assert not torch.equal(steps[0], steps[1])
-    assert_close(steps.std((0, 1)), agent.log_std.detach().exp(), atol=0.02, rtol=0)
+    deviation = steps.std((0, 1))
+    assert_close(deviation, torch.full((2,), math.exp(-0.7)), atol=0.02, rtol=0)

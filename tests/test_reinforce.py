@@ -57,10 +57,8 @@ def episodes_by_hand(actions):
 def plain_updates(acts, box, normalize, optimizer, learning_rate):
     """REINFORCE from the actions of a run: a step down -1/N·Σ_i Σ_t log π(a_t|s_t)·G_t for each round of episodes."""
     plain = by_hand.Updates(reinforce, box, normalize, LOG_STD, optimizer)
-    for share_left in (1, 2 / 3, 1 / 3):
-        actions = torch.stack([call.result for call in acts[:LONGEST]])
-        del acts[:LONGEST]
-        obs, actions, returns = episodes_by_hand(actions)
+    for i, share_left in enumerate((1, 2 / 3, 1 / 3)):
+        obs, actions, returns = episodes_by_hand(by_hand.actions_of(acts, i * LONGEST, LONGEST))
         returns = (returns - returns.mean()) / returns.std(correction=0)
         logprobs, entropy = plain.policy(obs, actions)
         loss = -(logprobs * returns).sum() / by_hand.N
