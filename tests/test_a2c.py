@@ -46,7 +46,7 @@ def plain_updates(acts, rollouts, box, normalize, optimizer, learning_rate):
     return plain
 
 
-@pytest.mark.parametrize("optimizer, learning_rate", [("SGD", 0.3), ("RMSprop", 0.01)])
+@pytest.mark.parametrize("optimizer, learning_rate", [("SGD", 0.3), ("RMSprop", 0.002)])
 @pytest.mark.parametrize("box, normalize", [(False, False), (True, True)])
 def test_three_updates_are_those_of_a_plain_second_version(
     box, normalize, optimizer, learning_rate, tmp_path, monkeypatch
