@@ -168,7 +168,7 @@ def test_epsilon_is_right_at_the_start_in_the_middle_at_the_end_and_after_it():
 
 
 def test_one_update_is_due_for_every_train_every_steps_after_learning_starts():
-    due = [dqn.updates_due(step, 100, 10) for step in (0, 99, 100, 109, 110, 119, 120, 205)]
+    due = [dqn.updates_due(step, 105, 10) for step in (0, 104, 105, 114, 115, 124, 125, 210)]
     assert due == [0, 0, 0, 0, 1, 1, 2, 10]
     assert dqn.updates_due(7, 0, 2) == 3
 
@@ -770,6 +770,13 @@ def test_a_lengthened_run_says_that_it_explores_again_and_does_so(tmp_path, caps
     said = "epsilon rises from 0.100 to 0.550: --exploration-fraction is a share of --total-timesteps"
     assert capsys.readouterr().out.count(said) == 1
     assert acts[0]["epsilon"] == pytest.approx(1 - 0.9 * 100 / 200)
+
+
+def test_epsilon_before_a_lengthened_run_is_that_of_the_old_flags(tmp_path, capsys):
+    flags = {"epsilon_end": 0.1, "exploration_fraction": 2.0}
+    run_dir = train(tmp_path / "run", "probe_envs:Endless-v0", total_timesteps=100, **flags)
+    invoke("--resume", run_dir, "--total-timesteps", 400, "--epsilon-end", 0.2, "--exploration-fraction", 1.0)
+    assert "epsilon rises from 0.550 to 0.800" in capsys.readouterr().out  # 1 - 0.9 · 100/200 and 1 - 0.8 · 100/400
 
 
 @pytest.mark.parametrize(

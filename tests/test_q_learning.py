@@ -76,7 +76,7 @@ class Fork(Tabular):
 
 
 class Lasts(gym.Env):
-    """Episodes of 1 to 9 steps, each `worth` something; keeps the seeds it was given and the lengths of their episodes."""
+    """Episodes of 1 to 9 steps, each `worth` something; notes the seeds it was given and their episodes' lengths."""
 
     observation_space = action_space = Discrete(1)
     seeds: typing.ClassVar[list[int]] = []
@@ -185,7 +185,7 @@ register("OnePair", Tabular, max_episode_steps=10, P=ONE_PAIR)
 register("Twos", Tabular, max_episode_steps=10, P={0: {0: [(1.0, 0, 2.0, False)]}})
 register("Noisy", Noisy, P=ONE_PAIR, publish=False)
 register("FourArms", Tabular, P=FOUR_ARMS)
-register("Infinite", Tabular, P={0: {0: [(1.0, 0, np.inf, False)]}})
+register("Infinite", Tabular, P={0: {a: [(1.0, 0, np.inf, False)] for a in range(2)}})
 register("Fork", Fork)
 register("ForkUntold", Fork, publish_starts=False)
 register("Lasts", Lasts)
@@ -706,6 +706,13 @@ def test_a_lengthened_run_says_that_it_explores_again_and_does_so(tmp_path, caps
     assert acts[0]["epsilon"] == pytest.approx(1 - 0.9 * 100 / 200)
 
 
+def test_epsilon_before_a_lengthened_run_is_that_of_the_old_flags(tmp_path, capsys):
+    flags = {"epsilon_end": 0.1, "exploration_fraction": 2.0}
+    run_dir = train(tmp_path / "run", "QFourArms-v0", total_timesteps=100, **flags)
+    invoke("--resume", run_dir, "--total-timesteps", 400, "--epsilon-end", 0.2, "--exploration-fraction", 1.0)
+    assert "epsilon rises from 0.550 to 0.800" in capsys.readouterr().out  # 1 - 0.9 · 100/200 and 1 - 0.8 · 100/400
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -823,10 +830,11 @@ def test_a_copy_of_a_checkpoint_does_not_overwrite_the_run_it_lies_beside(tmp_pa
     assert (run_dir / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_table_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+@pytest.mark.parametrize("num_envs", [1, 4])  # inf after one visit, nan after two of a pair
+def test_a_table_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(num_envs, tmp_path):
     run_dir = tmp_path / "run"
-    with pytest.raises(SystemExit, match=rf"nan or inf before step 4; {run_dir}/checkpoint.pt is older"):
-        train(run_dir, "QInfinite-v0")
+    with pytest.raises(SystemExit, match=rf"nan or inf before step {num_envs}; {run_dir}/checkpoint.pt is older"):
+        train(run_dir, "QInfinite-v0", num_envs=num_envs)
     saved = load(run_dir)
     assert saved["step"] == 0
-    assert saved["agent"]["q"].tolist() == [[0]]
+    assert saved["agent"]["q"].tolist() == [[0, 0]]
