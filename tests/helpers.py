@@ -38,6 +38,13 @@ def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
 
 
+def text(run_dir: Path, tag: str) -> str:
+    """The last text under a TensorBoard tag."""
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    return events.Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode()
+
+
 def environment(**variables: str) -> dict[str, str]:
     """This process's environment variables with some changed."""
     return os.environ | variables

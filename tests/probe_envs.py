@@ -1,10 +1,12 @@
 """Small environments with known answers; import path for --env-id: probe_envs:Name-v0."""
 
 import signal
+import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscrete, OneOf, Sequence, Text, Tuple
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
@@ -71,7 +73,7 @@ class Target(OneStep):
 
 
 class Clock(Probe):
-    """Shows the number of steps taken since it was made, whatever the action; episodes last 3 steps, rewards are the time."""
+    """Shows the number of steps since it was made, whatever the action; episodes last 3 steps, rewards are the time."""
 
     observation_space = Box(0, np.inf, (1,), np.float32)
     total = 0
@@ -204,23 +206,12 @@ class ScalarAction(Probe):
     action_space = Box(-1, 1, (), np.float32)
 
 
-class DictObservation(Probe):
-    observation_space = Dict({"x": Box(-1, 1, (1,))})
-
-    def observe(self):
-        return {"x": np.zeros(1, np.float32)}
-
-
 class ManyActions(Probe):
     action_space = MultiDiscrete([2, 2])
 
 
 class ActionsFromOne(Probe):
     action_space = Discrete(2, start=1)
-
-
-class TinyPixels(Pixels):
-    observation_space = Box(0, 255, (20, 20, 3), np.uint8)
 
 
 for cls, limit in (
@@ -236,10 +227,8 @@ for cls, limit in (
     (NeedsFile, 10),
     (NoPictures, 10),
     (ScalarAction, 10),
-    (DictObservation, 10),
     (ManyActions, 10),
     (ActionsFromOne, 10),
-    (TinyPixels, 10),
 ):
     gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=limit)
 for name, kwargs in (
@@ -363,18 +352,21 @@ class Trouble(Noise):
 
 
 class Infinite(Noise):
-    """Noise that shows nothing but infinity from step `at` on."""
+    """Noise that shows nothing but infinity from step `at` on, or nothing but another `value`."""
 
     total = 0
 
-    def __init__(self, at):
+    def __init__(self, at, value="inf"):
         super().__init__()
-        self.at = at
+        self.at, self.value = at, float(value)
 
     def step(self, action):
         self.total += 1
-        obs, *rest = super().step(action)
-        return (obs if self.total < self.at else np.full(3, np.inf)), *rest
+        return super().step(action)
+
+    def observe(self):
+        obs = super().observe()
+        return obs if self.total < self.at else np.full(3, self.value)
 
 
 class Film(Probe):
@@ -437,11 +429,120 @@ class OldStep(Probe):
         return obs, reward, over, info
 
 
-class Doubles(Probe):
-    """Observations in double precision where the space says single."""
+class Slip(Probe):
+    """Observations that are a little other than the space says."""
+
+    slips = {
+        "rounding": np.array([np.nextafter(np.float32(1), np.float32(2))], np.float32),
+        "bounds": np.array([3], np.float32),
+        "float64": np.ones(1),
+    }
+
+    def __init__(self, kind):
+        self.kind = kind
 
     def observe(self):
-        return np.ones(1)
+        return self.slips[self.kind]
+
+
+class Own(gym.Space):
+    """A space that gymnasium does not know."""
+
+    def __init__(self):
+        super().__init__((1,), np.float32)
+
+    def sample(self, mask=None, probability=None):
+        return np.zeros(1, np.float32)
+
+    def contains(self, x):
+        return True
+
+
+class Shows(Probe):
+    """Always the same observation, of one of many spaces; `numbers` is what a network should get of it."""
+
+    kinds = {  # space, observation, numbers
+        "dict": (
+            Dict({"place": Discrete(3), "speed": Box(-1, 1, (2,))}),
+            {"place": 1, "speed": np.array([0.5, -1], np.float32)},
+            [0, 1, 0, 0.5, -1],
+        ),
+        "tuple": (
+            Tuple((Discrete(2), Dict({"on": MultiBinary(1)}), Box(-1, 1, (1,)))),
+            (1, {"on": np.ones(1, np.int8)}, np.array([0.25], np.float32)),
+            [0, 1, 1, 0.25],
+        ),
+        "state": (Discrete(4), 2, [0, 0, 1, 0]),
+        "bits": (MultiBinary(3), np.array([1, 0, 1], np.int8), [1, 0, 1]),
+        "grid of bits": (MultiBinary((2, 2)), np.array([[1, 0], [1, 1]], np.int8), [1, 0, 1, 1]),
+        "choices": (MultiDiscrete([2, 3]), np.array([1, 0]), [0, 1, 1, 0, 0]),
+        "number": (Box(-1, 1, ()), np.array(0.5, np.float32), [0.5]),
+        "matrix": (Box(-9, 9, (2, 3)), np.arange(6, dtype=np.float32).reshape(2, 3), [0, 1, 2, 3, 4, 5]),
+        "block": (Box(-9, 9, (1, 2, 1, 2)), np.arange(4, dtype=np.float32).reshape(1, 2, 1, 2), [0, 1, 2, 3]),
+        "image": (
+            Box(0, 255, (2, 1, 3), np.uint8),
+            np.uint8([[[255, 51, 0]], [[0, 102, 204]]]),
+            [1, 0.2, 0, 0, 0.4, 0.8],
+        ),
+        "tiles": (Box(0, 10, (2, 2), np.uint8), np.uint8([[0, 5], [10, 1]]), [0, 0.5, 1, 0.1]),
+        "bytes": (Box(0, 255, (4,), np.uint8), np.uint8([0, 51, 255, 102]), [0, 0.2, 1, 0.4]),
+        "graph": (Graph(Box(-1, 1, (1,)), None), None, None),
+        "text": (Text(5), "left", None),
+        "dict of text": (Dict({"mission": Text(5), "speed": Box(-1, 1, (1,))}), {}, None),
+        "sequence": (Tuple((Discrete(2), Sequence(Discrete(2)))), (), None),
+        "one of two": (OneOf((Discrete(2), Discrete(3))), (), None),
+        "own": (Own(), np.zeros(1, np.float32), None),
+    }
+
+    def __init__(self, kind):
+        self.observation_space, self.shown, self.numbers = self.kinds[kind]
+
+    def observe(self):
+        return self.shown
+
+
+class Counts(Probe):
+    """Shows the steps of its episode, which lasts `length` steps, each worth 1."""
+
+    observation_space = Box(0, np.inf, (1,), np.float32)
+
+    def __init__(self, length):
+        self.length = length
+
+    def observe(self):
+        return np.array([self.time], np.float32)
+
+    def over(self):
+        return self.time == self.length
+
+
+class Rare(Probe):
+    """Rewards `reward` at its step number `at`, and 0 at all others."""
+
+    def __init__(self, reward, at):
+        self.at, self.worth = at, reward
+
+    def reward(self, action):
+        return self.worth if self.time == self.at else 0.0
+
+
+class Slow(Noise):
+    """A simulator that needs a process of its own; leaves a file when it has trained for a while, or fails then."""
+
+    total = 0
+
+    def __init__(self, fails=False):
+        super().__init__()
+        self.fails = fails
+
+    def step(self, action):
+        self.total += 1
+        time.sleep(0.001)
+        if self.total == 100 and self.fails:
+            raise OSError("the simulator died")
+        if self.total == 100:
+            Path("trains").touch()
+        return super().step(action)
 
 
 for cls, limit in (
@@ -456,9 +557,14 @@ for cls, limit in (
     (WrongShape, 10),
     (OldReset, 10),
     (OldStep, 10),
-    (Doubles, 10),
+    (Slip, 10),
+    (Shows, 10),
+    (Slow, 20),
+    (Rare, None),
 ):
     gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=limit)
+gym.register("SlowEndless-v0", entry_point=Slow)
+gym.register("mine/State-v0", entry_point=lambda: Shows("state"), max_episode_steps=10)
 gym.register("Against-v0", entry_point=Noise, max_episode_steps=20, kwargs={"direction": -1})
 gym.register("Image-v0", entry_point=lambda shape: Image(tuple(shape)), max_episode_steps=10)
 gym.register("Recorded-v0", entry_point=lambda: gym.wrappers.RecordEpisodeStatistics(OneStep()))

@@ -1,9 +1,13 @@
 """What holds for the control scripts alike, through main() on environments with known answers."""
 
 import importlib
+import itertools
 import json
 import re
 import shlex
+import sys
+import types
+import warnings
 
 import gymnasium as gym
 import numpy as np
@@ -12,7 +16,7 @@ import probe_envs
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
-from helpers import REPO, run, scalars, spy_on, weights
+from helpers import ALGOS, REPO, run, scalars, spy_on, weights
 
 DEFAULTS = {  # small flags of each script
     "a2c": {"num_steps": 8},
@@ -25,9 +29,9 @@ policy_gradients = pytest.mark.parametrize("script", ["reinforce", "a2c", "ppo"]
 actor_critics = pytest.mark.parametrize("script", ["a2c", "ppo"])
 
 
-def train(script, tmp_path, env_id, **flags):
-    """Run main() of a script in this process; returns the run directory."""
-    module = importlib.import_module(script)
+def train(script, tmp_path, env_id, module=None, **flags):
+    """Run main() of a script, or of a changed one, in this process; returns the run directory."""
+    module = module or importlib.import_module(script)
     run_dir = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
     flags = {"num_envs": 4, "eval_episodes": 0, "device": "cpu"} | DEFAULTS[script] | flags
     module.main(module.Args(env_id=f"probe_envs:{env_id}", run_dir=str(run_dir), **flags))
@@ -230,9 +234,70 @@ def test_any_uint8_image_is_scaled_and_goes_through_the_cnn(script, shape, tmp_p
     module.main(module.Args(env_id="Image-v0", run_dir=str(tmp_path / "run"), **flags))
 
 
-def test_images_too_small_for_the_cnn_are_refused_with_the_reason():
-    with pytest.raises(SystemExit, match="too small for the CNN, which needs 36 x 36"):
-        ppo.Agent(Box(0, 255, (20, 20, 3), np.uint8), Discrete(2), False)
+# --- observations ---
+
+FLAT = [kind for kind, (_, _, numbers) in probe_envs.Shows.kinds.items() if numbers]
+NOT_FLAT = [kind for kind, (_, _, numbers) in probe_envs.Shows.kinds.items() if numbers is None]
+
+
+def shows(kind):
+    """Flags of the environment that shows an observation of this kind."""
+    return {"env_id": "Shows-v0", "env_kwargs": json.dumps({"kind": kind})}
+
+
+@all_scripts
+@pytest.mark.parametrize("kind", FLAT)
+def test_a_network_gets_the_numbers_of_any_observation_and_bytes_as_shares_of_the_largest(
+    script, kind, tmp_path, monkeypatch
+):
+    _, _, numbers = probe_envs.Shows.kinds[kind]
+    layers = spy_on(monkeypatch, torch.nn.Linear, "forward")
+    train(script, tmp_path, **shows(kind), total_timesteps=40, eval_episodes=1)
+    seen = torch.cat([x for (layer, x), _ in layers if layer.in_features == len(numbers)])
+    shown = seen[seen.any(-1)]  # lazy layers learn their sizes by zeros
+    assert len(shown) >= 40
+    torch.testing.assert_close(shown, torch.tensor(numbers).float().expand_as(shown))
+
+
+@all_scripts
+@pytest.mark.parametrize("kind", NOT_FLAT)
+def test_an_observation_that_is_not_made_of_numbers_is_refused_with_the_wrappers_that_help(script, kind, tmp_path):
+    with pytest.raises(SystemExit) as refusal:
+        train(script, tmp_path, **shows(kind))
+    sentence = str(refusal.value)
+    assert sentence.startswith("probe_envs:Shows-v0: observations of ")
+    assert "cannot be flattened into numbers" in sentence and "\n" not in sentence
+    assert "gymnasium.wrappers.TransformObservation" in sentence and "FilterObservation" in sentence
+    assert not list(tmp_path.iterdir())
+
+
+@all_scripts
+@pytest.mark.parametrize(
+    "shape, dtype, is_image",
+    [
+        ((36, 36), np.uint8, True),
+        ((36, 36, 3), np.uint8, True),
+        ((3, 36, 90), np.uint8, True),
+        ((35, 90), np.uint8, False),
+        ((90, 35, 3), np.uint8, False),
+        ((3, 35, 36), np.uint8, False),
+        ((36,), np.uint8, False),
+        ((1, 36, 36, 3), np.uint8, False),
+        ((36, 36), np.float32, False),
+    ],
+)
+def test_bytes_of_at_least_36_by_36_are_images(script, shape, dtype, is_image):
+    assert importlib.import_module(script).is_image(Box(0, 1, shape, dtype)) == is_image
+
+
+@all_scripts
+@pytest.mark.parametrize("kind", ["rounding", "bounds", "float64"])
+def test_observations_a_little_outside_their_space_train_and_gymnasium_says_so_once(script, kind, tmp_path):
+    with warnings.catch_warnings(record=True) as shown:
+        run_dir = train(script, tmp_path, "Slip-v0", env_kwargs=json.dumps({"kind": kind}), total_timesteps=200)
+    said = [str(warning.message) for warning in shown if "not within the observation space" in str(warning.message)]
+    assert len(said) == len(set(said)) == 2  # one of the reset, one of the step
+    assert all(x.isfinite().all() for x in weights(run_dir).values())
 
 
 @policy_gradients
@@ -246,6 +311,55 @@ def test_weights_begin_orthogonal_and_small_in_the_policys_last_layer(script, sp
         stretch = torch.linalg.svdvals(layer.weight.detach().flatten(1))  # in each direction
         torch.testing.assert_close(stretch, torch.full_like(stretch, gains.get(layer, 2**0.5)))
         assert not layer.bias.any()
+
+
+class Own(torch.nn.Module):
+    """A network of a user, which is no list of layers."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.first, self.last = torch.nn.LazyLinear(8), torch.nn.Linear(8, outputs)
+
+    def forward(self, x):
+        return self.last(self.first(x).tanh())
+
+
+@policy_gradients
+def test_any_module_may_take_the_place_of_the_actor_and_the_critic(script, tmp_path, monkeypatch):
+    source = (ALGOS / f"{script}.py").read_text()
+    network = r"nn\.Sequential\(nn\.LazyLinear\(64\), .*\)$"
+    source, actors = re.subn(rf"(?m)self\.actor = {network}", "self.actor = Own(num_actions)", source)
+    source, critics = re.subn(rf"(?m)self\.critic = {network}", "self.critic = Own(1)", source)
+    assert (actors, critics) == (1, 0 if script == "reinforce" else 1)
+    changed = types.ModuleType("changed")
+    changed.__file__ = str(ALGOS / f"{script}.py")
+    changed.Own = Own
+    monkeypatch.setitem(sys.modules, "changed", changed)
+    exec(compile(source, changed.__file__, "exec"), changed.__dict__)
+    flags = {"learning_rate": 0.01, "total_timesteps": 2_500, "num_envs": 16}
+    run_dir = train(script, tmp_path, "Identity-v0", changed, **flags)
+    assert weights(run_dir)["actor.first.weight"].shape == (8, 1)
+    assert scalars(run_dir, "charts/episodic_return")[-1][1] > 0.8
+
+
+@policy_gradients
+@pytest.mark.parametrize("log_std_init, deviation", [(-1.0, 0.368), (0.7, 2.014)])
+def test_log_std_init_is_the_logarithm_of_the_deviation_that_actions_are_drawn_with(
+    script, log_std_init, deviation, tmp_path
+):
+    flags = {"log_std_init": log_std_init, "learning_rate": 0.0, "total_timesteps": 64}
+    saved = weights(train(script, tmp_path, "Target-v0", **flags))
+    assert saved["log_std"].tolist() == pytest.approx([log_std_init] * 2)
+    agent = importlib.import_module(script).Agent(Box(-1, 1, (1,)), Box(-1, 1, (2,)), False)
+    agent.load_state_dict(saved)
+    drawn = agent.act(torch.ones(20_000, 1))
+    assert drawn.std(0).tolist() == pytest.approx([deviation] * 2, rel=0.03)
+
+
+@policy_gradients
+def test_an_agent_of_discrete_actions_has_no_deviation(script):
+    agent = importlib.import_module(script).Agent(Box(-1, 1, (3,)), Discrete(2), False, log_std_init=-1.0)
+    assert not hasattr(agent, "log_std")
 
 
 @policy_gradients
@@ -301,6 +415,81 @@ def test_the_discounted_return_ends_with_the_episode(script, tmp_path, monkeypat
     train(script, tmp_path, "OneStep-v0", normalize=True, total_timesteps=200)
     returns = torch.cat([x for (norm, x), _ in updates if norm.mean.shape == ()])
     assert len(returns) >= 200 and set(returns.tolist()) == {0.0, 1.0}
+
+
+# An environment of episodes of 2 steps beside one of 4. In 6 rows an actor-critic sees, where (n) is a final observation
+# and no step is taken from it: 0 1 (2) 0 1 (2) and 0 1 2 3 (4) 0. REINFORCE sees one episode of each: 0 1 and 0 1 2 3.
+UNEVEN = {"num_envs": 2, "normalize": True, "gamma": 0.5}
+SEEN = {"reinforce": [0, 1, 0, 1, 2, 3], "a2c": [0, 1, 0, 1, 0, 1, 2, 3, 0], "ppo": [0, 1, 0, 1, 0, 1, 2, 3, 0]}
+
+
+def one_update_on_uneven_episodes(script, tmp_path):
+    """Run directory of a single update."""
+    lengths = itertools.cycle([2, 4])
+    gym.register("Uneven-v0", entry_point=lambda: probe_envs.Counts(next(lengths)))
+    rollout = {} if script == "reinforce" else {"num_steps": 6}
+    return train(script, tmp_path, "Uneven-v0", total_timesteps=len(SEEN[script]), **UNEVEN, **rollout)
+
+
+@policy_gradients
+def test_observation_statistics_are_those_of_the_steps_alone(script, tmp_path):
+    saved = weights(one_update_on_uneven_episodes(script, tmp_path))
+    assert saved["obs_norm.count"] == len(SEEN[script])
+    assert saved["obs_norm.mean"].item() == pytest.approx(np.mean(SEEN[script]), rel=1e-5)
+    assert saved["obs_norm.var"].item() == pytest.approx(np.var(SEEN[script]), rel=1e-5)
+
+
+@policy_gradients
+def test_observation_statistics_change_after_the_update_and_those_of_returns_before(script, tmp_path, monkeypatch):
+    order = []
+    module = importlib.import_module(script)
+    update, clip = module.RunningNorm.update, torch.nn.utils.clip_grad_norm_
+
+    def updates_statistics(norm, x):
+        order.append("observations" if norm.mean.ndim else "returns")
+        update(norm, x)
+
+    def takes_a_gradient(*arguments):
+        order.append("gradient")
+        return clip(*arguments)
+
+    monkeypatch.setattr(module.RunningNorm, "update", updates_statistics)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", takes_a_gradient)
+    one_update_on_uneven_episodes(script, tmp_path)
+    gradients = {"reinforce": 1, "a2c": 1, "ppo": 4}[script]
+    returns = [] if script == "reinforce" else ["returns"]
+    assert order == [*returns, *["gradient"] * gradients, "observations"]
+
+
+@actor_critics
+def test_return_statistics_are_those_of_discounted_sums_within_each_episode(script, tmp_path):
+    saved = weights(one_update_on_uneven_episodes(script, tmp_path))
+    sums = [1, 1.5, 1, 1.5] + [1, 1.5, 1.75, 1.875, 1]  # of rewards of 1 at γ = 0.5
+    assert saved["return_norm.count"] == 9
+    assert saved["return_norm.mean"].item() == pytest.approx(np.mean(sums), rel=1e-5)
+    assert saved["return_norm.var"].item() == pytest.approx(np.var(sums), rel=1e-5)
+
+
+@actor_critics
+@pytest.mark.parametrize(
+    "steps, reward, scaled",
+    [
+        (50, 3.0, 50 / 49**0.5),  # one of 50 returns is not 0: the deviation is 3·√49 / 50
+        (50, -3.0, -50 / 49**0.5),
+        (200, 3.0, 10),  # instead of 14.2
+        (200, -3.0, -10),
+    ],
+)
+def test_rewards_are_divided_by_the_deviation_of_returns_and_clipped_to_10(
+    script, steps, reward, scaled, tmp_path, monkeypatch
+):
+    gae = spy_on(monkeypatch, importlib.import_module(script), "compute_gae")
+    flags = {"env_kwargs": json.dumps({"reward": reward, "at": 20}), "gamma": 0.0, "normalize": True}
+    train(script, tmp_path, "Rare-v0", num_envs=1, num_steps=steps, total_timesteps=steps, **flags)
+    ((rewards, *_), _) = gae[0]
+    expected = torch.zeros(steps, 1)
+    expected[19] = scaled
+    torch.testing.assert_close(rewards, expected, rtol=1e-4, atol=0)
 
 
 @policy_gradients
@@ -482,6 +671,22 @@ def test_an_infinite_reward_after_its_episode_changes_no_greedy_return():
 def test_the_explained_variance_of_constant_returns_is_a_number(script, tmp_path):
     run_dir = train(script, tmp_path, "Endless-v0", total_timesteps=200, gamma=0.0, gae_lambda=1.0)  # 1, at each step
     assert all(np.isfinite(value) for _, value in scalars(run_dir, "losses/explained_variance"))
+
+
+@actor_critics
+def test_a_rollout_in_which_one_step_counts_logs_no_nan_and_torch_does_not_warn(script, tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*degrees of freedom")
+        run_dir = train(script, tmp_path, "OneStep-v0", num_envs=1, num_steps=2, total_timesteps=20)
+    tags = ["explained_variance", "policy_loss", "value_loss", "entropy", "grad_norm"]
+    logged = [value for tag in tags for _, value in scalars(run_dir, f"losses/{tag}")]
+    assert len(logged) >= 5 and np.isfinite(logged).all()
+    assert all(x.isfinite().all() for x in weights(run_dir).values())
+
+
+@pytest.mark.parametrize("script", ["q_learning", "dqn", "reinforce", "a2c", "ppo"])
+def test_evaluation_episodes_are_cut_where_those_of_atari_are(script):
+    assert importlib.import_module(script).MAX_EVAL_STEPS == 27_000
 
 
 @all_scripts
