@@ -61,18 +61,18 @@ class Noisy(Tabular):
 
 
 class Fork(Tabular):
-    """Starts in state 0 or 1, which it notes; says how often unless told not to."""
+    """Starts in state 0 or 1, which it notes; says how often if `starts` are given."""
 
-    starts: typing.ClassVar[list[int]] = []
+    seen: typing.ClassVar[list[int]] = []
 
-    def __init__(self, publish_starts=True):
+    def __init__(self, starts=None):
         super().__init__(FORK)
-        if publish_starts:
-            self.initial_state_distrib = FORK_STARTS
+        if starts is not None:
+            self.initial_state_distrib = starts
 
     def first_state(self):
-        self.starts.append(int(self.np_random.choice(4, p=FORK_STARTS)))
-        return self.starts[-1]
+        self.seen.append(int(self.np_random.choice(4, p=FORK_STARTS)))
+        return self.seen[-1]
 
 
 class Lasts(gym.Env):
@@ -186,8 +186,9 @@ register("Twos", Tabular, max_episode_steps=10, P={0: {0: [(1.0, 0, 2.0, False)]
 register("Noisy", Noisy, P=ONE_PAIR, publish=False)
 register("FourArms", Tabular, P=FOUR_ARMS)
 register("Infinite", Tabular, P={0: {a: [(1.0, 0, np.inf, False)] for a in range(2)}})
-register("Fork", Fork)
-register("ForkUntold", Fork, publish_starts=False)
+register("Fork", Fork, starts=FORK_STARTS)
+register("ForkListed", Fork, starts=FORK_STARTS.tolist())
+register("ForkUntold", Fork)
 register("Lasts", Lasts)
 register("Counts", Counts)
 register("Strays", Strays, P=CHAIN, publish=False)
@@ -476,15 +477,20 @@ def test_q_error_and_regret_are_the_numbers_by_hand(q, q_error, regret, tmp_path
 
 
 def test_the_start_states_are_those_seen_where_an_environment_does_not_say_them(tmp_path):
-    Fork.starts.clear()
+    Fork.seen.clear()
     run_dir = log_of_table(tmp_path / "run", "QForkUntold-v0", [[0.0, 0.0], [0.0, 9.0], [0.0, 0.0], [0.0, 0.0]])
-    first = Fork.starts[:16]
+    first = Fork.seen[:16]
     assert {0, 1} == set(first)
     share = sum(first) / 16  # of state 1
     loss = (1 - share) * (5 - 1) + share * (
         8 - 4.5
     )  # V* less V^π, which ends in 0 and then in 2 after (2 + 6/2)/2 + 4/2
     assert last(run_dir, "charts/regret") == pytest.approx(loss, abs=1e-6)
+
+
+def test_the_probabilities_of_start_states_may_be_a_list(tmp_path):
+    run_dir = log_of_table(tmp_path / "run", "QForkListed-v0", [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    assert last(run_dir, "charts/regret") == pytest.approx(1.0, abs=1e-6)
 
 
 def test_a_pair_that_was_never_visited_counts_with_its_0(tmp_path):
