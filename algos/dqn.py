@@ -425,7 +425,7 @@ def save_checkpoint(run_dir: Path, args: Args, step: int, **parts: nn.Module) ->
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        cause = error.__context__ or error  # torch puts an error of its own on top of that of the disk
+        cause = error if isinstance(error, OSError) else error.__context__ or error  # torch may hide the disk's
         raise SystemExit(f"{run_dir} cannot be saved: {cause}") from error
 
 
