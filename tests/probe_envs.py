@@ -130,7 +130,7 @@ class Explodes(Probe):
 
 
 class Staggered(VectorEnv):
-    """Native vector environment whose episodes last 4 steps in env 0 and 1 and 6 in the others; returns are 4, 8, 6, 6 …
+    """Native vector environment: episodes last 4 steps in env 0 and 1 and 6 in the others; returns are 4, 8, 6, 6 …
 
     With `trap`, the rows that must not count carry nonsense: a huge reward in the reset row, and a huge final
     observation of terminated episodes. With `growth`, later episodes are worth more. `flags` is the type of the ends.
@@ -243,7 +243,7 @@ for name, kwargs in (
 
 
 class Bounds(Probe):
-    """Box action within [low, high], numbers or vectors, each kept in `seen`. With `best`, one-step episodes, best at it."""
+    """Box action within [low, high], numbers or vectors, each kept in `seen`. With `best`: one step, best at it."""
 
     def __init__(self, low, high, seen, best=None):
         self.action_space = Box(np.float32(low).reshape(-1), np.float32(high).reshape(-1))
@@ -325,7 +325,7 @@ class Alternating(Probe):
 
 
 class Trouble(Noise):
-    """Noise that after `at` steps gives the reward `kind` (nan, inf), raises an error (raise) or sends itself a signal."""
+    """Noise that after `at` steps gives the reward `kind` (nan, inf), fails (raise) or sends itself a signal."""
 
     total = 0
 

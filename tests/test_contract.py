@@ -836,7 +836,8 @@ def test_an_observation_that_is_nan_ends_a_run_and_leaves_a_finite_checkpoint(sc
     ):
         train(script, "run", *flags)
     state = load("run")
-    assert 0 < state["step"] <= 4 * 150 and all(x.isfinite().all() for x in state["agent"].values())
+    assert 0 < state["step"] < WHOLE  # dqn may draw it from the buffer later
+    assert all(x.isfinite().all() for x in state["agent"].values())
     assert not Path("run/model.safetensors").exists()
 
 
