@@ -233,6 +233,24 @@ def test_unbounded_actions_are_passed_as_they_are_and_one_sided_bounds_clip(low,
     envs.close()
 
 
+def test_each_dimension_of_an_action_is_scaled_by_its_own_bounds():
+    seen = []
+    gym.register("Bounds-v0", entry_point=lambda: probe_envs.Bounds([0, -np.inf], [10, np.inf], seen))
+    envs = ppo.make_envs("Bounds-v0", 1, {})
+    envs.reset(seed=0)
+    envs.step(np.array([[0.5, 3.0]], np.float32))
+    np.testing.assert_allclose(np.ravel(seen), [7.5, 3.0], rtol=1e-6)
+    envs.close()
+
+
+@all_scripts
+def test_an_interval_is_crossed_when_a_multiple_lies_in_it_also_where_steps_jump_over_it(script):
+    crossed = importlib.import_module(script).crossed
+    assert [crossed(10, before, 12) for before in (8, 9, 10, 11)] == [True, True, False, False]
+    assert crossed(10, 9, 10)
+    assert not crossed(0, 9, 12)
+
+
 @policy_gradients
 @pytest.mark.parametrize("bound", [0.01, 1000.0])
 def test_the_best_action_is_learnt_whatever_its_bounds_are(script, bound, tmp_path):

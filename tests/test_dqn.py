@@ -571,7 +571,7 @@ def test_reset_rows_are_neither_stored_as_steps_nor_counted(tmp_path):
 # --- updates ---
 
 
-@pytest.mark.parametrize("num_envs, train_every", [(1, 10), (4, 10), (8, 3), (2, 7)])
+@pytest.mark.parametrize("num_envs, train_every", [(1, 10), (4, 10), (8, 3), (2, 7), (16, 2)])
 def test_one_minibatch_is_learnt_per_train_every_counted_steps(num_envs, train_every, tmp_path, losses):
     flags = {"num_envs": num_envs, "train_every": train_every, "total_timesteps": 400, "learning_starts": 100}
     run_dir = train(tmp_path / "run", "probe_envs:Staggered-v0", **flags)
@@ -728,6 +728,14 @@ def test_the_target_network_lags_until_it_is_copied(tmp_path):
     assert not same(late["target_network"], initial.state_dict())
     assert not same(never["agent"], always["agent"])
     assert not same(late["agent"], always["agent"])
+
+
+def test_the_target_network_is_copied_after_the_updates_of_its_step(tmp_path):
+    run_dir = train(
+        tmp_path / "run", "Chain-v0", total_timesteps=390, learning_rate=0.01, target_every=1, train_every=1
+    )
+    checkpoint = load(run_dir)
+    assert same(checkpoint["target_network"], checkpoint["agent"])
 
 
 @pytest.mark.parametrize("train_every", [4, 13])

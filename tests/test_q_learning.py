@@ -158,6 +158,10 @@ CHAIN = {
     2: {0: [(1.0, 2, 100.0, False)], 1: [(1.0, 2, 100.0, False)]},  # never acted from
 }
 CHAIN_Q = [[1.0, 2.0], [1.0, 2.0]]  # at γ = 1/2: Q(1, 1) = 2, Q(1, 0) = 2/2, Q(0, 1) = 1 + 2/2, Q(0, 0) = 2/2
+ENDLESS_CHAIN = {s: {a: [(p, end, r, False) for p, end, r, _ in CHAIN[s][a]] for a in CHAIN[s]} for s in CHAIN}
+FOUR_REWARDS = {0: {a: [(1.0, 0, 1.0 + a, False)] for a in range(4)}}
+gym.register("QEndless-v0", entry_point=lambda: claims(ENDLESS_CHAIN))
+gym.register("QFourRewards-v0", entry_point=lambda: Tabular(FOUR_REWARDS))
 
 # state 2 is reached from both starts, state 3 from none
 FORK = {
@@ -550,6 +554,25 @@ def test_the_optimum_is_dropped_as_soon_as_the_environment_does_otherwise_than_i
     step, _ = scalars(run_dir, "eval/return_mean")[-1]
     for tag in ("charts/q_error", "charts/regret", "eval/optimal_return_mean"):
         assert (step in dict(scalars(run_dir, tag))) != otherwise
+
+
+def test_the_optimum_is_dropped_where_an_episode_ends_that_goes_on_by_p(tmp_path, capfd):
+    train(tmp_path / "run", "QEndless-v0", total_timesteps=400)
+    assert "QEndless-v0 does otherwise than its P says" in capfd.readouterr().out
+
+
+def test_the_step_size_counts_the_visits_of_the_pair_and_not_of_its_state(tmp_path):
+    run_dir = train(tmp_path / "run", "QFourRewards-v0", gamma=0.0, alpha_decay=1.0, total_timesteps=200)
+    torch.testing.assert_close(weights(run_dir)["q"][0], tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
+
+
+def test_lengths_are_means_since_the_last_log(tmp_path, monkeypatch):
+    """Each step is worth 1, so that length and return are equal."""
+    monkeypatch.setattr(q_learning, "LOG_EVERY", 20)
+    run_dir = train(tmp_path / "run", "QLasts-v0", total_timesteps=400)
+    returns = scalars(run_dir, "charts/episodic_return")
+    assert scalars(run_dir, "charts/episodic_length") == returns
+    assert len(set(returns)) > 10
 
 
 def test_what_an_environment_does_is_learnt_rather_than_what_its_p_says(tmp_path):

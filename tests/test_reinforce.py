@@ -136,3 +136,10 @@ def test_endless_episodes_are_cut_and_said_to_be(num_steps, total_timesteps, cut
     assert f"4 of 4 training episodes were cut after {cut} steps" in capsys.readouterr().out
     last, _ = scalars(run_dir, "charts/SPS")[-1]
     assert last == total_timesteps
+
+
+def test_each_update_plays_episodes_from_new_starts(tmp_path, monkeypatch):
+    forward = spy_by_name(monkeypatch, reinforce.Agent, "forward")
+    train(reinforce, tmp_path / "run", "probe_envs:Scaled-v0", num_steps=20, total_timesteps=240)
+    starts = {tuple(call.obs[0].tolist()) for call in forward if len(call.obs) > 1}
+    assert len(starts) == 3  # of 20 steps in 4 environments each
