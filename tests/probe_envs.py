@@ -527,7 +527,7 @@ class Rare(Probe):
 
 
 class Slow(Noise):
-    """A simulator that needs a process of its own; leaves a file when it has trained for a while, or fails then."""
+    """A simulator for a process of its own; leaves a file after 100 steps, where the first of several may fail."""
 
     total = 0
 
@@ -537,11 +537,12 @@ class Slow(Noise):
 
     def step(self, action):
         self.total += 1
-        time.sleep(0.001)
-        if self.total == 100 and self.fails:
-            raise OSError("the simulator died")
+        time.sleep(0.001 * (1 + self.np_random.random()))  # so that one is the first
         if self.total == 100:
+            is_first = not Path("trains").exists()
             Path("trains").touch()
+            if self.fails and is_first:
+                raise OSError("the simulator died")
         return super().step(action)
 
 
