@@ -324,7 +324,7 @@ def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: torch.device)
     for _ in tqdm(range(MAX_EVAL_STEPS), "evaluation", unit="step", leave=False):
         action = agent.act(torch.as_tensor(obs, device=device), greedy=True).numpy()
         obs, reward, terminated, truncated, _ = envs.step(action)
-        returns += running * reward
+        returns[running] += reward[running]
         running &= ~np.logical_or(terminated, truncated)
         if not running.any():
             break

@@ -251,7 +251,7 @@ def play(policy: Tensor, envs: gym.vector.VectorEnv, seed: int) -> tuple[np.ndar
     running = np.ones(envs.num_envs, dtype=bool)
     for _ in range(MAX_EVAL_STEPS):
         obs, reward, terminated, truncated, _ = envs.step(policy[obs].numpy())
-        returns += running * reward
+        returns[running] += reward[running]
         running &= ~np.logical_or(terminated, truncated)
         if not running.any():
             break

@@ -538,6 +538,25 @@ def test_a_place_without_a_checkpoint_is_said_to_hold_no_run(script, path):
 
 
 @scripts
+def test_a_copy_of_a_checkpoint_begins_a_run_of_its_own_beside_the_one_it_lies_in(once, script):
+    shutil.copytree(once(script, HALF), "run")
+    shutil.copy("run/checkpoint.pt", "run/older.pt")
+    before = contents("run")
+    invoke(script, "--resume", "run/older.pt", "--total-timesteps", WHOLE)
+    assert contents("run") == before
+    (own,) = Path("runs").iterdir()
+    assert load(own)["step"] >= WHOLE
+
+
+@scripts
+def test_what_was_logged_at_the_checkpoints_own_step_stays_on_resume(once, script):
+    shutil.copytree(once(script, HALF), "run")
+    logged = scalars(Path("run"), "charts/SPS")
+    invoke(script, "--resume", "run", "--total-timesteps", WHOLE)
+    assert scalars(Path("run"), "charts/SPS")[: len(logged)] == logged
+
+
+@scripts
 def test_a_folder_that_holds_a_run_is_never_overwritten(once, script, monkeypatch):
     shutil.copytree(once(script, HALF), "run")
     before = contents("run")
