@@ -451,7 +451,8 @@ def main(args: Args, saved: dict | None = None) -> None:
         torch.set_num_threads(1)
     target_network = copy.deepcopy(agent)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, fused=True)
-    stack = obs_space.shape[0] if "ALE/" in args.env_id else 1  # frames in an observation
+    is_stack = "ALE/" in args.env_id and agent.is_image
+    stack = obs_space.shape[0] if is_stack else 1  # frames in an observation
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_space, stack)
     parts = {"agent": agent, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
     step = 0

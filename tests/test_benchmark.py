@@ -679,7 +679,7 @@ def test_the_known_optimum_of_taxi_is_the_mean_return_of_the_optimal_policy_over
     import q_learning
 
     env = gym.make("Taxi-v4").unwrapped
-    policy = q_learning.value_iteration(env.P, 0.99).argmax(1).tolist()
+    policy = q_learning.value_iteration(*q_learning.read_model(env.P), 0.99).argmax(1).tolist()
     equations, rewards = np.eye(len(policy)), np.zeros(len(policy))
     for state, action in enumerate(policy):
         for probability, following, reward, terminated in env.P[state][action]:

@@ -268,7 +268,9 @@ def learning_curves(folder: Path) -> str:
         known, name = references.load(spec), f"{spec.script}_{spec.task}.png"
         tags = set()
         for figures in (figures for each in known for figures in each.seeds.values()):
-            tags |= {tag for tag, found in figures.items() if len(set(found.get("curve", []))) > 1}  # not logged once only
+            tags |= {
+                tag for tag, found in figures.items() if len(set(found.get("curve", []))) > 1
+            }  # not logged once only
         drawn = [measure for measure in spec.measures if measure.tag in tags]
         if drawn and known[0].name == "ours":
             panels = [partial(draw_measure, spec=spec, measure=measure, known=known) for measure in drawn]

@@ -68,7 +68,7 @@ FAULTS = (
           '{"return": agent.q.argmin(-1)}',
           f"{QL}::test_the_greedy_policy_is_evaluated_beside_the_optimal_one",
           "q_learning-Taxi-v4"),
-    Fault("q-learning-evaluation-counts-later-episodes", "q_learning", "returns += running * reward",
+    Fault("q-learning-evaluation-counts-later-episodes", "q_learning", "returns[running] += reward[running]",
           "returns += reward",
           f"{QL}::test_greedy_returns_are_those_of_the_first_episodes_which_differ_between_seeds"),
     Fault("q-learning-evaluates-neighbouring-seeds-alike", "q_learning",
