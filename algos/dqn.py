@@ -132,14 +132,15 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Q (B, A) of observations (B, *obs) of any dtype; images may have channels first, last or none."""
-        obs = obs / self.obs_scale
+        if self.obs_scale != 1:
+            obs = obs / self.obs_scale
         if not self.is_image:
             return self.layers(obs.float())
         if obs.ndim == 3:
             obs = obs.unsqueeze(1)
         if obs.shape[-1] < obs.shape[1]:
             obs = obs.movedim(-1, 1)
-        return self.layers(obs)  # of (B, C, H, W)
+        return self.layers(obs.float())  # of (B, C, H, W)
 
     @torch.no_grad()
     def act(self, obs: Tensor, epsilon: float = 0.0, greedy: bool = False) -> Tensor:
@@ -535,7 +536,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         if save_now or is_first_update or crossed(LOG_EVERY, step_before, step):
             numbers = list(agent.state_dict().values())
             numbers += metrics.get("losses/td_loss", [])  # an infinite Huber loss has a finite gradient
-            if not all(x.isfinite().all() for x in numbers):
+            if not torch.cat([x.flatten() for x in numbers]).isfinite().all():
                 raise SystemExit(f"\nthe agent became nan or inf before step {step}; {run_dir}/checkpoint.pt is older")
             returns = metrics.get("charts/episodic_return")
             if returns:
