@@ -102,6 +102,8 @@ class Args:
             raise ValueError("total-timesteps, num-envs, batch-size, train-every and target-every must be at least 1")
         if self.buffer_size < 8 * self.num_envs:
             raise ValueError("buffer-size must be at least 8 rows for each of the num-envs")
+        if self.learning_starts < 0:
+            raise ValueError("learning-starts must be at least 0")
         if self.learning_starts + self.train_every > self.total_timesteps:
             raise ValueError("learning-starts and train-every leave no time to learn within total-timesteps")
         if not (0 <= self.gamma <= 1 and 0 <= self.epsilon_end <= 1):
@@ -388,7 +390,7 @@ def start_run(args: Args, saved: dict | None) -> Path:
     name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     name = re.sub(r"[^\w.-]", "_", name)  # some file systems refuse a colon
     run_dir = Path(args.run_dir or f"runs/{name}")
-    is_resumed = saved and args.run_dir == saved["args"]["run_dir"]
+    is_resumed = saved and args.run_dir.rstrip("/") == saved["args"]["run_dir"]
     if (run_dir / "checkpoint.pt").exists() and not is_resumed:
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -572,6 +572,12 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(once, script, monkeypatc
 
 
 @scripts
+def test_a_resumed_run_may_name_its_own_folder_with_a_slash(once, script):
+    resume(script, once(script, HALF), "copy", "--run-dir", "copy/", "--total-timesteps", WHOLE)
+    assert load("copy")["step"] >= WHOLE
+
+
+@scripts
 @pytest.mark.parametrize("fault", ["an environment that cannot be reset", "no event file", "a full disk"])
 def test_a_crash_before_training_leaves_a_folder_that_can_be_used_or_resumed(script, fault, monkeypatch):
     flags = ["--env-id", "probe_envs:Trouble-v0"]
@@ -919,7 +925,12 @@ OWN_BAD_FLAGS = {
     "ppo": {"--gae-lambda -1": "gae-lambda", "--num-steps 1": "num-steps", "--num-minibatches 257": "num-minibatches"}
     | {"--num-steps 3 --num-envs 2 --num-minibatches 3": "num-minibatches"}
     | {"--num-minibatches 0": "num-minibatches", "--clip-coef -0.1": "clip-coef", "--clip-coef nan": "clip-coef"},
-    "dqn": {"--learning-starts 500000": "learning-starts", "--buffer-size 10": "buffer-size", "--loss l1": "loss"}
+    "dqn": {
+        "--learning-starts 500000": "learning-starts",
+        "--learning-starts=-1": "learning-starts",
+        "--buffer-size 10": "buffer-size",
+        "--loss l1": "loss",
+    }
     | {"--epsilon-end 2": "epsilon-end", "--exploration-fraction nan": "exploration-fraction"},
 }
 
