@@ -5,35 +5,41 @@
 # ///
 """Direct preference optimisation (DPO): learn from preferences between two completions, without a reward model.
 
-RLHF's optimum π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β) tells for which reward a policy is optimal: β·log π/π_ref plus a
-function of x. Put into the Bradley-Terry likelihood of the pairs, that reward leaves a classification loss on π.
+RLHF's best policy is π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β). Read backwards, each policy is the best one for some reward:
+β·log π(y|x)/π_ref(y|x), plus a function of x. Put into the Bradley-Terry likelihood of the pairs, σ(r(x, y_w) -
+r(x, y_l)), this reward gives a loss on π itself.
 Papers: Rafailov et al. 2023, arXiv 2305.18290 (DPO); Azar et al. 2023, arXiv 2310.12036 (IPO); Mitchell 2023, "A note
 on DPO with noisy preferences" (cDPO).
 
     python algos/dpo.py  # the small language world: held-out loss 0.511, where ln 2 = 0.693 is the start
     accelerate launch algos/dpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized --beta 0.1 --bf16
 
-Data: columns `prompt`, `chosen`, `rejected`, or the last two alone, beginning with the prompt: texts or lists of
-{"role", "content"} messages. Letters: B pairs, R tokens of completions, L of whole rows, V words. Logged: rewards/* of
-the implicit reward β·log π/π_ref, and logps/* of log π(y|x), both of which usually fall: only their difference counts.
+Data: columns `prompt`, `chosen` and `rejected`, or the last two alone, both beginning with the prompt. They hold texts
+or lists of {"role", "content"} messages. Letters: B pairs of an update, b of a micro-batch, R tokens of a completion,
+L of a whole row, V words of the vocabulary. Logged: rewards/* is the implicit reward β·log π/π_ref, and logps/* is
+log π(y|x). Both usually fall; only the difference between chosen and rejected counts.
 
 Differs from the paper:
  1. AdamW without weight decay instead of RMSprop, a cosine schedule, the gradient's norm clipped to 1, no dropout.
- 2. With --loss ipo, log π(y|x) is the sum over tokens, as in IPO's Eq. 17; TRL takes their mean.
- 3. A batch never mixes two epochs: the pairs that do not fill one are left out of that epoch.
+ 2. With --loss ipo, log π(y|x) is the sum over tokens, as in IPO's Eq. 17. TRL takes the mean.
+ 3. A batch never mixes two epochs: the pairs that do not fill a batch are left out of that epoch.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
 import re
 import shutil
 import signal
-from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,48 +50,126 @@ from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 ASSETS = Path(__file__).resolve().parent.parent / "benchmark/world/assets"  # the small language world
-LAYOUTS = [["prompt", "chosen", "rejected"], ["chosen", "rejected"]]  # columns of a data set
+LAYOUTS = [["prompt", "chosen", "rejected"], ["chosen", "rejected"]]  # columns that a data set may have
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass
 class Args:
-    seed: int = 1  # of the order of pairs and of LoRA's first weights
-    device: Literal["auto", "cpu"] = "auto"  # auto takes GPUs where there are some
-    run_dir: str = ""  # where the run is written; by default runs/<task>__<script>__<seed>__<time>
-    resume: str = ""  # run directory or checkpoint to continue, with its flags where none are given
-    save_every: int = 200  # updates between checkpoints; 0: only at the end
-    eval_every: int = 200  # updates between evaluations; 0: only before and after training
-    track: bool = False  # mirror the logs to Weights & Biases
-    model: str = str(ASSETS / "sft")  # hub id, folder or peft adapter of the model to start from, which is π_ref
-    dataset: str = str(ASSETS / "preferences")  # hub id, folder or jsonl, json, csv or parquet file
-    train_split: str = "train"  # split to train on; slices such as train[:95%] work
-    eval_split: str = "test"  # held-out split; '' for none
-    max_length: int = 512  # longest row in tokens: longer completions are cut, pairs whose prompt fills it left out
-    learning_rate: float = 0  # at its peak; 0: 1e-4 on the small world's model, 1e-6 on others, 1e-5 there with LoRA
-    warmup: float = 0.1  # share of the updates over which the learning rate rises, before a half cosine to 0
-    batch_size: int = 32  # B: pairs of an update, over all processes
-    micro_batch_size: int = 16  # b: pairs of a forward pass, over all processes: less memory, same gradient
-    epochs: int = 1  # passes over the data
-    max_steps: int = 0  # updates to train for, if not 0, instead of --epochs
-    bf16: bool = False  # compute in bfloat16; weights and log-probabilities stay float32
-    gradient_checkpointing: bool = False  # compute activations twice: less memory, about a third slower
-    lora_rank: int = 0  # if not 0, train low-rank adapters of all linear layers, with α = 2·rank, and save these
-    merge_lora: bool = False  # save the whole model, with the adapters merged
-    beta: float = 0.5  # β: price of KL(π || π_ref) in the reward that the pairs are taken to come from (DPO Eq. 3)
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # sigmoid: DPO Eq. 7; ipo: IPO Eq. 17, with τ = β
-    label_smoothing: float = 0  # ε: share of pairs whose label is taken to be wrong (cDPO)
+    seed: int = 1  # Seed of the order of pairs and of LoRA's first weights.
+    device: Literal["auto", "cpu"] = "auto"  # Where the model runs; auto takes GPUs when there are some.
+    run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags where none are given.
+    save_every: int = 200  # Updates between checkpoints; 0 saves at the end only.
+    eval_every: int = 200  # Updates between evaluations; 0 evaluates before and after training only.
+    track: bool = False  # Send the logs to Weights & Biases too.
+    model: str = str(ASSETS / "sft")  # Model to start from, which is π_ref: a hub id, folder or peft adapter.
+    dataset: str = str(ASSETS / "preferences")  # Data set: a hub id, folder, or jsonl, json, csv or parquet file.
+    dataset_config: str = ""  # Configuration of a hub data set, where it has several.
+    train_split: str = "train"  # Split to train on; slices such as train[:95%] work.
+    eval_split: str = "auto"  # Held-out split; auto takes test or validation where there is one, '' none.
+    chat_template_kwargs: str = "{}"  # Arguments of the chat template, as a JSON object.
+    max_length: int = 512  # Longest row in tokens. Longer completions are cut.
+    learning_rate: float = 0  # Peak learning rate; 0: 1e-4 in the small world, else 1e-6, or 1e-5 with LoRA.
+    warmup: float = 0.1  # Share of the updates in which the learning rate rises, before it falls to 0 by a cosine.
+    batch_size: int = 32  # Number B of pairs in an update, over all processes.
+    micro_batch_size: int = 16  # Number b of pairs in a forward pass, over all processes. Fewer need less memory.
+    epochs: int = 1  # Passes over the data.
+    max_steps: int = 0  # Updates to train for, in place of --epochs where it is not 0.
+    bf16: bool = False  # Compute in bfloat16; weights and log-probabilities stay in float32.
+    gradient_checkpointing: bool = False  # Compute activations twice: less memory, about a third slower.
+    lora_rank: int = 0  # Train low-rank adapters of this rank in all linear layers, with α = 2·rank; 0 trains all.
+    beta: float = 0.5  # Price β of the divergence from π_ref (DPO Eq. 3).
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # Loss of DPO (Eq. 7) or of IPO (Eq. 17, with τ = β).
+    label_smoothing: float = 0.0  # Share ε of the pairs whose label is taken to be wrong (cDPO).
 
     def __post_init__(self) -> None:
-        if min(self.batch_size, self.micro_batch_size, self.epochs, self.max_length - 1) < 1:
-            raise ValueError("batch-size, micro-batch-size and epochs must be at least 1, max-length 2")
-        if min(self.save_every, self.eval_every, self.max_steps, self.learning_rate, self.warmup, self.lora_rank) < 0:
-            raise ValueError("save-every, eval-every, max-steps, learning-rate, warmup, lora-rank must be at least 0")
-        if self.beta <= 0 or not 0 <= self.label_smoothing <= 0.5 or (self.label_smoothing and self.loss == "ipo"):
-            raise ValueError("beta must be above 0, label-smoothing between 0 and 0.5, and 0 with --loss ipo")
+        if self.track and not find_spec("wandb"):
+            raise ValueError("--track needs wandb: pip install wandb")
+        if type(json.loads(self.chat_template_kwargs)) is not dict:
+            raise ValueError("chat-template-kwargs must be a JSON object")
+        if min(self.batch_size, self.micro_batch_size, self.epochs) < 1:
+            raise ValueError("batch-size, micro-batch-size and epochs must be at least 1")
+        if self.max_length < 2:
+            raise ValueError("max-length must be at least 2")
+        if min(self.save_every, self.eval_every, self.max_steps, self.lora_rank) < 0:
+            raise ValueError("save-every, eval-every, max-steps and lora-rank must be at least 0")
+        if min(self.learning_rate, self.warmup) < 0:
+            raise ValueError("learning-rate and warmup must be at least 0")
+        if self.beta <= 0:
+            raise ValueError("beta must be above 0")
+        if not 0 <= self.label_smoothing <= 0.5:
+            raise ValueError("label-smoothing must lie between 0 and 0.5")
+        if self.label_smoothing and self.loss == "ipo":
+            raise ValueError("label-smoothing must be 0 with --loss ipo")
+
+
+# --- algorithm ---
+
+
+def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """log π(y_t | x, y_<t) of rows [prompt, completion] of token ids, and a mask of the completions: (b, R) each.
+
+    R counts from the first completion's first token to the last one's end. Log-probabilities are 0 outside the mask.
+    """
+    ids = []
+    labels = []
+    for prompt, completion in rows:
+        ids.append(torch.tensor(prompt + completion))
+        labels.append(torch.tensor([-100] * len(prompt) + completion))
+    # What fills a row up, here any token, stands to its right, where a causal model does not look.
+    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=int(ids[0][-1])).to(device)  # (b, L)
+    labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
+    first = max(1, min(len(prompt) for prompt, completion in rows))  # a row's first token has none before it
+    labels = labels[:, first:]  # (b, R)
+    logits = model(ids[:, :-1], logits_to_keep=labels.shape[1], use_cache=False).logits.float()  # (b, R, V)
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return -losses.view_as(labels), labels != -100
+
+
+def pair_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> Tensor:
+    """log π(y|x) = Σ_t log π(y_t | x, y_<t) of both completions of rows [prompt, chosen, rejected]: (2, b)."""
+    chosen_rows = [[prompt, chosen] for prompt, chosen, rejected in rows]
+    rejected_rows = [[prompt, rejected] for prompt, chosen, rejected in rows]
+    logprobs, _ = completion_logprobs(model, chosen_rows + rejected_rows, device)  # (2b, R)
+    return logprobs.sum(1).view(2, -1)
+
+
+def preference_loss(logprobs: Tensor, ref_logprobs: Tensor, beta: float, eps: float, loss: str) -> dict[str, Tensor]:
+    """Loss and metrics of each pair, (b,), from log π(y|x) and log π_ref(y|x) of chosen and rejected, (2, b) each.
+
+    "sigmoid": -(1 - ε)·log σ(βh) - ε·log σ(-βh), with βh the margin of the rewards. This is DPO Eq. 7 at ε = 0, and
+    cDPO above it. "ipo": (h - 1/(2β))², IPO Eq. 17 with τ = β.
+    """
+    chosen, rejected = beta * (logprobs - ref_logprobs)  # DPO Eq. 5 without β·log Z(x), which cancels in a pair
+    margins = chosen - rejected
+    if loss == "sigmoid":
+        losses = -(1 - eps) * nn.functional.logsigmoid(margins) - eps * nn.functional.logsigmoid(-margins)  # DPO Eq. 7
+    else:
+        losses = (margins / beta - 1 / (2 * beta)) ** 2  # IPO Eq. 17
+    return {
+        "loss": losses,
+        "rewards/accuracies": (margins.sign() + 1) / 2,
+        "rewards/margins": margins,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "logps/chosen": logprobs[0],
+        "logps/rejected": logprobs[1],
+    }
+
+
+def cosine_schedule(step: int, total_steps: int, warmup: float) -> float:
+    """Share of the peak learning rate at update `step`: a linear rise, then half a cosine to 0."""
+    warmup_steps = math.ceil(warmup * total_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return (1 + math.cos(math.pi * progress)) / 2
 
 
 # --- model ---
@@ -93,307 +177,599 @@ class Args:
 
 def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple[nn.Module, Any]:
     """Model in float32, without dropout, and tokenizer of a hub id, folder or peft adapter; num_labels=1 for a head."""
-    adapter = transformers.utils.find_adapter_config_file(name)
-    base = json.loads(Path(adapter).read_text())["base_model_name_or_path"] if adapter else name
-    config, tokenizer = transformers.AutoConfig.from_pretrained(base), transformers.AutoTokenizer.from_pretrained(name)
-    changes |= {k: 0.0 for k, value in vars(config).items() if re.search("drop|jitter", k) and isinstance(value, float)}
-    model, info = loader.from_pretrained(base, dtype="auto", output_loading_info=True, **changes)
-    new = "num_labels" in changes and "ForSequenceClassification" not in str(config.architectures)  # the head
-    if wrong := info["missing_keys"] - {"score.weight" * new} | info["unexpected_keys"] & {"score.weight"}:
-        raise SystemExit(f"{base} lacks the weights {sorted(wrong)} of {type(model).__name__}, or should not have them")
-    if adapter:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    adapter_file = transformers.utils.find_adapter_config_file(name)
+    base = json.loads(Path(adapter_file).read_text())["base_model_name_or_path"] if adapter_file else name
+    config = transformers.AutoConfig.from_pretrained(base, **changes)
+    text_config = config.get_text_config()
+    for key, value in vars(text_config).items():
+        if isinstance(value, float) and ("drop" in key or "jitter" in key):
+            setattr(text_config, key, 0.0)
+    model, info = loader.from_pretrained(base, config=config, dtype="auto", output_loading_info=True)
+
+    # Weights that a file lacks would be random numbers.
+    missing = set(info["missing_keys"])
+    has_head = "ForSequenceClassification" in str(config.architectures)
+    if "num_labels" in changes and not has_head:
+        missing.discard("score.weight")  # the head is new
+    if missing:
+        raise SystemExit(f"{base} lacks the weights {sorted(missing)} of {type(model).__name__}")
+    if "score.weight" in info["unexpected_keys"]:
+        raise SystemExit(f"{base} is a reward model, and has no {type(model).__name__}")
+    if adapter_file:
         from peft import PeftConfig, PeftModel
 
-        config = replace(PeftConfig.from_pretrained(name), task_type=None)  # the model's class says what it is for
-        model = PeftModel.from_pretrained(model, name, config=config).merge_and_unload().requires_grad_(True)
-    V, eos = model.get_input_embeddings().num_embeddings, tokenizer.eos_token
-    limit = "original_" * ("longrope" in str(model.config)) + "max_position_embeddings"  # a longer row changes all
-    L = getattr(model.config.get_text_config(), limit, None) or math.inf
-    if eos is None or len(tokenizer) > V or max_length > L:
-        raise SystemExit(f"{name} has {V} embeddings for {len(tokenizer)} tokens, {L} positions, EOS {eos}: too few")
-    body, ids = model.float().eval().base_model, torch.arange(12)[None] % V
-    with torch.no_grad():  # twelve tokens in one pass, and in two
-        whole, begin = body(ids).last_hidden_state, body(ids[:, :6], use_cache=True)
-        rest = body(ids[:, 6:], past_key_values=begin.get("past_key_values")).last_hidden_state
-    if (whole - torch.cat([begin.last_hidden_state, rest], 1)).abs().max() > 1e-3 * whole.std():
-        raise SystemExit(f"{name} is not causal, or keeps no cache that gives what a whole pass gives")
+        adapter_config = PeftConfig.from_pretrained(name)
+        adapter_config.task_type = None  # the model's class says what it is for
+        model = PeftModel.from_pretrained(model, name, config=adapter_config).merge_and_unload().requires_grad_(True)
+
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    max_positions = getattr(text_config, "max_position_embeddings", None) or math.inf
+    if tokenizer.eos_token is None:
+        raise SystemExit(f"{name} has a tokenizer without an EOS token, which would end every text")
+    if len(tokenizer) > num_embeddings:
+        raise SystemExit(f"{name} has {num_embeddings} embeddings for the {len(tokenizer)} tokens of its tokenizer")
+    if max_length > max_positions:
+        raise SystemExit(f"{name} has {max_positions} positions: --max-length cannot be {max_length}")
+    model = model.float().eval()
+    if not is_causal(model):
+        raise SystemExit(f"{name} is not causal: what it computes for a token depends on later tokens")
     return model, tokenizer
 
 
-def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """log π(y_t | x, y_<t) of rows [prompt, completion, …], float32, and a mask, (b, R): from the first answer on."""
-    L = max(len(x) + len(y) for x, y, *_ in rows)
-    ids = torch.tensor([x + y + y[-1:] * (L - len(x) - len(y)) for x, y, *_ in rows], device=device)  # (b, L)
-    labels = torch.tensor([[-100] * len(x) + y + [-100] * (L - len(x) - len(y)) for x, y, *_ in rows], device=device)
-    start = max(1, min(len(x) for x, *_ in rows))  # nothing comes before a row's first token to predict it
-    logits = model(ids[:, :-1], logits_to_keep=ids.shape[1] - start, use_cache=False).logits.float()  # (b, R, V)
-    logprobs = -nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, start:].flatten(), reduction="none")
-    return logprobs.view(len(rows), -1), labels[:, start:] != -100
+@torch.no_grad()
+def is_causal(model: nn.Module) -> bool:
+    """Whether the hidden states of four tokens stay the same when four others follow."""
+    ids = torch.arange(8)[None]
+    alone = model(ids[:, :4], output_hidden_states=True).hidden_states[-1]
+    followed = model(ids, output_hidden_states=True).hidden_states[-1][:, :4]
+    return (alone - followed).abs().max() < 1e-3 * alone.std()
 
 
-def pair_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> Tensor:
-    """log π(y|x) = Σ_t log π(y_t | x, y_<t) of both completions of rows [prompt, chosen, rejected, …]: (2, b)."""
-    pairs = [[prompt, chosen] for prompt, chosen, *_ in rows] + [[prompt, rejected] for prompt, _, rejected, *_ in rows]
-    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))  # two passes, short and long: less padding
-    halves = [pairs[i] for i in order[: len(rows)]], [pairs[i] for i in order[len(rows) :]]
-    sums = torch.cat([completion_logprobs(model, half, device)[0].sum(1) for half in halves])
-    return sums[torch.tensor(order, device=device).argsort()].view(2, -1)
+def add_adapters(model: nn.Module, rank: int) -> None:
+    """Put LoRA adapters into all linear layers of a model, and train them alone."""
+    from peft import LoraConfig
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model.add_adapter(config)
 
 
-# --- algorithm ---
+def save_trained_only(accelerator: Accelerator) -> None:
+    """Keep the weights that are not trained out of checkpoints."""
+
+    def drop_frozen(models: list[nn.Module], states: list[dict[str, Tensor]], folder: str) -> None:
+        for model, state in zip(models, states):
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                if not parameter.requires_grad:
+                    state.pop(name, None)
+
+    accelerator.register_save_state_pre_hook(drop_frozen)
 
 
-def preference_loss(logprobs: Tensor, ref_logprobs: Tensor, beta: float, eps: float, loss: str) -> dict[str, Tensor]:
-    """Loss and metrics of each pair, (B,), from log π(y|x) and log π_ref(y|x) of chosen and rejected, (2, B) each.
-
-    "sigmoid": -(1 - ε)·log σ(βh) - ε·log σ(-βh), DPO Eq. 7 at ε = 0 and cDPO above it, where ε of the labels are wrong,
-    with βh the margin of the rewards; "ipo": (h - 1/(2β))², IPO Eq. 17 with τ = β.
-    """
-    chosen, rejected = beta * (logprobs - ref_logprobs)  # DPO Eq. 5, less β·log Z(x), which both share
-    margins = chosen - rejected
-    losses = -(1 - eps) * nn.functional.logsigmoid(margins) - eps * nn.functional.logsigmoid(-margins)  # DPO Eq. 7
-    if loss == "ipo":
-        losses = (margins / beta - 1 / (2 * beta)) ** 2  # IPO Eq. 17
-    metrics = {"loss": losses, "rewards/accuracies": (margins.sign() + 1) / 2, "rewards/margins": margins}
-    metrics |= {"rewards/chosen": chosen, "rewards/rejected": rejected}
-    return metrics | {"logps/chosen": logprobs[0], "logps/rejected": logprobs[1]}
+def set_stop_tokens(model: nn.Module, stops: list[int]) -> None:
+    """Let generation end at the tokens that end answers in training, besides those that the model's own file names."""
+    config = model.generation_config
+    own = config.eos_token_id
+    if isinstance(own, int):
+        own = [own]
+    config.eos_token_id = sorted({*stops, *(own or [])})
+    try:
+        config.validate(strict=True)  # as saving does
+    except ValueError:
+        config.do_sample = True  # a temperature without it, as some published models have
+        config.validate(strict=True)
 
 
 # --- data ---
 
 
-@functools.cache
-def text_ends(tokenizer: Any) -> tuple[list[int], str, str]:
-    """Ids that the tokenizer puts before a text (BOS or nothing), EOS, and what ends a turn of its chat template."""
-    start = [i for i in tokenizer("a").input_ids[:1] if i in (tokenizer.bos_token_id, tokenizer.cls_token_id)]
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False) if tokenizer.chat_template else "answer"
-    after = text.rpartition("answer")[2].strip()
-    ends = [token.content for token in tokenizer.added_tokens_decoder.values() if after.startswith(token.content)]
-    return start, tokenizer.eos_token, max(ends, key=len, default=tokenizer.eos_token)
+def say(text: str) -> None:
+    """Print on the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
-def encode(tokenizer: Any, max_length: int, prompt: Any, *completions: Any) -> list[list[int]] | None:
-    """Token ids [prompt, completion, …] of texts or messages; None without room, if one is empty or if two are equal.
-
-    They are tokenized as one text, since tokens may merge where they meet, and parted where the ids leave those of the
-    prompt alone, or each other if several have no prompt. BOS comes at most once; a completion ends in one stop token.
-    """
-    start, *stops = text_ends(tokenizer)
-    question = prompt.removesuffix(stops[0]) if isinstance(prompt, str) else prompt or ""
-    texts = [question + completion if question else completion for completion in completions]
-    if isinstance([prompt, *completions][-1], list):
-        render, start = functools.partial(tokenizer.apply_chat_template, tokenize=False), []
-        question, texts = render(prompt, add_generation_prompt=True) if prompt else "", [render(text) for text in texts]
-    if not all(text.startswith(question) for text in texts):
-        raise SystemExit(f"--dataset: no answer, or a template that changes a prompt with it:\n{question}\n{texts[0]}")
-    stop = "|".join(map(re.escape, stops))
-    ends = [re.search(rf"({stop})(\s|{stop})*$", text[len(question) :]) for text in texts]
-    texts = [text[: len(question) + end.start()] if end else text for text, end in zip(texts, ends)]
-    ids = [start * (x[:1] != start) + x for x in tokenizer([question, *texts], add_special_tokens=False).input_ids]
-    P = len(os.path.commonprefix(ids[1:] if prompt is None and len(texts) > 1 else ids))
-    last = tokenizer.convert_tokens_to_ids([end[1] if end else stops[0] for end in ends])
-    parts = [[*x[P:], end][: max_length - P] for x, end in zip(ids[1:], last)]
-    lost = P >= max_length or not ids[-1] or not all(text[len(question) :].strip() for text in texts)
-    return None if lost or len({*map(str, parts)}) < len(parts) else [ids[-1][:P], *parts]
+def locate_data(name: str) -> tuple[str, str | None]:
+    """What datasets.load_dataset takes as its path and data_files: a hub id or folder, or the format of a file."""
+    suffix = Path(name.removesuffix(".gz")).suffix
+    if suffix in FORMATS:
+        return FORMATS[suffix], name
+    return name, None
 
 
-def load_rows(name: str, split: str, tokenizer: Any, max_length: int) -> list[list[list[int]]]:
-    """Token ids, by `encode`, of the columns of the first of LAYOUTS that a split has: texts or lists of messages."""
+def choose_eval_split(name: str, config: str, split: str) -> str:
+    """Name of the held-out split, '' for none; auto takes test or validation where there is one."""
     import datasets
 
-    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
-    try:
-        data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split)
-    except Exception as fault:  # of the file, as a rule, of which the cause tells more than the exception
-        raise SystemExit(f"--dataset {name}, split {split}: {fault.__cause__ or repr(fault)}") from fault
-    columns = next((layout for layout in LAYOUTS if set(layout) <= set(data.column_names)), None)
-    if not columns:
-        raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename them to one of {LAYOUTS}")
-    rows, lost = data.select_columns(columns).to_list(), r"""\s*\[\s*{\s*['"](role|content|from|value)['"]"""
+    if split != "auto":
+        return split
+    path, files = locate_data(name)
+    splits = datasets.get_dataset_split_names(path, config or None, data_files=files)
+    for choice in ("test", "validation"):
+        if choice in splits:
+            return choice
+    say(f"{name} has no split test or validation: nothing is held out")
+    return ""
+
+
+def choose_columns(data: Any, name: str) -> list[str]:
+    """The first of LAYOUTS whose columns a data set has."""
+    for columns in LAYOUTS:
+        if set(columns) <= set(data.column_names):
+            if columns == ["text"] and "role" in data.column_names:
+                raise SystemExit(
+                    f"--dataset {name} holds single messages: put those of a chat into one row, `messages`"
+                )
+            return columns
+    raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename them to one of {LAYOUTS}")
+
+
+def check_value(value: Any, place: str) -> None:
+    """Stop the run unless a value is a text, or a list of messages with role and content."""
+    if isinstance(value, str):
+        if re.match(r"""\s*\[\s*{\s*['"](role|content|from|value)['"]""", value):
+            raise SystemExit(f"{place}: {value!r:.40} is a list of messages written as text: use jsonl in place of csv")
+        return
+    if not isinstance(value, list) or not value:
+        raise SystemExit(f"{place}: {value!r:.40} is not text, and no list of messages")
+    for turn in value:
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise SystemExit(f"{place}: {turn!r:.80} is no message with a role and a content")
+
+
+def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
+    """Turns of a prompt, text or messages: all up to it where a chat repeats it; without one what two chats share."""
+    if isinstance(prompt, str) and prompt:
+        prompt = [{"role": "user", "content": prompt}]
+    if prompt and chats[0][0]["role"] == "assistant":
+        return prompt  # the chats are answers alone
+    if prompt:
+        asked, said = ([(turn["role"], turn["content"].strip()) for turn in turns] for turns in (prompt, chats[0]))
+        for end in range(len(asked), len(said) + 1):
+            if said[end - len(asked) : end] == asked:
+                return chats[0][:end]
+        return prompt
+    shared = []
+    for turns in zip(*[chat[:-1] for chat in chats]):
+        if len(chats) == 1 or turns[0] != turns[1]:
+            break
+        shared.append(turns[0])
+    return shared
+
+
+def split_chats(prompt: Any, completions: list[Any], place: str) -> tuple[list[dict], list[list[dict]]]:
+    """Turns of a prompt and of its answers. A prompt that the answers repeat is cut off them."""
+    chats = []
+    for completion in completions:
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        if completion[-1]["role"] != "assistant":
+            raise SystemExit(
+                f"{place}: the chat does not end in a turn of the assistant, so there is no answer to learn"
+            )
+        chats.append(completion)
+    turns = prompt_turns(prompt, chats)
+    repeats = [chat[: len(turns)] == turns for chat in chats]
+    if all(repeats):
+        return turns, [chat[len(turns) :] for chat in chats]
+    if any(repeats):
+        raise SystemExit(f"{place}: one of the two answers repeats the prompt, and the other does not")
+    return turns, chats
+
+
+def render_chats(render: Callable, prompt: list[dict], answers: list[list[dict]]) -> tuple[str, list[str]]:
+    """The chat template's text of a prompt, and of the prompt with each answer."""
+    question = render(prompt, add_generation_prompt=True) if prompt else ""
+    texts = [render(prompt + answer) for answer in answers]
+    if not texts[0].startswith(question):
+        question = render(prompt)  # a template may begin a new answer with <think>, and a given one without
+    for text, answer in zip(texts, answers):
+        if not text.startswith(question):
+            raise SystemExit(f"--dataset: the chat template changes a prompt once it is answered:\n{question}\n{text}")
+        for turn in answer:
+            if turn["role"] == "assistant" and "".join(turn["content"].split()) not in "".join(text.split()):
+                raise SystemExit(f"--dataset: the chat template leaves out a part of the answer {turn['content']!r}")
+    return question, texts
+
+
+def stop_tokens(tokenizer: Any, render: Callable) -> list[int]:
+    """Ids at which an answer may end: EOS, and what ends a turn of the chat template."""
+    stops = [tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        after = render(turns).rpartition("answer")[2].strip()
+        ids = tokenizer(after, add_special_tokens=False).input_ids
+        if ids and ids[0] in tokenizer.added_tokens_decoder and ids[0] not in stops:
+            stops.append(ids[0])
+    return stops
+
+
+def end_once(tokenizer: Any, ids: list[int], stops: list[int]) -> list[int]:
+    """Ids of a completion up to the first of the stop tokens that close it; one without them gets EOS."""
+    end = len(ids)
+    while end > 0 and (ids[end - 1] in stops or not tokenizer.decode(ids[end - 1]).strip()):
+        end -= 1
+    for i in range(end, len(ids)):
+        if ids[i] in stops:
+            return ids[: i + 1]
+    return ids + [tokenizer.eos_token_id]
+
+
+def encode(tokenizer: Any, question: str, texts: list[str], is_chat: bool) -> list[list[int]]:
+    """Token ids [prompt, completion, …] of texts that begin with a question; without one, of what the texts share.
+
+    Question and answer are tokenized as one text, since tokens may merge where they meet.
+    """
+    has_bos = is_chat or texts[0].startswith(tokenizer.bos_token or "<no BOS>")
+    question_ids, *text_ids = tokenizer([question, *texts], add_special_tokens=not has_bos).input_ids
+    if question or len(texts) == 1:
+        prompt_ids = os.path.commonprefix([question_ids, *text_ids])
+    else:
+        prompt_ids = os.path.commonprefix(text_ids)
+    return [prompt_ids] + [ids[len(prompt_ids) :] for ids in text_ids]
+
+
+def repeats_prompt(row: dict[str, Any]) -> bool:
+    """Whether the prompt of a row is a text with which its other texts begin."""
+    prompt = row.get("prompt")
+    texts = [value for column, value in row.items() if column != "prompt"]
+    return isinstance(prompt, str) and all(isinstance(text, str) and text.startswith(prompt) for text in texts)
+
+
+def read_row(row: dict[str, Any], render: Callable, place: str, is_repeated: bool) -> tuple[str, list[str], bool]:
+    """Text of a prompt, texts of the prompt with each completion, and whether they are chats."""
+    prompt = row.get("prompt", "")
+    completions = [value for column, value in row.items() if column != "prompt"]
+    is_chat = any(isinstance(value, list) for value in row.values())
+    if is_chat:
+        prompt, answers = split_chats(prompt, completions, place)
+        question, texts = render_chats(render, prompt, answers)
+        return question, texts, is_chat
+    if is_repeated and repeats_prompt(row):
+        return prompt, completions, is_chat
+    return prompt, [prompt + completion for completion in completions], is_chat
+
+
+def load_rows(
+    name: str, split: str, tokenizer: Any, max_length: int, config: str = "", template_kwargs: str = "{}"
+) -> list[list[list[int]]]:
+    """Rows [prompt, completion, …] of token ids of a split; each completion ends in one stop token, or is cut.
+
+    Says how many rows are left out, how many are cut and how many hold unknown tokens.
+    """
+    import datasets
+
+    # The rows: texts or lists of messages by column.
+    path, files = locate_data(name)
+    data = datasets.load_dataset(path, config or None, data_files=files, split=split)
+    columns = choose_columns(data, name)
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **json.loads(template_kwargs))
+    stops = stop_tokens(tokenizer, render)
+    unknown = tokenizer.unk_token_id if tokenizer.unk_token_id not in stops else None
+
+    kept = []
+    counts = Counter()
+    rows = data.select_columns(columns).to_list()
+    is_repeated = sum(repeats_prompt(row) for row in rows) > len(rows) / 2  # a few answers may begin so by chance
     for number, row in enumerate(rows, 1):
-        if isinstance(row.get("prompt"), str) and isinstance(rows[0][columns[-1]], list):
-            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-        asked = row.get("prompt") or []
+        place = f"--dataset {name}, split {split}, row {number}"
         for column, value in row.items():
-            if isinstance(value, list) and column != "prompt" and value[: len(asked)] == asked:  # it repeats the prompt
-                row[column] = value = value[len(asked) :]
-            turns = value if isinstance(value, list) else [{"role": "user", "content": value}]
-            ok = turns and all(isinstance(turn.get(key), str) for turn in turns for key in ("role", "content"))
-            kinds = {type(value), type(rows[0][column]), type(asked or value)}
-            if not ok or len(kinds) > 1 or re.match(lost, turns[0]["content"]):
-                found = f"--dataset {name}, split {split}, row {number}, column {column}: {value!r:.40}"
-                raise SystemExit(f"{found} is not text or messages as in row 1; mend it, in jsonl if csv lost it")
-    for column in columns[1:] if isinstance(rows[0].get("prompt"), str) else ():  # texts that repeat their prompt
-        if sum(row[column].startswith(row["prompt"]) for row in rows) > len(rows) / 2:
-            rows = [row | {column: row[column].removeprefix(row["prompt"])} for row in rows]
-    rows = [encode(tokenizer, max_length, row.pop("prompt", None), *row.values()) for row in rows]
-    if None in rows:
-        print(f"split {split}: {rows.count(None)} of {len(rows)} rows left out: no room, empty or equal completions")
-    return [row for row in rows if row]
+            check_value(value, f"{place}, column {column}")
+        question, texts, is_chat = read_row(row, render, place, is_repeated)
+        prompt, *completions = encode(tokenizer, question, texts, is_chat)
+        shared = "" if is_chat else os.path.commonprefix(texts).strip()
+        if not question and not shared and columns == ["chosen", "rejected"]:
+            raise SystemExit(f"{place}: chosen and rejected share no beginning, so they hold no prompt; "
+                             f"rename the column that holds it to prompt: {data.column_names}")  # fmt: skip
+        whole = [end_once(tokenizer, ids, stops) for ids in completions]
+        completions = [ids[: max_length - len(prompt)] for ids in whole]
+        has_text = all(tokenizer.decode(ids[:-1]).strip() for ids in whole)
+        if len(prompt) >= max_length:
+            counts["are left out: the prompt alone fills --max-length"] += 1
+        elif not has_text or completions.count(completions[0]) > 1:
+            counts["are left out: an answer is empty, or both are the same"] += 1
+        else:
+            kept.append([prompt, *completions])
+            counts["are cut to --max-length, and so have no end"] += completions != whole
+            counts["hold words that --model does not know"] += any(unknown in ids for ids in kept[-1])
+    for label, count in counts.items():
+        if count:
+            say(f"split {split}: {count} of {len(data)} rows {label}")
+    if counts["hold words that --model does not know"] > len(kept) / 2:
+        raise SystemExit(f"--dataset {name}: most rows hold {tokenizer.unk_token}, a word that --model does not know")
+    return kept
 
 
-def batch_at(rows: list[Any], step: int, batch_size: int, seed: int) -> list[Any]:
-    """Rows of update `step`, a function of it, for resumed runs; what does not fill a batch is left out of an epoch."""
-    epoch, batch = divmod(step, len(rows) // batch_size)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).tolist()
-    return [rows[i] for i in order[batch * batch_size : (batch + 1) * batch_size]]
+def batch_at(num_rows: int, step: int, batch_size: int, seed: int) -> list[int]:
+    """Indices of the rows of update `step`, a function of it for resumed runs. A part batch is left out of an epoch."""
+    epoch, batch = divmod(step, num_rows // batch_size)
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    order = torch.randperm(num_rows, generator=generator).tolist()
+    return order[batch * batch_size : (batch + 1) * batch_size]
 
 
-def micro_batches(rows: list[Any], size: int) -> list[list[Any]]:
-    """Rows in parts of `size` or a little more; rows of like length meet, to save padding."""
-    rows = sorted(rows, key=lambda row: sum(map(len, row)))
-    parts = min(len(rows), max(1, len(rows) // size))
-    return [rows[i * len(rows) // parts : (i + 1) * len(rows) // parts] for i in range(parts)]
+def micro_batches(rows: list[Any], indices: list[int], size: int) -> list[list[int]]:
+    """Indices of rows in parts of `size` or a little more. Rows of like length meet, which saves padding."""
+    indices = sorted(indices, key=lambda i: sum(len(ids) for ids in rows[i]))
+    num_parts = max(1, len(indices) // size)
+    bounds = [part * len(indices) // num_parts for part in range(num_parts + 1)]
+    return [indices[start:end] for start, end in itertools.pairwise(bounds) if start < end]
+
+
+def check_batches(args: Args, processes: int, num_rows: int, num_eval_rows: int) -> None:
+    """Stop the run unless each process has rows of each micro-batch."""
+    if num_rows < args.batch_size:
+        raise SystemExit(f"--batch-size {args.batch_size} is more than the {num_rows} rows that --dataset has")
+    if min(args.batch_size, args.micro_batch_size) < processes:
+        raise SystemExit(f"--batch-size and --micro-batch-size must be at least {processes}, the number of processes")
+    if 0 < num_eval_rows < processes:
+        raise SystemExit(f"--eval-split has {num_eval_rows} rows, too few for {processes} processes")
+
+
+# --- run ---
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What the checkpoint of a run directory says: script, args and step; and the folder of its tensors."""
+    folder = path / "checkpoint" if (path / "checkpoint").is_dir() else path
+    if not (folder / "state.json").exists():
+        raise SystemExit(f"--resume {path}: there is no run in it")
+    saved = json.loads((folder / "state.json").read_text())
+    if saved["script"] != SCRIPT:
+        raise SystemExit(f"--resume {path}: written by {saved['script']}.py, not {SCRIPT}.py")
+    saved["folder"] = folder / str(saved["step"])
+    saved["args"]["run_dir"] = str(folder.parent)
+    return saved
 
 
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
-    """Flags of the command line; when resuming, on top of those of the checkpoint, which comes with them."""
+    """Flags of the command line; with --resume on top of those of the checkpoint, which is returned too."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path)
-    path, default, saved = parser.parse_known_args()[0].resume, Args(), None
-    if path:
-        path = path / "checkpoint" if (path / "checkpoint").is_dir() else path
-        saved = json.loads((path / "state.json").read_text())
-        if saved["script"] != SCRIPT:
-            raise SystemExit(f"--resume {path}: written by {saved['script']}.py, not {SCRIPT}.py")
-        saved["folder"], saved["args"]["run_dir"] = path / str(saved["step"]), str(path.parent)
-        default = Args(**saved["args"])
-    return tyro.cli(Args, default=default, description=__doc__.splitlines()[0]), saved
+    path = parser.parse_known_args()[0].resume
+    saved = load_state(path) if path else None
+    default = Args(**saved["args"]) if saved else Args()
+    args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
+    for name, value in vars(args).items():
+        if str(value).startswith(str(ASSETS)) and not ASSETS.exists():
+            raise SystemExit(f"--{name.replace('_', '-')} is needed: the small language world is not beside this copy")
+    return args, saved
+
+
+def start_run(args: Args, accelerator: Accelerator, saved: dict[str, Any] | None) -> Path:
+    """Make the run directory and the logs; a directory that holds another run is refused."""
+    name = f"{Path(args.dataset).stem}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    name = re.sub(r"[^\w.-]", "_", name)  # some file systems refuse a colon
+    run_dir = Path(broadcast_object_list([args.run_dir or f"runs/{name}"])[0])  # the first process's clock counts
+    holds_run = (run_dir / "checkpoint/state.json").exists()
+    if holds_run and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
+        raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
+    flags = json.dumps(asdict(args), indent=2)
+    if accelerator.is_main_process:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(flags + "\n")
+    accelerator.print(f"run directory: {run_dir}, learning rate: {args.learning_rate:g}")
+
+    step = saved["step"] if saved else 0
+    trackers = [TensorBoardTracker(run_dir.name, run_dir.parent, purge_step=step + 1, flush_secs=1)]
+    if args.track:
+        trackers.append("wandb")
+    accelerator.log_with = trackers
+    accelerator.init_trackers("algos", init_kwargs={"wandb": {"name": run_dir.name, "config": asdict(args)}})
+    accelerator.log({"flags": f"```\n{flags}\n```"}, step)
+    return run_dir
+
+
+def catch_signals() -> list[int]:
+    """A list that Ctrl-C and SIGTERM are added to, so that the run saves and stops; a second one kills it."""
+    caught = []
+
+    def catch(number: int, frame: object) -> None:
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
+    return caught
+
+
+def keep_float32(accelerator: Accelerator) -> None:
+    """Let FSDP2 add gradients up and leave results in float32 where it computes in bfloat16."""
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
+
+def mean_over_processes(values: list[Tensor]) -> float:
+    """Mean of all numbers in the tensors of all processes."""
+    numbers = gather_object(torch.cat(values).tolist())
+    return torch.tensor(numbers).mean().item()
+
+
+def save_checkpoint(accelerator: Accelerator, run_dir: Path, args: Args, step: int) -> None:
+    """Write the tensors to checkpoint/<step>, and then state.json, which names that folder and changes in one piece."""
+    folder = run_dir / "checkpoint"
+    accelerator.save_state(folder / str(step))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        state = {"script": SCRIPT, "args": asdict(args), "step": step}
+        (folder / "state.tmp").write_text(json.dumps(state))
+        (folder / "state.tmp").replace(folder / "state.json")
+        for older in folder.glob("[0-9]*"):
+            if older.name != str(step):
+                shutil.rmtree(older)
+
+
+@torch.no_grad()
+def greedy_sample(model: nn.Module, tokenizer: Any, row: list[list[int]], max_length: int) -> str:
+    """Text of a row's prompt with the likeliest next tokens behind it, 64 at most."""
+    prompt, completion = row[:2]
+    ids = torch.tensor([prompt or completion[:8]], device=model.device)
+    room = max(1, min(64, max_length - ids.shape[1]))
+    return tokenizer.decode(model.generate(ids, max_new_tokens=room, do_sample=False)[0])
+
+
+def save_model(model: nn.Module, tokenizer: Any, weights: dict[str, Tensor], args: Args, run_dir: Path) -> None:
+    """Write the whole model to model/, and adapters also to adapter/, as peft does."""
+    for name in model.all_tied_weights_keys:
+        weights.pop(name, None)  # a model has them once; weights gathered from several processes have them twice
+    if args.lora_rank:
+        from peft import PeftModel
+
+        dtype = model.config.dtype
+        model.save_pretrained(run_dir / "adapter", state_dict=weights)
+        tokenizer.save_pretrained(run_dir / "adapter")
+        base, _ = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
+        merged = PeftModel.from_pretrained(base, run_dir / "adapter").merge_and_unload()
+        merged.generation_config = model.generation_config
+        merged.to(dtype).save_pretrained(run_dir / "model")
+        if transformers.utils.find_adapter_config_file(args.model):
+            shutil.rmtree(run_dir / "adapter")  # without --model's own adapter it is of no use
+    else:
+        model.save_pretrained(run_dir / "model", state_dict=weights)
+    tokenizer.save_pretrained(run_dir / "model")
 
 
 def main(args: Args, saved: dict[str, Any] | None = None) -> None:
-    args.learning_rate = args.learning_rate or (1e-4 if args.model == Args.model else 1e-5 if args.lora_rank else 1e-6)
+    # Processes and random numbers. Each process takes its own rows of a micro-batch.
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16" if args.bf16 else "no")
+    keep_float32(accelerator)
     device, processes = accelerator.device, accelerator.num_processes
-    own = slice(accelerator.process_index, None, processes)  # of the rows of a micro-batch
+    accelerator.print(f"{processes} process(es) on {device.type}")
+    own = slice(accelerator.process_index, None, processes)
     torch.manual_seed(args.seed)
-    adapter = args.lora_rank and not args.merge_lora and transformers.utils.find_adapter_config_file(args.model)
-    if adapter or saved and saved["args"]["lora_rank"] != args.lora_rank:
-        raise SystemExit("--lora-rank cannot change when resuming, and on top of an adapter it needs --merge-lora")
+
+    # The policy, which is also the reference until it is trained.
     policy, tokenizer = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
-    train = load_rows(args.dataset, args.train_split, tokenizer, args.max_length)
-    held_out = load_rows(args.dataset, args.eval_split, tokenizer, args.max_length) if args.eval_split else []
-    if min(args.micro_batch_size, args.batch_size, len(held_out or train)) < processes or len(train) < args.batch_size:
-        raise SystemExit(f"{len(train)} pairs don't fill a batch, or micro-batches lack rows for {processes} processes")
-    eos, stops = policy.generation_config.eos_token_id, tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
-    policy.generation_config.eos_token_id = list({*stops, *([eos] if isinstance(eos, int) else eos or [])})
-    policy.generation_config.validate(strict=True)  # as saving does
-    torch.set_num_threads(1 if policy.num_parameters() < 10e6 else torch.get_num_threads())  # small ones lose by more
+    if policy.num_parameters() < 10e6:
+        torch.set_num_threads(1)  # more only lose time
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **json.loads(args.chat_template_kwargs))
+    set_stop_tokens(policy, stop_tokens(tokenizer, render))
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
+    if saved and saved["args"]["lora_rank"] != args.lora_rank:
+        raise SystemExit("--lora-rank cannot change when a run is resumed")
     if args.lora_rank:
-        from peft import LoraConfig, get_peft_model
+        add_adapters(policy, args.lora_rank)
+        save_trained_only(accelerator)
+    if not args.learning_rate:
+        pretrained_rate = 1e-5 if args.lora_rank else 1e-6
+        args.learning_rate = 1e-4 if args.model == Args.model else pretrained_rate
 
-        lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-        policy = get_peft_model(policy, lora)
-        hook = accelerator.register_save_state_pre_hook  # checkpoints hold the adapters only
-        hook(lambda _, states, __: [w.pop(name) for w in states for name in [*w] if "lora_" not in name])
+    # The pairs.
+    held_out, eval_split = [], choose_eval_split(args.dataset, args.dataset_config, args.eval_split)
+    settings = (tokenizer, args.max_length, args.dataset_config, args.chat_template_kwargs)
+    train = load_rows(args.dataset, args.train_split, *settings)
+    if eval_split:
+        held_out = load_rows(args.dataset, eval_split, *settings)
+    check_batches(args, processes, len(train), len(held_out))
+    accelerator.print("first row:", " | ".join(tokenizer.decode(ids) for ids in train[0]))
+
+    # The optimiser.
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     model, optimizer = accelerator.prepare(policy, optimizer)
-    step, total_steps = saved["step"] if saved else 0, args.max_steps or args.epochs * (len(train) // args.batch_size)
-    warmup = math.ceil(args.warmup * total_steps)
-    used = batch_at(train, 0, min(len(train), total_steps * args.batch_size), args.seed)
-    for rows in tqdm(micro_batches([*used, *held_out], args.micro_batch_size), "reference", leave=False):
-        ref_logprobs = torch.zeros(len(rows), 2, device=device)
-        with torch.no_grad():
-            ref_logprobs[own] = pair_logprobs(model, rows[own], device).T  # of the starting weights, also when resuming
-        for row, values in zip(rows, accelerator.reduce(ref_logprobs).tolist()):
-            row.append(values)
+    step = saved["step"] if saved else 0
+    total_steps = args.max_steps or args.epochs * (len(train) // args.batch_size)
+
+    def reference_logprobs(rows: list[Any], batches: list[list[int]]) -> Tensor:
+        """log π_ref(y|x) of both completions of rows, (rows, 2), while the policy is still the reference."""
+        logprobs = torch.zeros(len(rows), 2, device=device)
+        for batch in tqdm(batches, "reference", leave=False, disable=not accelerator.is_main_process):
+            for micro_batch in micro_batches(rows, batch, args.micro_batch_size):
+                mine = micro_batch[own]
+                with torch.no_grad():
+                    logprobs[mine] = pair_logprobs(model, [rows[i] for i in mine], device).T
+        return accelerator.reduce(logprobs)
+
+    def measure(rows: list[Any], ref_logprobs: Tensor, indices: list[int]) -> dict[str, Tensor]:
+        """Loss and metrics of some pairs, (b,) each."""
+        logprobs = pair_logprobs(model, [rows[i] for i in indices], device)
+        return preference_loss(logprobs, ref_logprobs[indices].T, args.beta, args.label_smoothing, args.loss)
+
+    # The reference, in the very batches of training, so that the first margins are exactly 0.
+    used = batch_at(len(train), 0, min(len(train), total_steps * args.batch_size), args.seed)
+    starts = range(0, len(used) - args.batch_size + 1, args.batch_size)
+    batches = [used[start : start + args.batch_size] for start in starts]
+    batches[-1] += used[len(starts) * args.batch_size :]  # rows that the first epoch leaves out
+    ref_logprobs = reference_logprobs(train, batches)
+    eval_ref_logprobs = reference_logprobs(held_out, [range(len(held_out))])
+
+    # The run directory, and what the loop keeps.
     if saved:
         accelerator.load_state(saved["folder"], strict=not args.lora_rank)
-    name = f"runs/{Path(args.dataset).stem}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(*broadcast_object_list([args.run_dir or name]))
-    if (run_dir / "checkpoint/state.json").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
-        raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
-    if accelerator.is_main_process:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        print(f"run directory: {run_dir}, learning rate: {args.learning_rate:g}")
-    logs = TensorBoardTracker(run_dir.name, run_dir.parent, purge_step=step + 1, flush_secs=1)
-    accelerator.log_with = [logs, *["wandb"] * args.track]
-    accelerator.init_trackers("algos", init_kwargs={"wandb": {"name": run_dir.name, "config": asdict(args)}})
-
-    def measure(rows: list[Any]) -> dict[str, Tensor]:
-        ref_logprobs = torch.tensor([row[3] for row in rows], device=device).T
-        logprobs = pair_logprobs(model, rows, device)
-        return preference_loss(logprobs, ref_logprobs, args.beta, args.label_smoothing, args.loss)
-
-    metrics, caught, stop = defaultdict(list), [], False
-    for number in (signal.SIGINT, signal.SIGTERM):  # after which the run is saved; a second one kills
-        signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
-    quiet = None if accelerator.is_main_process else Path(os.devnull).open("w")
-    bar = tqdm(total=total_steps, initial=step, unit="update", file=quiet)
+    run_dir = start_run(args, accelerator, saved)
+    caught = catch_signals()
+    stop = False
+    metrics = defaultdict(list)
+    first_step, first_time = step, time.perf_counter()
+    bar = tqdm(total=total_steps, initial=step, unit="update", disable=not accelerator.is_main_process)
     while True:
         # ===== evaluate =====
-        if step % (args.eval_every or total_steps) == 0 or step >= total_steps:
+        if step >= total_steps or step % (args.eval_every or total_steps) == 0:
             model.eval()
-            found, texts = defaultdict(list), []
-            for rows in micro_batches(held_out, args.micro_batch_size):
+            eval_metrics = defaultdict(list)
+            for micro_batch in micro_batches(held_out, range(len(held_out)), args.micro_batch_size):
                 with torch.no_grad():
-                    for name, values in measure(rows[own]).items():
-                        found[f"eval/{name}"].extend(values.tolist())
-            for prompt, completion, *_ in (held_out or train)[:4]:
-                ids = torch.tensor([prompt or completion[:8]], device=device)
-                room = max(1, min(64, args.max_length - ids.shape[1]))
-                texts += tokenizer.batch_decode(policy.generate(ids, max_new_tokens=room, do_sample=False))
-            means = {name: torch.tensor(gather_object(values)).mean().item() for name, values in found.items()}
+                    measured = measure(held_out, eval_ref_logprobs, micro_batch[own])
+                for name, values in measured.items():
+                    eval_metrics[f"eval/{name}"].append(values)
+            means = {name: mean_over_processes(values) for name, values in eval_metrics.items()}
+            texts = [greedy_sample(policy, tokenizer, row, args.max_length) for row in (held_out or train)[:4]]
             accelerator.log(means | {"samples": "\n\n".join(texts)}, step)
-            accelerator.print(f"\nupdate {step}:", *(f"{name} {value:.4f}" for name, value in [*means.items()][:3]))
+            if held_out:
+                loss, accuracy = means["eval/loss"], means["eval/rewards/accuracies"]
+                accelerator.print(f"\nupdate {step}: held-out loss {loss:.4f}, accuracy {accuracy:.4f}")
             model.train()
         if stop or step >= total_steps:
             break
 
         # ===== collect =====
-        batch = micro_batches(batch_at(train, step, args.batch_size, args.seed), args.micro_batch_size)
+        batch = batch_at(len(train), step, args.batch_size, args.seed)
 
         # ===== update =====
-        cosine = (1 + math.cos(math.pi * max(0, step - warmup) / max(1, total_steps - warmup))) / 2
-        optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / max(1, warmup), cosine)
+        learning_rate = args.learning_rate * cosine_schedule(step, total_steps, args.warmup)
+        optimizer.param_groups[0]["lr"] = learning_rate
         optimizer.zero_grad()
-        for rows in batch:
-            found = measure(rows[own])
-            accelerator.backward(found["loss"].sum() * processes / args.batch_size)  # DDP takes the mean over processes
-            for name, values in found.items():
+        for micro_batch in micro_batches(train, batch, args.micro_batch_size):
+            measured = measure(train, ref_logprobs, micro_batch[own])
+            loss = measured["loss"].sum() / args.batch_size
+            accelerator.backward(loss * processes)  # the gradient becomes the mean over the processes
+            for name, values in measured.items():
                 metrics[name].append(values.detach())
         norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        metrics["grad_norm"].append(getattr(norm, "full_tensor", norm.clone)().view(1))  # FSDP2's norm is in parts
+        if accelerator.is_fsdp2:
+            norm = norm.full_tensor()
+        metrics["grad_norm"].append(norm.view(1))
         optimizer.step()
         step += 1
 
         # ===== log and save =====
-        stop = accelerator.reduce(torch.tensor(len(caught), device=device)) > 0  # of any process
-        save_now = stop or step == total_steps or args.save_every and step % args.save_every == 0
+        stop = accelerator.reduce(torch.tensor(len(caught), device=device)) > 0  # a signal to any process
+        save_now = stop or step == total_steps or (args.save_every and step % args.save_every == 0)
         if save_now or step == 1 or step % 10 == 0:
-            means = {k: torch.tensor(gather_object(torch.cat(x).tolist())).mean().item() for k, x in metrics.items()}
+            means = {name: mean_over_processes(values) for name, values in metrics.items()}
             if not math.isfinite(means["loss"] + means["grad_norm"]):
                 raise SystemExit(f"\nthe loss became nan or inf before update {step}; {run_dir}/checkpoint is older")
-            means["learning_rate"] = optimizer.param_groups[0]["lr"]
-            means["pairs_per_second"] = (step - bar.initial) * args.batch_size / bar.format_dict["elapsed"]
-            bar.set_postfix_str(f"loss {means['loss']:.3f}, margin {means['rewards/margins']:.3f}", refresh=False)
+            means["learning_rate"] = learning_rate
+            means["pairs_per_second"] = (step - first_step) * args.batch_size / (time.perf_counter() - first_time)
             accelerator.log(means, step)
+            bar.set_postfix_str(f"loss {means['loss']:.3f}, margin {means['rewards/margins']:.3f}", refresh=False)
             metrics.clear()
         if save_now:
-            folder = run_dir / "checkpoint"  # state.json names the folder of its tensors, and changes in one piece
-            accelerator.save_state(folder / str(step))
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                (folder / "state.tmp").write_text(json.dumps({"script": SCRIPT, "args": asdict(args), "step": step}))
-                (folder / "state.tmp").replace(folder / "state.json")
-                for older in set(folder.glob("[0-9]*")) - {folder / str(step)}:
-                    shutil.rmtree(older)
+            save_checkpoint(accelerator, run_dir, args, step)
         bar.update(1)
+
+    # The model, in the precision it came in.
     bar.close()
-    policy = policy.merge_and_unload() if args.lora_rank and args.merge_lora else policy
-    weights = accelerator.get_state_dict(policy.to(policy.config.dtype))
-    accelerator.end_training()  # processes that leave their group open may die of it
+    if not args.lora_rank:
+        policy.to(policy.config.dtype)
+    weights = accelerator.get_state_dict(policy)
+    accelerator.end_training()  # or processes may die of their open group
     if step < total_steps:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
         raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__!r} --resume {str(run_dir)!r}")
     if accelerator.is_main_process:
-        shutil.rmtree(run_dir / "model", ignore_errors=True)  # a merged model beside an old adapter opens as both
-        policy.save_pretrained(run_dir / "model", state_dict=weights)
-        tokenizer.save_pretrained(run_dir / "model")
+        save_model(policy, tokenizer, weights, args, run_dir)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@
 # ///
 """RLHF by PPO: raise a reward model's score of a language model's own texts, and stay near the model it started from.
 
-The last of RLHF's three steps. The policy π answers prompts; each response y earns r(x, y) - β·log π(y|x)/π_ref(y|x),
-and PPO raises its expectation. The best policy is known in closed form, π* ∝ π_ref·exp(r/β): β says how far to trust
-the score. Four models take part: the policy; the critic, which starts from the reward model; the reward model and the
-reference π_ref, a copy of the policy at the start, which are frozen.
+The last of RLHF's three steps. The policy π answers prompts. Each response y earns r(x, y) - β·log π(y|x)/π_ref(y|x),
+and PPO raises its expectation. The best policy is known: π* ∝ π_ref·exp(r/β), so β says how far to trust the score.
+Four models take part: the policy; the critic, which starts from the reward model; the reward model and the reference
+π_ref, a copy of the policy at the start, which are frozen.
 Papers: Ziegler et al. 2019, arXiv 1909.08593; Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT); Schulman et al. 2017,
 arXiv 1707.06347 (PPO); Schulman et al. 2015, arXiv 1506.02438 (GAE).
 
@@ -17,16 +17,15 @@ arXiv 1707.06347 (PPO); Schulman et al. 2015, arXiv 1506.02438 (GAE).
         --kl-coef 0.05 --total-episodes 100000 --batch-size 512 --micro-batch-size 16 --bf16 --gradient-checkpointing
 
 Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
-completions, **other columns) -> list of numbers, as in TRL; the critic then starts from the policy. Letters: B
-responses of a rollout, b of a micro-batch, R tokens of a response, L of a row (prompt and response), V words, n
-response tokens of a micro-batch. A state is a prompt with the response so far, an action the next token.
-Logged after each update: objective/kl and objective/entropy, sums over a response of log π/π_ref and -log π;
-objective/scores, r(x, y) less the penalty; policy/approxkl, E[(r - 1) - log r], how far the update went.
+completions, **other columns) -> list of numbers, as in TRL; the critic then starts from the policy. A state is a prompt
+with the response so far, an action the next token. Letters: B responses of a rollout, b of a micro-batch, R tokens of a
+response, L of a whole row, V words of the vocabulary, d width of a model. Logged: objective/kl and /entropy are sums
+over a response of log π/π_ref and -log π; objective/scores is r(x, y) less the penalty of an unfinished response.
 
 Differs from the papers:
- 1. Policy and critic are two models, as in InstructGPT; one optimiser, whose learning rate falls linearly to 0.
+ 1. Policy and critic are two models, as in InstructGPT, and both learning rates fall linearly to 0.
  2. No dropout, so that π_old is π before the first step. β is constant: no controller (Ziegler 2.2).
- 3. A response without a stop token is scored as it is, less a penalty; Ziegler gives a fixed reward of -1.
+ 3. A response without a stop token is scored as it is, less a penalty. Ziegler gives it a fixed reward of -1.
  4. Advantages are normalised over the rollout, the gradient's norm is clipped to 1, values to ± clip-coef.
  5. No pretraining gradients (InstructGPT Eq. 2 with γ = 0).
 """
@@ -34,16 +33,21 @@ Differs from the papers:
 import argparse
 import copy
 import functools
+import importlib
+import itertools
 import json
 import math
 import os
 import re
-import runpy
 import shutil
 import signal
-from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,135 +56,100 @@ import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 ASSETS = Path(__file__).resolve().parent.parent / "benchmark/world/assets"  # the small language world
-VF_COEF = 0.1  # c1: weight of the value loss (PPO Eq. 9)
+VF_COEF = 0.1  # weight c1 of the value loss (PPO Eq. 9)
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass
 class Args:
-    seed: int = 1  # of the order of prompts, of sampling and of minibatches
-    device: Literal["auto", "cpu"] = "auto"  # auto takes GPUs where there are some
-    run_dir: str = ""  # where the run is written; by default runs/<task>__<script>__<seed>__<time>
-    resume: str = ""  # run directory or checkpoint to continue, with its flags where none are given
-    save_every: int = 20  # updates between checkpoints, and samples; 0: only at the end
-    track: bool = False  # mirror the logs to Weights & Biases
-    model: str = str(ASSETS / "sft")  # hub id, folder or peft adapter of the policy to start from, which is π_ref
-    reward_model: str = str(ASSETS / "reward")  # hub id or folder of a reward model; or file.py:function
-    dataset: str = str(ASSETS / "prompts")  # hub id, folder or jsonl, json, csv or parquet file
-    train_split: str = "train"  # split to take prompts from; slices such as train[:95%] work
-    gold: str = ""  # Python file with gold_reward(prompt, response, finished), the true reward, to log beside the score
-    total_episodes: int = 4096  # responses to sample in all
-    max_length: int = 512  # longest row in tokens, prompt and response: longer prompts are left out
-    learning_rate: float = 0  # at the start; 0: 5e-4 on the small world's model, 3e-6 on others, 3e-5 there with LoRA
-    batch_size: int = 128  # B: responses of a rollout, over all processes
-    num_minibatches: int = 4  # minibatches per epoch, one step each
-    num_ppo_epochs: int = 4  # passes over the rollout per update (PPO Algorithm 1's K)
-    micro_batch_size: int = 16  # b: rows of a forward pass, over all processes: less memory, same gradient
-    bf16: bool = False  # compute in bfloat16; weights and log-probabilities stay float32
-    gradient_checkpointing: bool = False  # compute activations twice: less memory, about a third slower
-    lora_rank: int = 0  # if not 0, train low-rank adapters of all linear layers, with α = 2·rank, and save these
-    merge_lora: bool = False  # save the whole model, with the adapters merged
-    response_length: int = 48  # R: longest response in tokens
-    kl_coef: float = 0.5  # β: weight of the KL penalty (Ziegler Eq. 2), in units of the score per nat
-    gae_lambda: float = 0.95  # λ of generalised advantage estimation (GAE Eq. 16); γ is 1
-    clip_coef: float = 0.2  # ε: clip range of the ratio (PPO Eq. 7) and of the value's change
-    missing_eos_penalty: float = 1.0  # taken off the score of a response without a stop token
+    seed: int = 1  # Seed of the order of prompts, of sampling and of minibatches.
+    device: Literal["auto", "cpu"] = "auto"  # Where the models run; auto takes GPUs when there are some.
+    run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags where none are given.
+    save_every: int = 20  # Updates between checkpoints, and evaluations; 0 saves at the end only.
+    track: bool = False  # Send the logs to Weights & Biases too.
+    model: str = str(ASSETS / "sft")  # Policy to start from, which is π_ref: a hub id, folder or peft adapter.
+    reward_model: str = str(ASSETS / "reward")  # Reward model, a hub id or folder; or a function, as file.py:function.
+    dataset: str = str(ASSETS / "prompts")  # Data set: a hub id, folder, or jsonl, json, csv or parquet file.
+    dataset_config: str = ""  # Configuration of a hub data set, where it has several.
+    train_split: str = "train"  # Split to take prompts from; slices such as train[:95%] work.
+    chat_template_kwargs: str = "{}"  # Arguments of the chat template, as a JSON object.
+    total_episodes: int = 4096  # Responses to sample in all.
+    max_length: int = 512  # Longest row in tokens, prompt and response. Longer prompts are left out.
+    learning_rate: float = 0  # Learning rate at the start; 0: 5e-4 in the small world, else 3e-6, or 3e-5 with LoRA.
+    batch_size: int = 128  # Number B of responses in a rollout, over all processes.
+    num_minibatches: int = 4  # Minibatches per epoch, one step of the optimiser each.
+    num_ppo_epochs: int = 4  # Passes over the rollout in each update (PPO Algorithm 1's K).
+    micro_batch_size: int = 16  # Number b of rows in a forward pass, over all processes. Fewer need less memory.
+    bf16: bool = False  # Compute in bfloat16; weights and log-probabilities stay in float32.
+    gradient_checkpointing: bool = False  # Compute activations twice: less memory, about a third slower.
+    lora_rank: int = 0  # Train low-rank adapters of this rank in all linear layers, with α = 2·rank; 0 trains all.
+    response_length: int = 48  # Longest response R in tokens.
+    kl_coef: float = 0.5  # Weight β of the KL penalty (Ziegler Eq. 2), in units of the score per nat.
+    gae_lambda: float = 0.95  # Factor λ of generalised advantage estimation (GAE Eq. 16); γ is 1.
+    clip_coef: float = 0.2  # Clip range ε of the ratio (PPO Eq. 7), and of the value's change.
+    missing_eos_penalty: float = 1.0  # Taken off the score of a response without a stop token.
 
     def __post_init__(self) -> None:
+        if self.track and not find_spec("wandb"):
+            raise ValueError("--track needs wandb: pip install wandb")
+        if type(json.loads(self.chat_template_kwargs)) is not dict:
+            raise ValueError("chat-template-kwargs must be a JSON object")
         if min(self.num_minibatches, self.num_ppo_epochs, self.response_length, self.micro_batch_size) < 1:
-            raise ValueError("num-minibatches, num-ppo-epochs, response-length, micro-batch-size must be at least 1")
-        if min(self.save_every, self.learning_rate, self.lora_rank, self.kl_coef, self.missing_eos_penalty) < 0:
-            raise ValueError("save-every, learning-rate, lora-rank, kl-coef, missing-eos-penalty must be at least 0")
-        if self.batch_size % self.num_minibatches or self.total_episodes < self.batch_size:
-            raise ValueError("batch-size must be a multiple of num-minibatches, total-episodes more")
-        if self.max_length <= self.response_length or not 0 <= self.gae_lambda <= 1 or self.clip_coef <= 0:
-            raise ValueError("max-length must be above response-length, gae-lambda between 0 and 1, clip-coef above 0")
-
-
-# --- model ---
-
-
-def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple[nn.Module, Any]:
-    """Model in float32, without dropout, and tokenizer of a hub id, folder or peft adapter; num_labels=1 for a head."""
-    adapter = transformers.utils.find_adapter_config_file(name)
-    base = json.loads(Path(adapter).read_text())["base_model_name_or_path"] if adapter else name
-    config, tokenizer = transformers.AutoConfig.from_pretrained(base), transformers.AutoTokenizer.from_pretrained(name)
-    changes |= {k: 0.0 for k, value in vars(config).items() if re.search("drop|jitter", k) and isinstance(value, float)}
-    model, info = loader.from_pretrained(base, dtype="auto", output_loading_info=True, **changes)
-    new = "num_labels" in changes and "ForSequenceClassification" not in str(config.architectures)  # the head
-    if wrong := info["missing_keys"] - {"score.weight" * new} | info["unexpected_keys"] & {"score.weight"}:
-        raise SystemExit(f"{base} lacks the weights {sorted(wrong)} of {type(model).__name__}, or should not have them")
-    if adapter:
-        from peft import PeftConfig, PeftModel
-
-        config = replace(PeftConfig.from_pretrained(name), task_type=None)  # the model's class says what it is for
-        model = PeftModel.from_pretrained(model, name, config=config).merge_and_unload().requires_grad_(True)
-    V, eos = model.get_input_embeddings().num_embeddings, tokenizer.eos_token
-    limit = "original_" * ("longrope" in str(model.config)) + "max_position_embeddings"  # a longer row changes all
-    L = getattr(model.config.get_text_config(), limit, None) or math.inf
-    if eos is None or len(tokenizer) > V or max_length > L:
-        raise SystemExit(f"{name} has {V} embeddings for {len(tokenizer)} tokens, {L} positions, EOS {eos}: too few")
-    body, ids = model.float().eval().base_model, torch.arange(12)[None] % V
-    with torch.no_grad():  # twelve tokens in one pass, and in two
-        whole, begin = body(ids).last_hidden_state, body(ids[:, :6], use_cache=True)
-        rest = body(ids[:, 6:], past_key_values=begin.get("past_key_values")).last_hidden_state
-    if (whole - torch.cat([begin.last_hidden_state, rest], 1)).abs().max() > 1e-3 * whole.std():
-        raise SystemExit(f"{name} is not causal, or keeps no cache that gives what a whole pass gives")
-    return model, tokenizer
-
-
-def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """log π(y_t | x, y_<t) of rows [prompt, completion, …], float32, and a mask, (b, R): from the first answer on."""
-    L = max(len(x) + len(y) for x, y, *_ in rows)
-    ids = torch.tensor([x + y + y[-1:] * (L - len(x) - len(y)) for x, y, *_ in rows], device=device)  # (b, L)
-    labels = torch.tensor([[-100] * len(x) + y + [-100] * (L - len(x) - len(y)) for x, y, *_ in rows], device=device)
-    start = max(1, min(len(x) for x, *_ in rows))  # nothing comes before a row's first token to predict it
-    logits = model(ids[:, :-1], logits_to_keep=ids.shape[1] - start, use_cache=False).logits.float()  # (b, R, V)
-    logprobs = -nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, start:].flatten(), reduction="none")
-    return logprobs.view(len(rows), -1), labels[:, start:] != -100
-
-
-class Agent(nn.Module):
-    """Policy and critic, for a forward pass that accelerate can wrap."""
-
-    def __init__(self, policy: nn.Module, critic: nn.Module) -> None:
-        super().__init__()
-        self.policy, self.critic = policy, critic
-
-    def forward(self, rows: list[Any]) -> tuple[Tensor, Tensor]:
-        """log π(y_t | x, y_<t) and V(x, y_<t) of the response tokens of rows [prompt, response, …], joined: (n,)."""
-        device = self.critic.score.weight.device
-        logprobs, mask = completion_logprobs(self.policy, rows, device)
-        L = max(len(x) + len(y) for x, y, *_ in rows)
-        ids = torch.tensor([x + y + y[-1:] * (L - len(x) - len(y)) for x, y, *_ in rows], device=device)  # (b, L)
-        hidden = self.critic.base_model(ids[:, :-1], use_cache=False).last_hidden_state[:, -mask.shape[1] :]
-        with torch.autocast(device.type, enabled=False):  # bfloat16 would round a value to 8 bits
-            return logprobs[mask], self.critic.score(hidden[mask].float()).squeeze(-1)
-
-
-@torch.inference_mode()
-def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor) -> list[list[int]]:
-    """Responses to prompts, drawn by uniform (b, R) in [0, 1); of the generation_config only stops and padding fit."""
-    width, R = max(map(len, prompts)), uniform.shape[1]  # padding goes to the left, so that all end in one column
-    ids = torch.tensor([ids[:1] * (width - len(ids)) + ids for ids in prompts], device=uniform.device)
-    visible = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=uniform.device)
-
-    def draw(ids: Tensor, logits: Tensor) -> Tensor:
-        cdf = logits.double().softmax(-1).cumsum(-1)
-        token = torch.searchsorted(cdf, uniform[:, ids.shape[1] - width, None] * cdf[:, -1:], right=True)
-        return torch.full_like(logits, -torch.inf).scatter(1, token, 0.0)
-
-    rows = model.generate(ids, attention_mask=visible, logits_processor=[draw], max_new_tokens=R)[:, width:].tolist()
-    stops = model.generation_config.eos_token_id
-    return [row[: next((t + 1 for t, token in enumerate(row) if token in stops), R)] for row in rows]
+            raise ValueError("num-minibatches, num-ppo-epochs, response-length and micro-batch-size must be at least 1")
+        if min(self.save_every, self.lora_rank) < 0:
+            raise ValueError("save-every and lora-rank must be at least 0")
+        if min(self.learning_rate, self.kl_coef, self.missing_eos_penalty) < 0:
+            raise ValueError("learning-rate, kl-coef and missing-eos-penalty must be at least 0")
+        if self.clip_coef <= 0:
+            raise ValueError("clip-coef must be above 0")
+        if not 0 <= self.gae_lambda <= 1:
+            raise ValueError("gae-lambda must lie between 0 and 1")
+        if self.max_length <= self.response_length:
+            raise ValueError("max-length must be above response-length")
+        if self.batch_size % self.num_minibatches:
+            raise ValueError("batch-size must be a multiple of num-minibatches")
+        if not 0 < self.batch_size <= self.total_episodes:
+            raise ValueError("batch-size must be at least 1, and total-episodes at least batch-size")
 
 
 # --- algorithm ---
+
+
+def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """log π(y_t | x, y_<t) of rows [prompt, completion] of token ids, and a mask of the completions: (b, R) each.
+
+    R counts from the first completion's first token to the last one's end. Log-probabilities are 0 outside the mask.
+    """
+    ids = []
+    labels = []
+    for prompt, completion in rows:
+        ids.append(torch.tensor(prompt + completion))
+        labels.append(torch.tensor([-100] * len(prompt) + completion))
+    # What fills a row up, here any token, stands to its right, where a causal model does not look.
+    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=int(ids[0][-1])).to(device)  # (b, L)
+    labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
+    first = max(1, min(len(prompt) for prompt, completion in rows))  # a row's first token has none before it
+    labels = labels[:, first:]  # (b, R)
+    logits = model(ids[:, :-1], logits_to_keep=labels.shape[1], use_cache=False).logits.float()  # (b, R, V)
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return -losses.view_as(labels), labels != -100
+
+
+def response_logprobs(model: nn.Module, rows: list[Any], R: int, device: torch.device) -> Tensor:
+    """log π(y_t | x, y_<t) of rows [prompt, response], (b, R), from each response's first token; 0 behind its end."""
+    logprobs, mask = completion_logprobs(model, rows, device)
+    responses = [row_logprobs[row_mask] for row_logprobs, row_mask in zip(logprobs, mask)]
+    padded = nn.utils.rnn.pad_sequence(responses, batch_first=True)
+    return nn.functional.pad(padded, (0, R - padded.shape[1]))
 
 
 def kl_penalised_rewards(
@@ -228,210 +197,627 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: f
     return 0.5 * losses
 
 
-# --- data ---
+# --- model ---
 
 
-@functools.cache
-def text_ends(tokenizer: Any) -> tuple[list[int], str, str]:
-    """Ids that the tokenizer puts before a text (BOS or nothing), EOS, and what ends a turn of its chat template."""
-    start = [i for i in tokenizer("a").input_ids[:1] if i in (tokenizer.bos_token_id, tokenizer.cls_token_id)]
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False) if tokenizer.chat_template else "answer"
-    after = text.rpartition("answer")[2].strip()
-    ends = [token.content for token in tokenizer.added_tokens_decoder.values() if after.startswith(token.content)]
-    return start, tokenizer.eos_token, max(ends, key=len, default=tokenizer.eos_token)
+def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple[nn.Module, Any]:
+    """Model in float32, without dropout, and tokenizer of a hub id, folder or peft adapter; num_labels=1 for a head."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    adapter_file = transformers.utils.find_adapter_config_file(name)
+    base = json.loads(Path(adapter_file).read_text())["base_model_name_or_path"] if adapter_file else name
+    config = transformers.AutoConfig.from_pretrained(base, **changes)
+    text_config = config.get_text_config()
+    for key, value in vars(text_config).items():
+        if isinstance(value, float) and ("drop" in key or "jitter" in key):
+            setattr(text_config, key, 0.0)
+    model, info = loader.from_pretrained(base, config=config, dtype="auto", output_loading_info=True)
+
+    # Weights that a file lacks would be random numbers.
+    missing = set(info["missing_keys"])
+    has_head = "ForSequenceClassification" in str(config.architectures)
+    if "num_labels" in changes and not has_head:
+        missing.discard("score.weight")  # the head is new
+    if missing:
+        raise SystemExit(f"{base} lacks the weights {sorted(missing)} of {type(model).__name__}")
+    if "score.weight" in info["unexpected_keys"]:
+        raise SystemExit(f"{base} is a reward model, and has no {type(model).__name__}")
+    if adapter_file:
+        from peft import PeftConfig, PeftModel
+
+        adapter_config = PeftConfig.from_pretrained(name)
+        adapter_config.task_type = None  # the model's class says what it is for
+        model = PeftModel.from_pretrained(model, name, config=adapter_config).merge_and_unload().requires_grad_(True)
+
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    max_positions = getattr(text_config, "max_position_embeddings", None) or math.inf
+    if tokenizer.eos_token is None:
+        raise SystemExit(f"{name} has a tokenizer without an EOS token, which would end every text")
+    if len(tokenizer) > num_embeddings:
+        raise SystemExit(f"{name} has {num_embeddings} embeddings for the {len(tokenizer)} tokens of its tokenizer")
+    if max_length > max_positions:
+        raise SystemExit(f"{name} has {max_positions} positions: --max-length cannot be {max_length}")
+    model = model.float().eval()
+    if not is_causal(model):
+        raise SystemExit(f"{name} is not causal: what it computes for a token depends on later tokens")
+    return model, tokenizer
 
 
-def load_prompts(name: str, split: str, tokenizer: Any, max_length: int) -> list[tuple[list[int], dict[str, Any]]]:
-    """Rows of a split, each behind the token ids of its `prompt`, text or messages, to where an answer begins."""
-    import datasets
+@torch.no_grad()
+def is_causal(model: nn.Module) -> bool:
+    """Whether the hidden states of four tokens stay the same when four others follow."""
+    ids = torch.arange(8)[None]
+    alone = model(ids[:, :4], output_hidden_states=True).hidden_states[-1]
+    followed = model(ids, output_hidden_states=True).hidden_states[-1][:, :4]
+    return (alone - followed).abs().max() < 1e-3 * alone.std()
 
-    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
+
+def add_adapters(model: nn.Module, rank: int) -> None:
+    """Put LoRA adapters into all linear layers of a model, and train them alone."""
+    from peft import LoraConfig
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model.add_adapter(config)
+
+
+def save_trained_only(accelerator: Accelerator) -> None:
+    """Keep the weights that are not trained out of checkpoints."""
+
+    def drop_frozen(models: list[nn.Module], states: list[dict[str, Tensor]], folder: str) -> None:
+        for model, state in zip(models, states):
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                if not parameter.requires_grad:
+                    state.pop(name, None)
+
+    accelerator.register_save_state_pre_hook(drop_frozen)
+
+
+def set_stop_tokens(model: nn.Module, stops: list[int]) -> None:
+    """Let generation end at the tokens that end answers in training, besides those that the model's own file names."""
+    config = model.generation_config
+    own = config.eos_token_id
+    if isinstance(own, int):
+        own = [own]
+    config.eos_token_id = sorted({*stops, *(own or [])})
     try:
-        data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split)
-    except Exception as fault:  # of the file, as a rule, of which the cause tells more than the exception
-        raise SystemExit(f"--dataset {name}, split {split}: {fault.__cause__ or repr(fault)}") from fault
-    if "prompt" not in data.column_names:
-        raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename one of them to prompt")
-    rows, (start, eos, _) = [], text_ends(tokenizer)
-    for number, row in enumerate(data.to_list(), 1):
-        text = row["prompt"].removesuffix(eos) if isinstance(row["prompt"], str) else row["prompt"]
-        if isinstance(text, str) and list in map(type, map(row.get, ("completion", "chosen"))):  # as dpo.py reads it
-            text = [{"role": "user", "content": text}]
-        is_chat = text and type(text) is list and all(type(x.get(k)) is str for x in text for k in ("role", "content"))
-        if is_chat:  # an answer that has begun goes on
-            go = "continue_final_message" if text[-1]["role"] == "assistant" else "add_generation_prompt"
-            text = tokenizer.apply_chat_template(text, tokenize=False, **{go: True})
-        if type(text) is not str or re.match(r"""\s*\[\s*{\s*['"](role|content|from|value)['"]""", text):
-            raise SystemExit(f"--dataset {name}, {split}, row {number}: prompt {text!r:.40} is not text or messages")
-        ids = tokenizer(text, add_special_tokens=False).input_ids if text.strip() else []
-        rows.append((ids if is_chat or ids[:1] == start else start + ids, row))
-    kept = [(ids, row) for ids, row in rows if len(start) < len(ids) <= max_length]
-    if len(kept) < len(rows):
-        print(f"split {split}: {len(rows) - len(kept)} of {len(rows)} prompts left out: empty, or no room to answer")
-    return kept
+        config.validate(strict=True)  # as saving does
+    except ValueError:
+        config.do_sample = True  # a temperature without it, as some published models have
+        config.validate(strict=True)
 
 
-def function_rewards(function: Any, rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
-    """function(prompts, completions, **other columns), as in TRL; stops the run unless it gives a number for each."""
+@torch.no_grad()
+def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor) -> list[list[int]]:
+    """Responses to prompts, drawn by numbers `uniform` (b, R) in [0, 1), each up to its first stop token."""
+    # Padding goes to the left, so that all prompts end in one column.
+    width = max(len(prompt) for prompt in prompts)
+    R = uniform.shape[1]
+    ids = torch.tensor([prompt[:1] * (width - len(prompt)) + prompt for prompt in prompts], device=uniform.device)
+    lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=uniform.device)
+    visible = torch.arange(width, device=uniform.device) >= width - lengths  # (b, width)
+
+    def draw(ids: Tensor, logits: Tensor) -> Tensor:
+        """Logits that leave one token, the one at which the distribution function reaches the uniform number."""
+        cdf = logits.double().softmax(-1).cumsum(-1)
+        target = uniform[:, ids.shape[1] - width, None] * cdf[:, -1:]
+        token = torch.searchsorted(cdf, target, right=True)
+        return torch.full_like(logits, -torch.inf).scatter(1, token, 0.0)
+
+    is_parallel = torch.distributed.is_initialized()  # then all processes go on until the last has ended
+    ids = model.generate(
+        ids, attention_mask=visible.long(), logits_processor=[draw], max_new_tokens=R, synced_gpus=is_parallel
+    )
+    responses = []
+    for response in ids[:, width : width + R].tolist():
+        length = R
+        for t, token in enumerate(response):
+            if token in model.generation_config.eos_token_id:
+                length = t + 1
+                break
+        responses.append(response[:length])
+    return responses
+
+
+@torch.no_grad()
+def samples_as_trained(model: nn.Module) -> bool:
+    """Whether generation, with its cache and beside a longer prompt, has the logits of a whole pass."""
+    ids = torch.tensor([[1, 1, 1, 1], [1, 2, 3, 4]])
+    visible = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]])
+    output = model.generate(
+        ids,
+        attention_mask=visible,
+        min_new_tokens=8,
+        max_new_tokens=8,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = torch.stack([step_logits[0] for step_logits in output.logits])  # (8, V)
+    expected = model(output.sequences[:1, 3:-1], use_cache=False).logits[0]
+    return (logits - expected).abs().max() < 1e-3 * expected.std()
+
+
+def load_reward_model(name: str, max_length: int, policy: nn.Module, tokenizer: Any) -> nn.Module:
+    """Reward model of a hub id or folder, which has to read the policy's tokens."""
+    loader = transformers.AutoModelForSequenceClassification
+    reward_model, reward_tokenizer = load_model(loader, name, max_length)
+    if reward_model.config.num_labels != 1:
+        raise SystemExit(f"--reward-model {name} gives {reward_model.config.num_labels} scores and not one")
+    if not tokenizer.get_vocab().items() <= reward_tokenizer.get_vocab().items():
+        raise SystemExit(f"--reward-model {name} has other tokens than --model: train one from --model")
+    if policy.get_input_embeddings().num_embeddings > reward_model.get_input_embeddings().num_embeddings:
+        raise SystemExit(f"--reward-model {name} has fewer embeddings than --model: train one from --model")
+    if reward_tokenizer.eos_token != tokenizer.eos_token:
+        raise SystemExit(f"--reward-model {name} ends texts in {reward_tokenizer.eos_token}, not {tokenizer.eos_token}")
+    if reward_tokenizer.chat_template not in (None, tokenizer.chat_template):
+        raise SystemExit(f"--reward-model {name} has another chat template than --model: train one from --model")
+    return reward_model
+
+
+def precise_head(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """Output of a linear layer in float32, whatever the model computes in: bfloat16 would round a score to 8 bits."""
+    bias = None if head.bias is None else head.bias.float()
+    with torch.autocast(hidden.device.type, enabled=False):
+        return nn.functional.linear(hidden.float(), head.weight.float(), bias)
+
+
+class TokenScores(nn.Module):
+    """The head of a reward model on every token, for a forward pass that accelerate can wrap."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._no_split_modules = model._no_split_modules  # the layers that FSDP2 shards one by one
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Score of each prefix of token ids (b, L): (b, L), in float32."""
+        hidden = self.model.base_model(ids, use_cache=False).last_hidden_state  # (b, L, d)
+        return precise_head(self.model.score, hidden).squeeze(-1)
+
+
+def rewards(model: nn.Module, rows: list[Any], device: torch.device) -> Tensor:
+    """r(x, y) of rows [prompt, response], (b,), read at the last token."""
+    ids = [torch.tensor(prompt + response) for prompt, response in rows]
+    last = [len(row) - 1 for row in ids]
+    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)  # (b, L)
+    return model(ids)[torch.arange(len(rows)), last]
+
+
+def response_values(critic: nn.Module, rows: list[Any], R: int, device: torch.device) -> Tensor:
+    """V(x, y_<t) of rows [prompt, response], (b, R), from each response's first token; 0 behind its end."""
+    ids = [torch.tensor(prompt + response) for prompt, response in rows]
+    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)  # (b, L)
+    responses = []
+    for row_values, (prompt, response) in zip(critic(ids[:, :-1]), rows):
+        first = len(prompt) - 1  # the state before the first token
+        responses.append(row_values[first : first + len(response)])
+    padded = nn.utils.rnn.pad_sequence(responses, batch_first=True)
+    return nn.functional.pad(padded, (0, R - padded.shape[1]))
+
+
+def prepare_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """A model that is not trained, on the device, or sharded as FSDP2 shards the policy."""
+    model.requires_grad_(False)
+    if accelerator.is_fsdp2:
+        return fsdp2_prepare_model(accelerator, model)
+    return model.to(accelerator.device)
+
+
+def load_reward_function(name: str) -> Callable:
+    """The function that file.py:function names; the file is imported as a module of its folder."""
+    file, _, function = name.rpartition(":")
+    path = Path(file).resolve()
+    if not path.exists():
+        raise SystemExit(f"--reward-model {name}: there is no file {path}")
+    sys.path.insert(0, str(path.parent))
+    module = importlib.import_module(path.stem)
+    if Path(str(module.__spec__.origin)).resolve() != path:  # that of a module of Python's own is no file
+        raise SystemExit(f"--reward-model {name}: {path.stem} is the name of another module; rename the file")
+    if not hasattr(module, function):
+        raise SystemExit(f"--reward-model {name}: the file has no function {function}")
+    return getattr(module, function)
+
+
+def function_rewards(function: Callable, name: str, rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
+    """function(prompts, completions, **other columns), as in TRL, where chats have completions of messages."""
     prompts = [row["prompt"] for row in rows]
     if isinstance(prompts[0], list):
         texts = [[{"role": "assistant", "content": text}] for text in texts]
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    columns = {column: [row[column] for row in rows] for column in rows[0]}
+    for reserved in ("prompt", "prompts", "completions"):
+        columns.pop(reserved, None)
     try:
         values = [float(value) for value in function(prompts, texts, **columns)]
-    except Exception as fault:
-        fault.add_note(f"raised by the reward function for {len(prompts)} prompts, the first of them {prompts[0]!r}")
+    except Exception as error:
+        error.add_note(f"raised by --reward-model {name} for {len(prompts)} prompts, the first of them {prompts[0]!r}")
         raise
-    wrong = [prompt for prompt, value in zip(prompts, values) if not math.isfinite(value)]
-    if wrong or len(values) != len(prompts):
-        found = f"{len(values)} values for {len(prompts)} completions, {len(wrong)} of them nan or inf"
-        raise SystemExit(f"\nthe reward function gave {found}; the first prompt is {(wrong or prompts)[0]!r}")
+    if len(values) != len(prompts):
+        raise SystemExit(f"\n--reward-model {name} gave {len(values)} values for {len(prompts)} completions")
+    for prompt, value in zip(prompts, values):
+        if not math.isfinite(value):
+            raise SystemExit(f"\n--reward-model {name} gave {value} for an answer to {prompt!r}")
     return values
 
 
-def batch_at(rows: list[Any], step: int, batch_size: int, seed: int) -> list[Any]:
-    """Rows of update `step`, a function of it, for resumed runs; what does not fill a batch is left out of an epoch."""
-    epoch, batch = divmod(step, len(rows) // batch_size)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).tolist()
-    return [rows[i] for i in order[batch * batch_size : (batch + 1) * batch_size]]
+# --- data ---
 
 
-def micro_batches(rows: list[Any], size: int) -> list[list[Any]]:
-    """Rows in parts of `size` or a little more; rows of like length meet, to save padding."""
-    rows = sorted(rows, key=lambda row: sum(map(len, row)))
-    parts = min(len(rows), max(1, len(rows) // size))
-    return [rows[i * len(rows) // parts : (i + 1) * len(rows) // parts] for i in range(parts)]
+def say(text: str) -> None:
+    """Print on the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
+
+
+def locate_data(name: str) -> tuple[str, str | None]:
+    """What datasets.load_dataset takes as its path and data_files: a hub id or folder, or the format of a file."""
+    suffix = Path(name.removesuffix(".gz")).suffix
+    if suffix in FORMATS:
+        return FORMATS[suffix], name
+    return name, None
+
+
+def check_value(value: Any, place: str) -> None:
+    """Stop the run unless a value is a text, or a list of messages with role and content."""
+    if isinstance(value, str):
+        if re.match(r"""\s*\[\s*{\s*['"](role|content|from|value)['"]""", value):
+            raise SystemExit(f"{place}: {value!r:.40} is a list of messages written as text: use jsonl in place of csv")
+        return
+    if not isinstance(value, list) or not value:
+        raise SystemExit(f"{place}: {value!r:.40} is not text, and no list of messages")
+    for turn in value:
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise SystemExit(f"{place}: {turn!r:.80} is no message with a role and a content")
+
+
+def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
+    """Turns of a prompt, text or messages: all up to it where a chat repeats it; without one what two chats share."""
+    if isinstance(prompt, str) and prompt:
+        prompt = [{"role": "user", "content": prompt}]
+    if prompt and chats[0][0]["role"] == "assistant":
+        return prompt  # the chats are answers alone
+    if prompt:
+        asked, said = ([(turn["role"], turn["content"].strip()) for turn in turns] for turns in (prompt, chats[0]))
+        for end in range(len(asked), len(said) + 1):
+            if said[end - len(asked) : end] == asked:
+                return chats[0][:end]
+        return prompt
+    shared = []
+    for turns in zip(*[chat[:-1] for chat in chats]):
+        if len(chats) == 1 or turns[0] != turns[1]:
+            break
+        shared.append(turns[0])
+    return shared
+
+
+def stop_tokens(tokenizer: Any, render: Callable) -> list[int]:
+    """Ids at which an answer may end: EOS, and what ends a turn of the chat template."""
+    stops = [tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        after = render(turns).rpartition("answer")[2].strip()
+        ids = tokenizer(after, add_special_tokens=False).input_ids
+        if ids and ids[0] in tokenizer.added_tokens_decoder and ids[0] not in stops:
+            stops.append(ids[0])
+    return stops
+
+
+def encode_prompt(row: dict[str, Any], tokenizer: Any, render: Callable, stops: list[int], place: str) -> list[int]:
+    """Token ids of a row's `prompt`, up to where the answer begins. Beside columns of chats it is asked as a chat."""
+    prompt = row["prompt"]
+    check_value(prompt, f"{place}, column prompt")
+    if isinstance(prompt, str) and not prompt.strip():
+        return []
+    for column in ("messages", "chosen", "completion"):
+        chat = row.get(column)
+        if isinstance(prompt, str) and isinstance(chat, list) and chat:
+            prompt = prompt_turns(prompt, [chat])
+    if isinstance(prompt, list):
+        is_begun = prompt[-1]["role"] == "assistant"  # an answer that has begun goes on
+        text = render(prompt, add_generation_prompt=not is_begun, continue_final_message=is_begun)
+        return tokenizer(text, add_special_tokens=False).input_ids
+    has_bos = prompt.startswith(tokenizer.bos_token or "<no BOS>")
+    ids = tokenizer(prompt, add_special_tokens=not has_bos).input_ids
+    while ids[-1] in stops:  # some tokenizers end every text with EOS
+        ids.pop()
+    return ids
+
+
+def load_prompts(
+    name: str, split: str, tokenizer: Any, max_length: int, config: str = "", template_kwargs: str = "{}"
+) -> list[tuple[list[int], dict[str, Any]]]:
+    """Token ids of the prompts of a split, each with its row of the data set.
+
+    Says how many are left out and how many hold unknown tokens.
+    """
+    import datasets
+
+    path, files = locate_data(name)
+    data = datasets.load_dataset(path, config or None, data_files=files, split=split)
+    if "prompt" not in data.column_names:
+        raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename one of them to prompt")
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **json.loads(template_kwargs))
+    stops = stop_tokens(tokenizer, render)
+    unknown = tokenizer.unk_token_id if tokenizer.unk_token_id not in stops else None
+    kept = []
+    counts = Counter()
+    for number, row in enumerate(data.to_list(), 1):
+        ids = encode_prompt(row, tokenizer, render, stops, f"--dataset {name}, split {split}, row {number}")
+        if not tokenizer.decode(ids).strip():
+            counts["are left out: they are empty"] += 1
+        elif len(ids) > max_length:
+            counts["are left out: with --response-length they are longer than --max-length"] += 1
+        else:
+            kept.append((ids, row))
+            counts["hold words that --model does not know"] += unknown in ids
+    for label, count in counts.items():
+        if count:
+            say(f"split {split}: {count} of {len(data)} prompts {label}")
+    if counts["hold words that --model does not know"] > len(kept) / 2:
+        raise SystemExit(
+            f"--dataset {name}: most prompts hold {tokenizer.unk_token}, a word that --model does not know"
+        )
+    return kept
+
+
+def batch_at(num_rows: int, step: int, batch_size: int, seed: int) -> list[int]:
+    """Indices of the rows of update `step`, a function of it for resumed runs. A part batch is left out of an epoch."""
+    epoch, batch = divmod(step, num_rows // batch_size)
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    order = torch.randperm(num_rows, generator=generator).tolist()
+    return order[batch * batch_size : (batch + 1) * batch_size]
+
+
+def micro_batches(rows: list[Any], indices: list[int], size: int) -> list[list[int]]:
+    """Indices of rows in parts of `size` or a little more. Rows of like length meet, which saves padding."""
+    indices = sorted(indices, key=lambda i: sum(len(ids) for ids in rows[i]))
+    num_parts = max(1, len(indices) // size)
+    bounds = [part * len(indices) // num_parts for part in range(num_parts + 1)]
+    return [indices[start:end] for start, end in itertools.pairwise(bounds) if start < end]
+
+
+def check_rollout(args: Args, processes: int, num_prompts: int) -> None:
+    """Stop the run unless there are prompts for a rollout, and rows of each micro-batch for each process."""
+    if num_prompts < args.batch_size:
+        raise SystemExit(f"--dataset has {num_prompts} prompts, too few for --batch-size {args.batch_size}")
+    if min(args.batch_size // args.num_minibatches, args.micro_batch_size) < processes:
+        raise SystemExit(
+            f"minibatches and --micro-batch-size must have at least {processes} rows, one for each process"
+        )
+
+
+# --- run ---
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What the checkpoint of a run directory says: script, args and step; and the folder of its tensors."""
+    folder = path / "checkpoint" if (path / "checkpoint").is_dir() else path
+    if not (folder / "state.json").exists():
+        raise SystemExit(f"--resume {path}: there is no run in it")
+    saved = json.loads((folder / "state.json").read_text())
+    if saved["script"] != SCRIPT:
+        raise SystemExit(f"--resume {path}: written by {saved['script']}.py, not {SCRIPT}.py")
+    saved["folder"] = folder / str(saved["step"])
+    saved["args"]["run_dir"] = str(folder.parent)
+    return saved
 
 
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
-    """Flags of the command line; when resuming, on top of those of the checkpoint, which comes with them."""
+    """Flags of the command line; with --resume on top of those of the checkpoint, which is returned too."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path)
-    path, default, saved = parser.parse_known_args()[0].resume, Args(), None
-    if path:
-        path = path / "checkpoint" if (path / "checkpoint").is_dir() else path
-        saved = json.loads((path / "state.json").read_text())
-        if saved["script"] != SCRIPT:
-            raise SystemExit(f"--resume {path}: written by {saved['script']}.py, not {SCRIPT}.py")
-        saved["folder"], saved["args"]["run_dir"] = path / str(saved["step"]), str(path.parent)
-        default = Args(**saved["args"])
-    return tyro.cli(Args, default=default, description=__doc__.splitlines()[0]), saved
+    path = parser.parse_known_args()[0].resume
+    saved = load_state(path) if path else None
+    default = Args(**saved["args"]) if saved else Args()
+    args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
+    for name, value in vars(args).items():
+        if str(value).startswith(str(ASSETS)) and not ASSETS.exists():
+            raise SystemExit(f"--{name.replace('_', '-')} is needed: the small language world is not beside this copy")
+    return args, saved
+
+
+def start_run(args: Args, accelerator: Accelerator, saved: dict[str, Any] | None) -> Path:
+    """Make the run directory and the logs; a directory that holds another run is refused."""
+    name = f"{Path(args.dataset).stem}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    name = re.sub(r"[^\w.-]", "_", name)  # some file systems refuse a colon
+    run_dir = Path(broadcast_object_list([args.run_dir or f"runs/{name}"])[0])  # the first process's clock counts
+    holds_run = (run_dir / "checkpoint/state.json").exists()
+    if holds_run and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
+        raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
+    flags = json.dumps(asdict(args), indent=2)
+    if accelerator.is_main_process:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(flags + "\n")
+    accelerator.print(f"run directory: {run_dir}, learning rate: {args.learning_rate:g}")
+
+    step = saved["step"] if saved else 0
+    trackers = [TensorBoardTracker(run_dir.name, run_dir.parent, purge_step=step + 1, flush_secs=1)]
+    if args.track:
+        trackers.append("wandb")
+    accelerator.log_with = trackers
+    accelerator.init_trackers("algos", init_kwargs={"wandb": {"name": run_dir.name, "config": asdict(args)}})
+    accelerator.log({"flags": f"```\n{flags}\n```"}, step)
+    return run_dir
+
+
+def catch_signals() -> list[int]:
+    """A list that Ctrl-C and SIGTERM are added to, so that the run saves and stops; a second one kills it."""
+    caught = []
+
+    def catch(number: int, frame: object) -> None:
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
+    return caught
+
+
+def keep_float32(accelerator: Accelerator) -> None:
+    """Let FSDP2 add gradients up and leave results in float32 where it computes in bfloat16."""
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
+
+def save_checkpoint(accelerator: Accelerator, run_dir: Path, args: Args, step: int) -> None:
+    """Write the tensors to checkpoint/<step>, and then state.json, which names that folder and changes in one piece."""
+    folder = run_dir / "checkpoint"
+    accelerator.save_state(folder / str(step))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        state = {"script": SCRIPT, "args": asdict(args), "step": step}
+        (folder / "state.tmp").write_text(json.dumps(state))
+        (folder / "state.tmp").replace(folder / "state.json")
+        for older in folder.glob("[0-9]*"):
+            if older.name != str(step):
+                shutil.rmtree(older)
+
+
+def save_model(model: nn.Module, tokenizer: Any, weights: dict[str, Tensor], args: Args, run_dir: Path) -> None:
+    """Write the whole model to model/, and adapters also to adapter/, as peft does."""
+    for name in model.all_tied_weights_keys:
+        weights.pop(name, None)  # a model has them once; weights gathered from several processes have them twice
+    if args.lora_rank:
+        from peft import PeftModel
+
+        dtype = model.config.dtype
+        model.save_pretrained(run_dir / "adapter", state_dict=weights)
+        tokenizer.save_pretrained(run_dir / "adapter")
+        base, _ = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
+        merged = PeftModel.from_pretrained(base, run_dir / "adapter").merge_and_unload()
+        merged.generation_config = model.generation_config
+        merged.to(dtype).save_pretrained(run_dir / "model")
+        if transformers.utils.find_adapter_config_file(args.model):
+            shutil.rmtree(run_dir / "adapter")  # without --model's own adapter it is of no use
+    else:
+        model.save_pretrained(run_dir / "model", state_dict=weights)
+    tokenizer.save_pretrained(run_dir / "model")
 
 
 def main(args: Args, saved: dict[str, Any] | None = None) -> None:
-    args.learning_rate = args.learning_rate or (5e-4 if args.model == Args.model else 3e-5 if args.lora_rank else 3e-6)
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # parameters that get no gradient
-    precision = "bf16" if args.bf16 else "no"
-    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=precision, kwargs_handlers=[unused])
+    # Processes and random numbers. Each process takes its own rows of a micro-batch.
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16" if args.bf16 else "no")
+    keep_float32(accelerator)
     device, processes = accelerator.device, accelerator.num_processes
-    own = slice(accelerator.process_index, None, processes)  # of the rows of a micro-batch
+    accelerator.print(f"{processes} process(es) on {device.type}")
+    own = slice(accelerator.process_index, None, processes)
     torch.manual_seed(args.seed)
-    adapter = args.lora_rank and not args.merge_lora and transformers.utils.find_adapter_config_file(args.model)
-    if adapter or saved and saved["args"]["lora_rank"] != args.lora_rank:
-        raise SystemExit("--lora-rank cannot change when resuming, and on top of an adapter it needs --merge-lora")
-    if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise SystemExit("sampling needs whole models on each process: launch without FSDP, DeepSpeed or Megatron")
     B, R = args.batch_size, args.response_length
+
+    # The policy. Of its generation config sampling takes the stop tokens only: the rest would draw from another π.
     policy, tokenizer = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
-    file, is_file, function = args.reward_model.partition(".py:")
-    function = runpy.run_path(file + ".py")[function] if is_file else None
-    trunk = args.model if function else args.reward_model  # of the critic
-    head = {"num_labels": 1} if function else {}
-    scorer, words = load_model(transformers.AutoModelForSequenceClassification, trunk, args.max_length, **head)
-    sizes = [model.get_input_embeddings().num_embeddings for model in (policy, scorer)]
-    same = words.chat_template in (None, tokenizer.chat_template) and text_ends(tokenizer) == text_ends(words)
-    same = same and tokenizer.get_vocab().items() <= words.get_vocab().items()
-    if not same or sizes[0] > sizes[1] or scorer.config.num_labels != 1:
-        found = f"reads other texts than --model ({sizes[1]} embeddings, not {sizes[0]}) or gives several scores"
-        raise SystemExit(f"--reward-model {args.reward_model} {found}: train one from --model with reward_model.py")
-    prompts = load_prompts(args.dataset, args.train_split, tokenizer, args.max_length - R)
-    if len(prompts) < B or min(B // args.num_minibatches, args.micro_batch_size) < processes:
-        raise SystemExit(f"{len(prompts)} prompts fill no batch, or micro-batches lack rows for {processes} processes")
-    gold_reward = runpy.run_path(args.gold)["gold_reward"] if args.gold else None
-    generation, stops = policy.generation_config, tokenizer.convert_tokens_to_ids(text_ends(tokenizer)[1:])
-    generation.validate(strict=True)  # as saving does
-    policy.generation_config = transformers.GenerationConfig(eos_token_id=[1 << 30], pad_token_id=stops[0])
-    uniform = torch.rand(2, 16, dtype=torch.float64)
-    if sample(policy, [[1], [1, 2, 3, 4]], uniform)[0] != sample(policy, [[1]], uniform[:1])[0]:
-        raise SystemExit(f"--model {args.model} samples otherwise beside a longer prompt: it takes no positions")
-    eos = [generation.eos_token_id] if isinstance(generation.eos_token_id, int) else generation.eos_token_id or []
-    generation.eos_token_id = policy.generation_config.eos_token_id = stops = list({*stops, *eos})
-    torch.set_num_threads(1 if policy.num_parameters() < 10e6 else torch.get_num_threads())  # small ones lose by more
-    critic, scorer = (scorer, None) if function else (copy.deepcopy(scorer), scorer.requires_grad_(False).to(device))
-    nn.init.zeros_(critic.score.weight)
+    if policy.num_parameters() < 10e6:
+        torch.set_num_threads(1)  # more only lose time
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **json.loads(args.chat_template_kwargs))
+    set_stop_tokens(policy, stop_tokens(tokenizer, render))
+    generation_config = policy.generation_config
+    stops = generation_config.eos_token_id
+    policy.generation_config = transformers.GenerationConfig(eos_token_id=stops, pad_token_id=stops[0])
+    if not samples_as_trained(policy):
+        raise SystemExit(f"--model {args.model} samples from other probabilities than a whole pass gives")
+
+    # The score, a reward model or a function, and the critic, which starts from the one or from the policy.
+    reward_model = None
+    reward_function = None
+    if ".py:" in args.reward_model:
+        reward_function = load_reward_function(args.reward_model)
+        loader = transformers.AutoModelForSequenceClassification
+        value_model, _ = load_model(loader, args.model, args.max_length, num_labels=1)
+    else:
+        reward_model = load_reward_model(args.reward_model, args.max_length, policy, tokenizer)
+        value_model = copy.deepcopy(reward_model)
+        reward_model = prepare_frozen(accelerator, TokenScores(reward_model))
+    nn.init.zeros_(value_model.score.weight)
+
+    # The prompts.
+    settings = (tokenizer, args.max_length - R, args.dataset_config, args.chat_template_kwargs)
+    prompts = load_prompts(args.dataset, args.train_split, *settings)
+    check_rollout(args, processes, len(prompts))
+    accelerator.print("first prompt:", tokenizer.decode(prompts[0][0]))
+
+    # The reference, a copy of the policy; with LoRA it is the policy without its adapters.
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
-        critic.activation_checkpointing_enable()
+        value_model.activation_checkpointing_enable()
+    if saved and saved["args"]["lora_rank"] != args.lora_rank:
+        raise SystemExit("--lora-rank cannot change when a run is resumed")
+    reference = policy
     if args.lora_rank:
-        from peft import LoraConfig, get_peft_model
+        add_adapters(policy, args.lora_rank)
+        add_adapters(value_model.base_model, args.lora_rank)
+        save_trained_only(accelerator)
+    else:
+        reference = prepare_frozen(accelerator, copy.deepcopy(policy))
 
-        lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-        policy = get_peft_model(policy, copy.copy(lora))  # it writes down there which layers it found
-        setattr(critic, critic.base_model_prefix, get_peft_model(critic.base_model, lora))
-        hook = accelerator.register_save_state_pre_hook  # checkpoints hold what is trained only
-        hook(lambda _, states, __: [w.pop(n) for w in states for n in [*w] if "lora_" not in n and ".score." not in n])
-    reference = policy if args.lora_rank else copy.deepcopy(policy).requires_grad_(False).to(device)
-    at_reference = policy.disable_adapter if args.lora_rank else torch.no_grad
-    agent = Agent(policy, critic)
-    trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
-    agent, optimizer = accelerator.prepare(agent, optimizer)
-    step, total_steps = saved["step"] if saved else 0, args.total_episodes // B
+    # The optimisers.
+    if not args.learning_rate:
+        pretrained_rate = 3e-5 if args.lora_rank else 3e-6
+        args.learning_rate = 5e-4 if args.model == Args.model else pretrained_rate
+    critic = TokenScores(value_model)
+    policy_optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), weight_decay=0.0, fused=True)
+    model, policy_optimizer = accelerator.prepare(policy, policy_optimizer)
+    critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
+    parameters = [*model.parameters(), *critic.parameters()]
+    step = saved["step"] if saved else 0
+    total_steps = args.total_episodes // B
+
+    @torch.no_grad()
+    def roll_out(asked: list[Any], noise: torch.Generator) -> tuple[list[Any], Tensor, Tensor, Tensor, Tensor]:
+        """Rows [prompt, response], log π, log π_ref and V of their tokens, (B, R) each, and their scores, (B,)."""
+        # Each process answers its share of the prompts.
+        prompts = [ids for ids, row in asked]
+        indices = list(range(len(asked)))
+        uniform = torch.rand(len(asked), R, generator=noise, dtype=torch.float64)
+        with accelerator.autocast():
+            responses = sample(policy, prompts[own], uniform[own].to(device))
+        answered = sorted(gather_object(list(zip(indices[own], responses))))  # in the order of the prompts again
+        rows = [[prompts[i], response] for i, response in answered]
+
+        # And computes the log-probabilities, values and scores of its share of the rows.
+        logprobs = torch.zeros(len(rows), R, device=device)
+        ref_logprobs = torch.zeros(len(rows), R, device=device)
+        values = torch.zeros(len(rows), R, device=device)
+        scores = torch.zeros(len(rows), device=device)
+        for micro_batch in micro_batches(rows, indices, args.micro_batch_size):
+            mine = micro_batch[own]
+            my_rows = [rows[i] for i in mine]
+            with accelerator.autocast():
+                logprobs[mine] = response_logprobs(model, my_rows, R, device)
+                values[mine] = response_values(critic, my_rows, R, device)
+                if args.lora_rank:
+                    policy.disable_adapters()
+                ref_logprobs[mine] = response_logprobs(reference, my_rows, R, device)
+                if args.lora_rank:
+                    policy.enable_adapters()
+                if reward_model:
+                    scores[mine] = rewards(reward_model, my_rows, device)
+        if reward_function and accelerator.is_main_process:
+            texts = []
+            for prompt, response in rows:
+                response = response[:-1] if response[-1] in stops else response
+                texts.append(tokenizer.decode(response, skip_special_tokens=True))
+            given = function_rewards(reward_function, args.reward_model, [row for ids, row in asked], texts)
+            scores = torch.tensor(given, device=device)
+        parts = accelerator.reduce((logprobs, ref_logprobs, values, scores))  # 0 in the shares of other processes
+        return rows, *parts
+
+    # The run directory, and what the loop keeps.
     if saved:
         accelerator.load_state(saved["folder"], strict=not args.lora_rank)
-    name = f"runs/{Path(args.dataset).stem}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(*broadcast_object_list([args.run_dir or name]))
-    if (run_dir / "checkpoint/state.json").exists() and not (saved and run_dir.samefile(saved["args"]["run_dir"])):
-        raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
-    if accelerator.is_main_process:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        print(f"run directory: {run_dir}, learning rate: {args.learning_rate:g}")
-    logs = TensorBoardTracker(run_dir.name, run_dir.parent, purge_step=step + 1, flush_secs=1)
-    accelerator.log_with = [logs, *["wandb"] * args.track]
-    accelerator.init_trackers("algos", init_kwargs={"wandb": {"name": run_dir.name, "config": asdict(args)}})
-
-    @torch.inference_mode()
-    def roll_out(asked: list[Any], noise: torch.Generator) -> tuple[list[Any], Tensor, Tensor]:
-        """Rows [prompt, response, [number]], log π, log π_ref and V of their tokens, (3, B, R), and scores, (B,)."""
-        uniform = torch.rand(len(asked), R, generator=noise, dtype=torch.float64)[own].to(device)
-        with accelerator.autocast():
-            responses = sample(policy, [ids for ids, _ in asked[own]], uniform)
-        responses = sorted(gather_object([*zip(range(len(asked))[own], responses)]))
-        rows = [[ids, response, [i]] for (ids, _), (i, response) in zip(asked, responses)]
-        tokens, scores = torch.zeros(3, len(rows), R, device=device), torch.zeros(len(rows), device=device)
-        for part in micro_batches(rows, args.micro_batch_size):
-            numbers = [i for *_, (i,) in part[own]]
-            with accelerator.autocast():
-                logprobs, values = agent(part[own])
-                with at_reference():
-                    ref, mask = completion_logprobs(reference, part[own], device)
-            sizes = [len(response) for _, response, _ in part[own]]
-            for i, *all_three in zip(numbers, *(x.split(sizes) for x in (logprobs, ref[mask], values))):
-                tokens[:, i, : len(all_three[0])] = torch.stack(all_three)
-            if not function:  # a score is read where its response ends; bfloat16 would round it to 8 bits
-                ids = [torch.tensor(prompt + response, device=device) for prompt, response, _ in part[own]]
-                with accelerator.autocast():
-                    hidden = scorer.base_model(nn.utils.rnn.pad_sequence(ids, batch_first=True), use_cache=False)[0]
-                scores[numbers] = scorer.score(hidden.float())[range(len(ids)), [len(row) - 1 for row in ids], 0]
-        if function and accelerator.is_main_process:
-            texts = [tokenizer.decode(y[: len(y) - (y[-1] in stops)], skip_special_tokens=True) for _, y, _ in rows]
-            scores = torch.tensor(function_rewards(function, [row for _, row in asked], texts), device=device)
-        return rows, *accelerator.reduce((tokens, scores))  # zeros but for each process's share
-
-    caught, stop = [], False
-    for number in (signal.SIGINT, signal.SIGTERM):  # after which the run is saved; a second one kills
-        signal.signal(number, lambda number, _: caught.append(signal.signal(number, signal.SIG_DFL)))
-    quiet = None if accelerator.is_main_process else Path(os.devnull).open("w")
-    bar = tqdm(total=total_steps, initial=step, unit="update", file=quiet)
+    run_dir = start_run(args, accelerator, saved)
+    caught = catch_signals()
+    stop = False
+    first_step, first_time = step, time.perf_counter()
+    bar = tqdm(total=total_steps, initial=step, unit="update", disable=not accelerator.is_main_process)
     while True:
         # ===== evaluate =====
-        agent.eval()  # without gradient checkpointing, which samples without a cache
-        if step % (args.save_every or total_steps) == 0 or step >= total_steps:
+        model.eval()  # gradient checkpointing, which works in training only, would sample without a cache
+        critic.eval()
+        if step >= total_steps or step % (args.save_every or total_steps) == 0:
             asked = prompts[: max(4, processes)]
-            rows, _, scores = roll_out(asked, torch.Generator().manual_seed(args.seed))
-            texts = [f"{tokenizer.decode(x + y)} ({r:.2f})" for (x, y, _), r in zip(rows, scores)]
+            rows, _, _, _, scores = roll_out(asked, torch.Generator().manual_seed(args.seed))
+            texts = []
+            for (prompt, response), score in zip(rows, scores):
+                texts.append(f"{tokenizer.decode(prompt + response)} ({score:.2f})")
             accelerator.log({"samples": "\n\n".join(texts)}, step)
             accelerator.print(f"\nupdate {step}:", *texts[:2], sep="\n")
         if stop or step >= total_steps:
@@ -439,94 +825,103 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
 
         # ===== collect =====
         noise = torch.Generator().manual_seed(1_000_003 * args.seed + step)  # a resumed run needs no state of it
-        asked = batch_at(prompts, step, B, args.seed)
-        rows, (old_logprobs, ref_logprobs, old_values), scores = roll_out(asked, noise)
+        asked = [prompts[i] for i in batch_at(len(prompts), step, B, args.seed)]
+        rows, old_logprobs, ref_logprobs, old_values, scores = roll_out(asked, noise)
 
         # ===== compute targets =====
-        lengths = torch.tensor([[len(response)] for _, response, _ in rows], device=device)
+        lengths = torch.tensor([[len(response)] for prompt, response in rows], device=device)  # (B, 1)
         mask = torch.arange(R, device=device) < lengths  # (B, R): tokens of responses, stop token included
-        last = (torch.arange(R, device=device) == lengths - 1).float()
-        stopped = torch.tensor([response[-1] in stops for _, response, _ in rows], device=device).float()
-        scores = scores - args.missing_eos_penalty * (1 - stopped)
+        last = (torch.arange(R, device=device) == lengths - 1).float()  # (B, R)
+        finished = torch.tensor([response[-1] in stops for prompt, response in rows], device=device).float()
+        scores = scores - args.missing_eos_penalty * (1 - finished)
         token_rewards = kl_penalised_rewards(scores, old_logprobs, ref_logprobs, last, args.kl_coef)
         next_values = nn.functional.pad(old_values[:, 1:], (0, 1))
-        inputs = (x.T for x in (token_rewards, old_values, next_values, last, last))  # time first
-        advantages = compute_gae(*inputs, 1.0, args.gae_lambda).T
+        # Time goes first in GAE, and a response ends for good with its last token.
+        advantages = compute_gae(
+            token_rewards.T, old_values.T, next_values.T, last.T, last.T, gamma=1.0, lam=args.gae_lambda
+        ).T
         returns = advantages + old_values
-        advantages = (advantages - advantages[mask].mean()) / (advantages[mask].std(correction=0) + 1e-8)
+        mean, std = advantages[mask].mean(), advantages[mask].std(correction=0)
+        advantages = (advantages - mean) / (std + 1e-8)
 
         # ===== update =====
-        agent.train()
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - step / total_steps)
+        model.train()
+        critic.train()
+        learning_rate = args.learning_rate * (1 - step / total_steps)
+        policy_optimizer.param_groups[0]["lr"] = learning_rate
+        critic_optimizer.param_groups[0]["lr"] = learning_rate
         metrics = defaultdict(list)
         for _ in range(args.num_ppo_epochs):
-            for order in torch.randperm(B, generator=noise).chunk(args.num_minibatches):
-                count = mask[order].sum() / processes  # DDP takes the mean over these
-                optimizer.zero_grad()
-                for part in micro_batches([rows[i] for i in order], args.micro_batch_size):
-                    numbers = [i for *_, (i,) in part[own]]
-                    batch = (x[numbers][mask[numbers]] for x in (old_logprobs, old_values, advantages, returns))
-                    mb_logprobs, mb_values, mb_advantages, mb_returns = batch  # (n,)
-                    logprobs, values = agent(part[own])
-                    log_ratio = logprobs - mb_logprobs
-                    pg_loss = policy_loss(log_ratio, mb_advantages, args.clip_coef)
-                    v_loss = value_loss(values, mb_values, mb_returns, args.clip_coef)
-                    accelerator.backward((pg_loss + VF_COEF * v_loss).sum() / count)  # PPO Eq. 9, negated
+            for minibatch in torch.randperm(B, generator=noise).chunk(args.num_minibatches):
+                num_tokens = mask[minibatch].sum() / processes  # the gradient becomes the mean over the processes
+                policy_optimizer.zero_grad()
+                critic_optimizer.zero_grad()
+                for micro_batch in micro_batches(rows, minibatch.tolist(), args.micro_batch_size):
+                    mine = micro_batch[own]
+                    my_rows = [rows[i] for i in mine]
+                    log_ratio = response_logprobs(model, my_rows, R, device) - old_logprobs[mine]  # (b, R)
+                    pg_losses = policy_loss(log_ratio, advantages[mine], args.clip_coef) * mask[mine]
+                    v_losses = value_loss(
+                        response_values(critic, my_rows, R, device), old_values[mine], returns[mine], args.clip_coef
+                    )
+                    v_losses = v_losses * mask[mine]
+                    loss = (pg_losses + VF_COEF * v_losses).sum() / num_tokens  # PPO Eq. 9, negated
+                    accelerator.backward(loss)
                     log_ratio = log_ratio.detach()
                     ratio = log_ratio.exp()
-                    metrics["loss/policy"].append(pg_loss.detach().sum() / count)
-                    metrics["loss/value"].append(v_loss.detach().sum() / count)
-                    metrics["policy/approxkl"].append((ratio - 1 - log_ratio).sum() / count)
-                    metrics["policy/clipfrac"].append(((ratio - 1).abs() > args.clip_coef).sum() / count)
-                    metrics["val/ratio"].append(ratio.sum() / count)
-                metrics["grad_norm"].append(accelerator.clip_grad_norm_(trained, 1.0))
-                optimizer.step()
+                    is_clipped = (ratio - 1).abs() > args.clip_coef
+                    metrics["loss/policy"].append(pg_losses.detach().sum() / num_tokens)
+                    metrics["loss/value"].append(v_losses.detach().sum() / num_tokens)
+                    metrics["policy/approxkl"].append((ratio - 1 - log_ratio).sum() / num_tokens)
+                    metrics["policy/clipfrac"].append(is_clipped.sum() / num_tokens)
+                    metrics["val/ratio"].append((ratio * mask[mine]).sum() / num_tokens)
+                norm = accelerator.clip_grad_norm_(parameters, 1.0)
+                if accelerator.is_fsdp2:
+                    norm = norm.full_tensor()
+                metrics["grad_norm"].append(norm)
+                policy_optimizer.step()
+                critic_optimizer.step()
         step += 1
 
         # ===== log and save =====
-        minibatches = args.num_ppo_epochs * args.num_minibatches
         sums = accelerator.reduce({name: torch.stack(values).sum() for name, values in metrics.items()}, "mean")
-        means = {name: value.item() / minibatches for name, value in sums.items()}
+        means = {name: total.item() / (args.num_ppo_epochs * args.num_minibatches) for name, total in sums.items()}
         if not math.isfinite(means["loss/policy"] + means["loss/value"] + means["grad_norm"]):
             raise SystemExit(f"\nthe loss became nan or inf before update {step}; {run_dir}/checkpoint is older")
-        kl, reward = (old_logprobs - ref_logprobs).sum(1).mean().item(), scores.mean().item()
-        means |= {"objective/kl": kl, "objective/scores": reward, "objective/rlhf_reward": reward - args.kl_coef * kl}
+        means["objective/kl"] = (old_logprobs - ref_logprobs).sum(1).mean().item()
+        means["objective/scores"] = scores.mean().item()
+        means["objective/rlhf_reward"] = means["objective/scores"] - args.kl_coef * means["objective/kl"]
         means["objective/entropy"] = -old_logprobs.sum(1).mean().item()
-        means["val/num_eos_tokens"] = stopped.mean().item()
-        means["lr"] = optimizer.param_groups[0]["lr"]
-        means["episodes_per_second"] = (step - bar.initial) * B / bar.format_dict["elapsed"]
-        if gold_reward:
-            golds = []
-            for prompt, response, _ in rows:
-                finished = response[-1] in stops
-                text = tokenizer.decode(response[: len(response) - finished])
-                golds.append(gold_reward(tokenizer.decode(prompt), text, finished))
-            means["objective/gold"] = sum(golds) / B
+        means["val/num_eos_tokens"] = finished.mean().item()
+        means["lr"] = learning_rate
+        means["episodes_per_second"] = (step - first_step) * B / (time.perf_counter() - first_time)
         accelerator.log(means, step)
-        bar.set_postfix_str(f"score {reward:.2f}, KL {kl:.2f}", refresh=False)
-        stop = accelerator.reduce(torch.tensor(len(caught), device=device)) > 0  # of any process
-        if stop or step == total_steps or args.save_every and step % args.save_every == 0:
-            folder = run_dir / "checkpoint"  # state.json names the folder of its tensors, and changes in one piece
-            accelerator.save_state(folder / str(step))
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                (folder / "state.tmp").write_text(json.dumps({"script": SCRIPT, "args": asdict(args), "step": step}))
-                (folder / "state.tmp").replace(folder / "state.json")
-                for older in set(folder.glob("[0-9]*")) - {folder / str(step)}:
-                    shutil.rmtree(older)
+        unfinished = 1 - means["val/num_eos_tokens"]
+        bar.set_postfix_str(
+            f"score {means['objective/scores']:.2f}, KL {means['objective/kl']:.2f}, unfinished {unfinished:.0%}",
+            refresh=False,
+        )
+        if step == 1 and unfinished > 0.9:
+            accelerator.print(
+                f"\n{unfinished:.0%} of the responses have no end: --response-length {R} may be too short"
+            )
+        stop = accelerator.reduce(torch.tensor(len(caught), device=device)) > 0  # a signal to any process
+        if stop or step == total_steps or (args.save_every and step % args.save_every == 0):
+            save_checkpoint(accelerator, run_dir, args, step)
         bar.update(1)
+
+    # The model, in the precision it came in.
     bar.close()
-    model = policy.merge_and_unload() if args.lora_rank and args.merge_lora else policy
-    model.generation_config = generation
-    weights = accelerator.get_state_dict(model.to(model.config.dtype))
-    accelerator.end_training()  # processes that leave their group open may die of it
+    policy.generation_config = generation_config
+    if not args.lora_rank:
+        policy.to(policy.config.dtype)
+    weights = accelerator.get_state_dict(policy)
+    accelerator.end_training()  # or processes may die of their open group
     if step < total_steps:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
         raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__!r} --resume {str(run_dir)!r}")
     if accelerator.is_main_process:
-        shutil.rmtree(run_dir / "model", ignore_errors=True)  # a merged model beside an old adapter opens as both
-        model.save_pretrained(run_dir / "model", state_dict=weights)
-        tokenizer.save_pretrained(run_dir / "model")
+        save_model(policy, tokenizer, weights, args, run_dir)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ They go through the samples of a run and must reach the same weights and logs, w
 """
 
 from collections import Counter
+from pathlib import Path
 
 import tiny
 import torch
@@ -26,20 +27,22 @@ def score(response: list[int]) -> float:
     return len("".join(words)) / 10 - PENALTY * (response[-1] not in STOPS)
 
 
-def make_world(folder, prompts: int, batch_size: int) -> tuple[dict, list[tuple[int, ...]]]:
+def make_world(folder: Path, prompts: int, batch_size: int) -> tuple[dict, list[tuple[int, ...]]]:
     """Flags of a run over all of that many prompts, and the prompts; one more is a token too long."""
+    folder.mkdir(exist_ok=True)
     tokenizer = tiny.word_tokenizer(extra_special_tokens=["."])
     tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", ".")
     model = tiny.make_model(folder / "model", tokenizer=tokenizer)
     model.generation_config = GenerationConfig(eos_token_id=[7, 12], do_sample=True, temperature=0.5)
     model.save_pretrained(folder / "model")
-    (folder / "reward.py").write_text(REWARD)
+    file = folder / f"reward_of_{folder.name}.py"  # each test's module is another one
+    file.write_text(REWARD)
     texts = [["very"] * (i % 6) + [tiny.WORDS[i], "film", ":"] for i in range(prompts)]
     rows = [{"prompt": " ".join(words)} for words in [*texts, ["very"] * 8 + [":"]]]
     assert max(map(len, texts)) == ROOM
     for split in ("train", "test"):
         tiny.write_jsonl(folder / "data" / f"{split}.jsonl", rows[: 5 if split == "test" else None])
-    flags = {"model": folder / "model", "reward_model": f"{folder / 'reward.py'}:letters", "dataset": folder / "data"}
+    flags = {"model": folder / "model", "reward_model": f"{file}:letters", "dataset": folder / "data"}
     flags = {name: str(value) for name, value in flags.items()}
     flags |= {"batch_size": batch_size, "num_minibatches": MINIBATCHES, "total_episodes": UPDATES * batch_size}
     flags |= {"micro_batch_size": batch_size // MINIBATCHES // 2, "response_length": R, "max_length": R + ROOM}
@@ -48,21 +51,22 @@ def make_world(folder, prompts: int, batch_size: int) -> tuple[dict, list[tuple[
 
 
 def rollouts(seen, batch_size: int, prompts: list[tuple[int, ...]]) -> list[tuple[list, list]]:
-    """Rows of each update and its minibatches of all epochs, from the calls of sample and completion_logprobs.
+    """Rows of each update and its minibatches of all epochs, from the calls of sample and response_logprobs.
 
     A row is (prompt, response). Holds that a run asks each prompt as often, ends a response with its first stop token,
     and that an epoch is a new order of all rows.
     """
-    sampled = [(args[1], responses) for args, responses in seen.sample if len(args[1]) == batch_size]
-    sampled = [[(tuple(x), tuple(y)) for x, y in zip(*rollout)] for rollout in sampled]
+    sampled = [[(tuple(x), tuple(y)) for x, y in zip(call.prompts, call.result)] for call in seen.rollouts]
     asked = Counter(prompt for rows in sampled for prompt, _ in rows)
     assert len(sampled) == UPDATES and asked == dict.fromkeys(prompts, UPDATES * batch_size // len(prompts))
     responses = [response for rows in sampled for _, response in rows]
     assert all(response[-1] in STOPS or len(response) == R for response in responses)
     assert not any(STOPS & {*response[:-1]} for response in responses)
     assert 0 < sum(response[-1] in STOPS for response in responses) < len(responses)
-    trained = [row for args, (logprobs, _) in seen.completion_logprobs if logprobs.requires_grad for row in args[1]]
-    trained = [(tuple(prompt), tuple(response)) for prompt, response, *_ in trained]
+    trained = []
+    for call in seen.response_logprobs:
+        if call.result.requires_grad:
+            trained += [(tuple(prompt), tuple(response)) for prompt, response in call.rows]
     size, per_update, found = batch_size // MINIBATCHES, batch_size * EPOCHS, []
     assert len(trained) == UPDATES * per_update
     for update, rows in enumerate(sampled):

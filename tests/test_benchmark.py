@@ -479,15 +479,15 @@ def test_what_trl_wrote_becomes_a_peer_by_the_tags_of_the_spec(monkeypatch, caps
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"train_runtime": 1}]))
     evaluated = tmp_path / "trl_ppo.json"  # of the same run, from either of the folders that the trainers write
-    evaluated.write_text(
-        json.dumps([{"name": str(tmp_path / x), "share": share} for x, share in (("", 0.8), ("model", 0.9))])
-    )
+    rows = [{"name": str(tmp_path / x), "share": share, "gold": share / 2} for x, share in (("", 0.8), ("model", 0.9))]
+    evaluated.write_text(json.dumps(rows))
     record_trl.record("rlhf_ppo", [evaluated])
     (spec,) = (spec for spec in specs.SPECS if spec.script == "rlhf_ppo")
     ours, peer = references.load(spec)
     assert peer.name == "TRL 1.10.0" and list(peer.seeds) == ["1", "2"] and peer.steps == ours.steps
     assert peer.seeds["2"]["objective/kl"]["final"] == 5.5  # mean of the last four
     assert [figures["evaluation/share"]["final"] for figures in peer.seeds.values()] == [0.8, 0.9]
+    assert [figures["evaluation/gold"]["final"] for figures in peer.seeds.values()] == [0.4, 0.45]
     assert benchmark.main(["record-trl", "dpo", "/nowhere.json"]) == 2
     assert "error: /nowhere.json: no such file\n" in capsys.readouterr().err
 
@@ -590,7 +590,6 @@ def test_the_flags_of_a_spec_are_those_of_its_script(spec):
     names = specs.flags_of_script(spec.script)
     flags = [flag.removeprefix("--").replace("-", "_") for flag in spec.flags if flag.startswith("--")]
     assert [flag for flag in flags if flag not in names] == []
-    assert "{benchmark}" not in str(spec.flags_in("x")) and len(spec.flags_in("x")) == len(spec.flags)
 
 
 def test_references_fit_their_specs():
@@ -618,40 +617,6 @@ def assert_rounded(said, exact):
 
 
 RETURNS = [s for s in specs.SPECS if s.measures[0].tag == "charts/episodic_return" and references.ours(s)]
-
-
-@pytest.mark.parametrize("spec", RETURNS, ids=lambda spec: spec.name)
-def test_readme_says_what_is_recorded(spec):
-    (row,) = re.findall(rf"(?m)^\| {spec.script} \| {spec.task}, .*", (REPO / "README.md").read_text())
-    numbers = re.findall(r"−?[\d.]+(?= ±)|(?<=± )[\d.]+", row)
-    exact = np.concatenate([returns_of(reference) for reference in references.load(spec)])
-    assert_rounded(numbers, exact)
-    assert f"| {len(references.ours(spec).seeds)} |" in row
-
-
-@pytest.mark.parametrize(
-    ("script", "tag"),
-    [("sft", "eval/loss"), ("reward_model", "eval/accuracy")]
-    + [(script, "evaluation/share") for script in ("dpo", "rlhf_ppo", "grpo")],
-)
-def test_readme_says_what_the_language_scripts_reach(script, tag):
-    (row,) = re.findall(rf"(?m)^\| {script}(?:, β = 0\.5)? \| .*", (REPO / "README.md").read_text())
-    (spec,) = (spec for spec in specs.SPECS if spec.script == script)
-    exact = []
-    for reference in references.load(spec):
-        finals = [figures[tag]["final"] for figures in reference.seeds.values()]
-        exact += [np.mean(finals), np.std(finals, ddof=1)]
-    assert_rounded(re.findall(r"[\d.]+(?= ±)|(?<=± )[\d.]+", row), exact)
-
-
-def test_readme_says_the_speeds_that_were_measured():
-    for script, kept in specs.results("speed").items():
-        (row,) = re.findall(rf"(?m)^\| {script}, .*/s .*", (REPO / "README.md").read_text())
-        ours, peer = np.median(kept["pairs"], 0)
-        ratios = [a / b for a, b in kept["pairs"]]
-        for part in (f"| {ours:,.0f} {kept['unit']} |", f", {peer:,.0f} |",
-                     f"| {np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"):  # fmt: skip
-            assert part in row
 
 
 @pytest.mark.parametrize("script", ["a2c", "dqn", "ppo"])

@@ -17,27 +17,37 @@ LINES = {  # at most, header and docstring included
     "a2c": 555,
     "dqn": 575,
     "ppo": 585,
-    "sft": 340,
-    "reward_model": 380,
-    "dpo": 400,
-    "grpo": 461,
-    "rlhf_ppo": 560,
+    "sft": 660,
+    "reward_model": 690,
+    "dpo": 760,
+    "grpo": 880,
+    "rlhf_ppo": 920,
 }
-# of the control scripts, whose statements say one thing each: syntax nodes in all, and per statement
-NODES = {"q_learning": 1470, "reinforce": 2220, "a2c": 2420, "dqn": 2310, "ppo": 2550}
+NODES = {  # of syntax in all, at most; and below, per statement, which says one thing
+    "q_learning": 1470,
+    "reinforce": 2220,
+    "a2c": 2420,
+    "dqn": 2320,
+    "ppo": 2550,
+    "sft": 2600,
+    "reward_model": 2660,
+    "dpo": 3030,
+    "grpo": 3640,
+    "rlhf_ppo": 3840,
+}
 MEAN_NODES, P90_NODES, MAX_NODES = 8.0, 15, 25
 MAX_DENSE = 12  # comprehensions, lambdas, walruses and conditional expressions per 100 statements
 MAX_WIDE = 0.15  # share of lines over 100 columns
 LANGUAGE = {"sft", "reward_model", "dpo", "grpo", "rlhf_ppo"}
-MAX_FLAGS, MAX_DOCSTRING, MAX_COLUMNS, MAX_CHANGED = 25, 30, 120, 130
+MAX_FLAGS, MAX_DOCSTRING, MAX_COLUMNS, MAX_CHANGED = 28, 30, 120, 130
 NEIGHBOURS = [("reinforce", "a2c"), ("a2c", "ppo")]  # whose diff is the idea
-MORE_FLAGS = {"ppo": 26, "rlhf_ppo": 27, "grpo": 30}  # the algorithm's on top of a language script's
+MORE_FLAGS = {"grpo": 31}  # those of Dr. GRPO and RLOO on top
 
 MAY_DIFFER = {  # same name, different code: in which scripts, and why
     "Args": (set(LINES), "each algorithm has its own flags"),
     "main": (set(LINES), "the algorithm's story"),
     "value_loss": ({"rlhf_ppo"}, "with text, the change of a value is clipped"),
-    "Agent": ({"reinforce", "rlhf_ppo"}, "one has no critic, the other is two language models"),
+    "Agent": ({"reinforce"}, "it has no critic"),
 }
 
 SOURCES = {path.stem: path.read_text() for path in sorted(ALGOS.glob("*.py"))}
@@ -145,7 +155,8 @@ def test_few_statements_are_dense_and_few_lines_wide(script):
 def test_definitions_that_share_a_name_are_byte_identical(a, b):
     ours, theirs = definitions(a), definitions(b)
     allowed = {name for name, (where, _) in MAY_DIFFER.items() if {a, b} & where}
-    allowed |= {"parse_args"} if (a in LANGUAGE) != (b in LANGUAGE) else set()  # a file or a folder to resume from
+    if (a in LANGUAGE) != (b in LANGUAGE):  # a checkpoint is a file in control, a folder of several processes in text
+        allowed |= {"parse_args", "start_run", "save_checkpoint"}
     for name in sorted(ours.keys() & theirs.keys() - allowed):
         change = "\n".join(difflib.unified_diff(ours[name].splitlines(), theirs[name].splitlines(), a, b, lineterm=""))
         assert ours[name] == theirs[name], change
@@ -258,9 +269,11 @@ def test_sections_come_in_the_same_order(script):
         r"import ",
         r"@dataclass\nclass Args:",
         r"    def __post_init__\(self\)",
-        r"# --- model ---$" if language else r"class \w+\(nn.Module\):" if loop else "",
+        r"class \w+\(nn.Module\):" if loop and not language else "",
         r"# --- algorithm ---$" if loop else "",
+        r"# --- model ---$" if language else "",
         r"# --- (environments|data) ---$" if loop else "",
+        r"# --- run ---$" if language else "",
         r"def main\(args: Args",
         r" +# ===== evaluate =====$" if language else "",
         r" +# ===== collect =====$" if loop else "",

@@ -4,7 +4,6 @@ import importlib
 import itertools
 import json
 import re
-import shlex
 import sys
 import types
 import warnings
@@ -16,7 +15,7 @@ import probe_envs
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
-from helpers import ALGOS, REPO, run, scalars, spy_on, weights
+from helpers import ALGOS, scalars, spy_on, weights
 
 DEFAULTS = {  # small flags of each script
     "a2c": {"num_steps": 8},
@@ -782,36 +781,3 @@ def test_the_mean_and_deviation_of_greedy_returns_are_logged_and_said(script, tm
 def test_a_truncated_episode_of_the_greedy_policy_is_over(script, tmp_path):
     run_dir = train(script, tmp_path, "Probe-v0", total_timesteps=100, eval_episodes=3)
     assert scalars(run_dir, "eval/return_mean")[0][1] == 10
-
-
-# --- README ---
-
-
-@pytest.mark.parametrize("env_id, normalize", [("CartPole-v1", False), ("Pendulum-v1", True)])
-def test_the_lines_of_the_readme_load_a_model_and_play(env_id, normalize, tmp_path, monkeypatch):
-    flags = {"num_envs": 4, "total_timesteps": 300, "eval_episodes": 0, "device": "cpu"}
-    ppo.main(ppo.Args(env_id=env_id, normalize=normalize, run_dir=str(tmp_path / "run"), **flags))
-    (block,) = re.findall(r"```python\n(import json.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
-    block = block.replace("runs/my-run", str(tmp_path / "run")).replace('"human"', '"rgb_array"')
-    assert "while True" in block
-    namespace = {}
-    exec(block.replace("while True", "for _ in range(50)"), namespace)
-    saved = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert saved["env_id"] == env_id and namespace["obs"].shape[0] == 1
-
-
-README_RUNS = {  # words of each command on the README's environment, flags that make it shorter, what it says
-    "length": ([], "evaluation: return 1.00 ± 0.00"),
-    "async": (["--total-timesteps", 1_000, "--eval-episodes", 2], "evaluation: return"),
-}
-
-
-@pytest.mark.parametrize("word", README_RUNS)
-def test_the_environment_of_the_readme_trains_from_the_current_directory(word, tmp_path):
-    readme = (REPO / "README.md").read_text()
-    (source,) = re.findall(r"```python\n# my_envs.py\n(.*?)```", readme, re.DOTALL)
-    (command,) = re.findall(rf"(?m)^python algos/ppo.py (--env-id my_envs:.*{word}.*)$", readme)
-    (tmp_path / "my_envs.py").write_text(source)
-    shorter, said = README_RUNS[word]
-    done = run("ppo", *shlex.split(command), *shorter, "--run-dir", "run", cwd=tmp_path)
-    assert done.returncode == 0 and said in done.stdout, done.stderr

@@ -11,7 +11,7 @@ import dpo
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from helpers import scalars
+from helpers import scalars, spy_on
 from safetensors.torch import load_file
 from tiny import CONFIGS, as_messages, bpe_tokenizer, make_model, preferences, word_tokenizer, write_jsonl
 from torch import nn
@@ -159,9 +159,8 @@ def test_preference_loss_equals_hand_numbers():
     assert (found["logps/chosen"].item(), found["logps/rejected"].item()) == (-3, -5)
     smooth = 0.9 * math.log(1 + math.exp(-0.3)) + 0.1 * math.log(1 + math.exp(0.3))
     assert dpo.preference_loss(logprobs, ref, 0.2, 0.1, "sigmoid")["loss"].item() == pytest.approx(smooth, rel=1e-6)
-    assert dpo.preference_loss(logprobs, ref, 0.2, 0.0, "ipo")["loss"].item() == pytest.approx(
-        (1.5 - 2.5) ** 2, rel=1e-6
-    )
+    for h, expected in ((1.5, 1.0), (4.0, 2.25), (-0.5, 9.0)):  # (h - 2.5)²
+        assert losses(torch.tensor([h]), 0.2, loss="ipo").item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_swapping_chosen_and_rejected_negates_the_margin_and_a_tie_is_half_a_success():
@@ -233,7 +232,9 @@ def test_on_an_enumerable_world_all_bradley_terry_pairs_lead_to_the_exact_optimu
 
 
 @pytest.mark.parametrize(
-    "flags", [{}, {"micro_batch_size": 1}, {"lora_rank": 2}, {"epochs": 2}, {"bf16": True}], ids=str
+    "flags",
+    [{}, {"micro_batch_size": 1}, {"batch_size": 7, "micro_batch_size": 3}, {"lora_rank": 2}, {"bf16": True}],
+    ids=str,
 )
 def test_the_first_loss_is_ln_2_for_the_weights_in_memory(world, monkeypatch, flags):
     load = dpo.load_model
@@ -248,10 +249,10 @@ def test_the_first_loss_is_ln_2_for_the_weights_in_memory(world, monkeypatch, fl
     monkeypatch.setattr(dpo, "load_model", changed_in_memory)
     args = world(max_steps=1, **flags)
     run(args)
-    exact = 0.05 if args.bf16 else 1e-5
-    assert metric(args, "loss")[1] == pytest.approx(LN2, abs=exact)
-    assert abs(metric(args, "rewards/margins")[1]) <= exact
-    assert metric(args, "eval/loss")[0] == pytest.approx(LN2, abs=exact)
+    assert metric(args, "loss")[1] == pytest.approx(LN2, abs=1e-6)
+    assert metric(args, "eval/loss")[0] == pytest.approx(LN2, abs=1e-6)
+    assert metric(args, "rewards/margins")[1] == 0
+    assert metric(args, "rewards/accuracies")[1] == 0.5 == metric(args, "eval/rewards/accuracies")[0]
 
 
 def test_dropout_is_off_so_that_policy_and_reference_agree_at_first(world, tmp_path):
@@ -297,33 +298,37 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(world, monkeypat
     assert list(scalars(tmp_path / "parts", "loss"))[-1][0] == 6
 
 
-def test_the_default_learning_rate_of_adapters_is_a_larger_one(world, capsys):
-    run(world(max_steps=1, learning_rate=0.0, lora_rank=2))
-    assert "learning rate: 1e-05" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "flags", [{"beta": 0.25}, {"loss": "ipo"}, {"label_smoothing": 0.1}, {"beta": 2.0, "loss": "ipo"}], ids=str
+)
+def test_the_loss_of_a_run_is_the_one_that_the_flags_name(world, monkeypatch, flags):
+    calls = spy_on(monkeypatch, dpo, "preference_loss")
+    args = world(max_steps=2, save_every=1, **flags)
+    run(args)
+    assert {given[2:] for given, _ in calls} == {(args.beta, args.label_smoothing, args.loss)}
+    (logprobs, ref_logprobs, *_), result = calls[-1]
+    h = (logprobs[0] - ref_logprobs[0]) - (logprobs[1] - ref_logprobs[1])
+    expected = losses(h, args.beta, args.label_smoothing, args.loss)
+    assert torch.allclose(result["loss"], expected) and result["loss"].shape == h.shape
+
+
+def test_every_pair_has_the_log_probabilities_of_the_reference_also_in_later_epochs(world, monkeypatch, tmp_path):
+    calls = spy_on(monkeypatch, dpo, "preference_loss")
+    pairs = spy_on(monkeypatch, dpo, "pair_logprobs")
+    run(world(batch_size=7, micro_batch_size=3, max_steps=12, eval_split=""))  # an epoch of 32 leaves out 4
+    start, _ = dpo.load_model(AutoModelForCausalLM, str(tmp_path / "model"), 64)
+    trained = [given[1] for given, logprobs in pairs if logprobs.requires_grad]
+    assert len(trained) == len(calls) == 24
+    for rows, ((_, ref_logprobs, *_), _) in zip(trained, calls):
+        assert torch.allclose(ref_logprobs, dpo.pair_logprobs(start, rows, CPU), atol=1e-4)
 
 
 # --- models ---
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_lora_trains_adapters_only_and_saves_them_or_merged_weights(world, tmp_path, merge):
-    args = world(lora_rank=2, learning_rate=0.01, merge_lora=merge)
-    saved = run(args)
-    folder = dpo.Path(args.run_dir) / "model"
-    assert (folder / "adapter_config.json").exists() != merge
-    assert all("lora" in name for name in saved) != merge
-    base = AutoModelForCausalLM.from_pretrained(args.model)
-    trained, _ = dpo.load_model(dpo.transformers.AutoModelForCausalLM, str(folder), 64)  # base and adapter, merged
-    ids = torch.tensor([[3, 4, 5, 6, 7]])
-    with torch.no_grad():
-        assert not torch.allclose(trained(ids).logits, base(ids).logits, atol=1e-2)
-    assert metric(args, "eval/rewards/margins")[6] > 0
-
-
-def test_an_adapter_as_model_is_base_plus_adapter(world, tmp_path):
-    merged = run(world("merged", lora_rank=2, learning_rate=0.01, merge_lora=True))
-    run(world("adapter", lora_rank=2, learning_rate=0.01))
-    model, _ = dpo.load_model(dpo.transformers.AutoModelForCausalLM, str(tmp_path / "adapter" / "model"), 64)
+def test_a_saved_adapter_as_model_is_the_merged_model(world, tmp_path):
+    merged = run(world(lora_rank=2, learning_rate=0.01))
+    model, _ = dpo.load_model(AutoModelForCausalLM, str(tmp_path / "run" / "adapter"), 64)
     found = model.state_dict()
     assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in merged.items())
 
@@ -344,7 +349,8 @@ def test_an_implicit_prompt_gives_the_token_ids_of_an_explicit_one(tokenizer, ch
     assert load("repeated", repeated) == expected
     for (prompt, *texts), (explicit_prompt, *explicit_texts) in zip(load("implicit", implicit), expected):
         assert [prompt + ids for ids in texts] == [explicit_prompt + ids for ids in explicit_texts]
-        assert prompt[: len(explicit_prompt)] == explicit_prompt and texts[0][0] != texts[1][0]
+        assert prompt[: len(explicit_prompt)] == explicit_prompt
+        assert texts[0][0] != texts[1][0] or prompt == explicit_prompt  # texts part where they differ, chats at a turn
     assert expected[0][1][-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in expected[0][1][:-1]
 
 
@@ -368,5 +374,5 @@ def test_a_text_prompt_before_conversations_is_the_users_turn_as_in_ultrafeedbac
     ids=str,
 )  # fmt: skip
 def test_flags_that_cannot_work_are_refused(world, flags):
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match="must (be|lie)"):
         world(**flags)

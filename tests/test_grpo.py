@@ -1,32 +1,30 @@
-"""grpo.py: advantages within groups, the penalty in the loss, whole runs on tiny models, and rewards in Python."""
+"""grpo.py: advantages within groups, the penalty in the loss or off the score, and whole runs on tiny models.
+
+What it shares with rlhf_ppo.py is in test_rollouts.py.
+"""
 
 import copy
+import itertools
 import math
-import signal
 from collections import Counter
-from types import SimpleNamespace
 
 import grpo
 import pytest
 import replay
+import rollouts
 import tiny
 import torch
-from accelerate.state import AcceleratorState
-from helpers import scalars, spy_on
+from helpers import scalars
+from rollouts import final, rows_of, same
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-EOS, CPU = 1, torch.device("cpu")
 REWARD = """
 def place(prompts, completions, place, **columns):
-    assert len(prompts) == len(completions) == len(place)
     return [100.0 * number + len(text.split()) for number, text in zip(place, completions)]
 
 def same(prompts, completions, **columns):
     return [0.1] * len(prompts)
-
-def nan(prompts, completions, **columns):
-    return [float("nan")] * len(prompts)
 """
 
 
@@ -34,58 +32,32 @@ def nan(prompts, completions, **columns):
 def fresh_state():
     """Each run in this process has an Accelerator of its own."""
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    rollouts.reset_state()
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A policy, a reward model, prompts with a number each, and a file of reward functions."""
-    root = tmp_path_factory.mktemp("world")
-    tiny.make_model(root / "policy")
-    reward_model = AutoModelForSequenceClassification.from_pretrained(root / "policy", num_labels=1)
-    torch.nn.init.normal_(reward_model.score.weight, std=0.5, generator=torch.Generator().manual_seed(1))
-    reward_model.save_pretrained(root / "reward")
-    tiny.word_tokenizer().save_pretrained(root / "reward")
-    rows = [{"prompt": row["prompt"], "place": i} for i, row in enumerate(tiny.preferences(16))]
-    tiny.write_jsonl(root / "data" / "train.jsonl", rows)
-    tiny.write_jsonl(root / "data" / "test.jsonl", rows[:5])
-    (root / "rewards.py").write_text(REWARD)
-    return root
+    """Models, numbered prompts, and a file of reward functions."""
+    folder = rollouts.make_world(tmp_path_factory.mktemp("world"))
+    (folder / "rewards_by_place.py").write_text(REWARD)
+    return folder
 
 
-def settings(world, run_dir, **changed):
-    """Flags of a short run, as a dictionary."""
-    folders = {"model": str(world / "policy"), "reward_model": str(world / "reward"), "dataset": str(world / "data")}
-    sizes = {"batch_size": 8, "num_minibatches": 2, "micro_batch_size": 4, "num_epochs": 2, "total_episodes": 16}
-    lengths = {"group_size": 4, "response_length": 8, "max_length": 64, "learning_rate": 1e-2}
-    return folders | sizes | lengths | {"run_dir": str(run_dir), "device": "cpu"} | changed
+@pytest.fixture
+def train(monkeypatch, world, tmp_path):
+    """Run main in this process; the calls of its functions."""
+
+    def train(run_dir=tmp_path, **changed):
+        names = "group_advantages policy_loss kl_penalty response_logprobs batch_at micro_batches load_prompts"
+        flags = rollouts.flags_of(world, "grpo", run_dir, **changed)
+        return rollouts.train(monkeypatch, "grpo", flags, names)
+
+    return train
 
 
-def run(args, saved=None):
-    """Run the script in this process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    grpo.main(args, saved)
-
-
-def train(monkeypatch, world, run_dir, **changed):
-    """Run main in this process; returns (arguments, result) of the calls of its functions, by name."""
-    names = ("group_advantages", "policy_loss", "kl_penalty", "sample", "completion_logprobs", "batch_at")
-    with monkeypatch.context() as patch:
-        seen = SimpleNamespace(**{name: spy_on(patch, grpo, name) for name in names})
-        run(grpo.Args(**settings(world, run_dir, **changed)))
-    return seen
-
-
-def final(run_dir):
-    """Tensors of the final model of a run."""
-    return load_file(run_dir / "model" / "model.safetensors")
-
-
-def same(a, b):
-    """Whether two models have the same tensors bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def function(world, name):
+    """A flag that makes a function of REWARD the reward."""
+    return f"{world / 'rewards_by_place.py'}:{name}"
 
 
 # --- equations ---
@@ -110,7 +82,8 @@ def test_the_penalty_over_draws_of_the_old_policy_is_the_exact_kl_to_the_referen
     old, reference, policy = (x.log_softmax(-1) for x in (old, reference, logits))
     penalty = grpo.kl_penalty(policy, old, reference)
     exact, other = (policy.exp() * (policy - reference)).sum(), (reference.exp() * (reference - policy)).sum()
-    assert (penalty >= 0).all() and abs(exact - other) > 0.02
+    assert (penalty >= 0).all()
+    assert abs(exact - other) > 0.02
     mean = (old.exp() * penalty).sum()
     found, expected = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (mean, exact))
     assert mean.item() == pytest.approx(exact.item(), rel=1e-12)
@@ -122,167 +95,239 @@ def test_equal_scores_that_floats_round_give_advantages_of_exactly_0(score):
     assert (grpo.group_advantages(torch.full((1, 8), score), False, True) == 0).all()
 
 
-@pytest.mark.parametrize("by_std", [True, False])
-def test_the_first_gradient_is_that_of_equation_3_written_as_a_loop_over_responses(
-    monkeypatch, world, tmp_path, by_std
-):
-    """At the first step the ratio is 1 and the penalty's gradient 0, so the gradient is Σ share·A·∇log π."""
-    changed = {
-        "num_minibatches": 1,
-        "num_epochs": 1,
-        "total_episodes": 8,
-        "normalize_by_std": by_std,
-        "learning_rate": 1e-6,
-    }
-    changed["response_length"] = 32  # long enough that some end before
-    seen = train(monkeypatch, world, tmp_path, **changed)
-    model = AutoModelForCausalLM.from_pretrained(world / "policy").double()
-    tokenizer = tiny.word_tokenizer()
-    prompts = grpo.load_prompts(str(world / "data"), "train", tokenizer, 56)
-    asked = [ids for ids, _ in grpo.batch_at(prompts, 0, 2, 1) for _ in range(4)]
-    (answered, responses), = [(args[1], result) for args, result in seen.sample if len(args[1]) == 8]  # fmt: skip
-    assert answered == asked
-    scores, _, _ = seen.group_advantages[0][0]
-    advantages = seen.group_advantages[0][1].flatten().double()
+RESPONSES = [(0,), *[(first, second) for first in (1, 2) for second in (0, 1, 2)]]  # 3 words, of which 0 stops; R = 2
+
+
+def enumerable_logprobs(logits):
+    """log π of the tokens of each response, (7, 2), by logits of the empty context and of the words 1 and 2."""
+    table = logits.log_softmax(-1)
+    rows = []
+    for response in RESPONSES:
+        first = table[0, response[0]]
+        second = table[response[0], response[1]] if len(response) == 2 else torch.zeros(()).double()
+        rows.append(torch.stack([first, second]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_with_the_kl_in_the_reward_the_expected_gradient_is_the_exact_one_of_the_reward_less_beta_kl(leave_one_out):
+    """Over all groups of two responses, each with its probability. The group's own mean takes 1/G off."""
+    generator = torch.Generator().manual_seed(0)
+    logits, reference = torch.randn(2, 3, 3, generator=generator, dtype=torch.float64)
+    reward = torch.randn(7, generator=generator, dtype=torch.float64)
+    beta = 0.7
+    logits.requires_grad_()
+    logprobs, ref_logprobs = enumerable_logprobs(logits), enumerable_logprobs(reference)
+    p = logprobs.sum(1).exp()
+    assert p.sum().item() == pytest.approx(1)
+    objective = (p * (reward - beta * (logprobs - ref_logprobs).sum(1))).sum()
+    (exact,) = torch.autograd.grad(objective, logits, retain_graph=True)
+
+    old = logprobs.detach()
+    scores = reward - beta * (old - ref_logprobs).sum(1)
+    mask = torch.tensor([[1.0, len(response) == 2] for response in RESPONSES])
     loss = 0
-    for prompt, response, advantage in zip(asked, responses, advantages):
-        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        total = logits[range(len(response)), response].sum()
-        loss = loss - advantage * total / (len(response) if by_std else 32) / 8
-    loss.backward()
-    norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm().item()
-    assert scalars(tmp_path, "grad_norm")[0][1] == pytest.approx(norm, rel=1e-4) and scores.shape == (2, 4)
+    for group in itertools.product(range(7), repeat=2):
+        group = list(group)
+        advantages = grpo.group_advantages(scores[group][None], leave_one_out, False).view(2, 1)
+        losses = grpo.policy_loss(logprobs[group] - old[group], advantages, 0.2) * mask[group] / 2  # R = 2
+        loss = loss + p[group].prod().detach() * losses.sum() / 2
+    (found,) = torch.autograd.grad(loss, logits)
+    share = 1 if leave_one_out else 1 / 2
+    torch.testing.assert_close(-2 * found, share * exact, rtol=1e-10, atol=1e-12)
 
 
 # --- whole runs ---
 
 
-@pytest.mark.parametrize("micro_batch_size", [4, 1])
-def test_before_the_first_step_ratio_and_kl_are_exactly_neutral(monkeypatch, world, tmp_path, micro_batch_size):
-    seen = train(monkeypatch, world, tmp_path, micro_batch_size=micro_batch_size, total_episodes=8)
-    for (log_ratio, *_), _ in seen.policy_loss[: 4 // micro_batch_size]:
-        assert log_ratio.abs().max() <= 2e-6
-    assert scalars(tmp_path, "objective/kl") == [(1, 0.0)]
+@pytest.mark.parametrize("by_std", [True, False])
+def test_the_first_gradient_is_that_of_equation_3_written_as_a_loop_over_responses(train, world, tmp_path, by_std):
+    """At the first step the ratio is 1 and the penalty's gradient 0, so the gradient is Σ share·A·∇log π."""
+    model = AutoModelForCausalLM.from_pretrained(world / "llama")
+    model.generation_config.eos_token_id = [*range(4, 10)]  # so many that no response reaches R
+    model.save_pretrained(tmp_path / "model")
+    tiny.word_tokenizer().save_pretrained(tmp_path / "model")
+    changed = rollouts.one_step("grpo") | {"normalize_by_std": by_std, "learning_rate": 1e-6, "response_length": 40}
+    seen = train(tmp_path / "run", model=str(tmp_path / "model"), **changed)
+    model = model.double()
+    prompts = seen.load_prompts[0].result
+    asked = [prompts[i][0] for i in grpo.batch_at(len(prompts), 0, 2, 1) for _ in range(4)]
+    (rollout,) = seen.rollouts
+    assert rollout.prompts == asked
+    (call,) = seen.group_advantages
+    assert call.scores.shape == (2, 4)
+    lengths = {len(response) for response in rollout.result}
+    assert len(lengths) > 2
+    assert max(lengths) < 40
+    loss = 0
+    for (prompt, response), advantage in zip(rows_of(rollout), call.result.flatten().double()):
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        total = logits[range(len(response)), response].sum()
+        loss = loss - advantage * total / (len(response) if by_std else 40) / 8  # |o_i|, or Dr. GRPO's constant R
+    loss.backward()
+    norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm().item()
+    assert scalars(tmp_path / "run", "grad_norm")[0][1] == pytest.approx(norm, rel=1e-4)
 
 
-def test_each_prompt_of_a_rollout_is_answered_by_a_group_and_scored_by_its_own_columns(monkeypatch, world, tmp_path):
-    flags = {"reward_model": f"{world / 'rewards.py'}:place", "missing_eos_penalty": 0.0, "save_every": 0}
+def test_each_prompt_of_a_rollout_is_answered_by_a_group_and_scored_by_its_own_columns(train, world):
+    flags = {"reward_model": function(world, "place"), "missing_eos_penalty": 0.0, "save_every": 0}
     flags |= {"num_minibatches": 1, "micro_batch_size": 8, "total_episodes": 40}  # both groups in one micro-batch
-    seen = train(monkeypatch, world, tmp_path, **flags)
-    for update, ((scores, *_), _) in enumerate(seen.group_advantages):
-        asked = [row["place"] for _, row in seen.batch_at[update][1]]
-        assert (scores // 100).tolist() == [[float(place)] * 4 for place in asked]
+    seen = train(**flags)
+    prompts = seen.load_prompts[0].result
+    assert len(seen.group_advantages) == 5
+    for update, call in enumerate(seen.group_advantages):
+        places = [prompts[i][1]["place"] for i in seen.batch_at[update].result]
+        assert (call.scores // 100).tolist() == [[float(place)] * 4 for place in places]
 
 
-def test_advantages_go_with_the_tokens_of_their_own_response(monkeypatch, world, tmp_path):
-    flags = {"num_minibatches": 1, "num_epochs": 1, "total_episodes": 8, "micro_batch_size": 1, "save_every": 0}
+def test_advantages_go_with_their_own_response_and_losses_end_with_it(train):
+    flags = rollouts.one_step("grpo") | {"micro_batch_size": 1, "save_every": 0}
     flags["response_length"] = 32  # long enough that some end before
-    seen = train(monkeypatch, world, tmp_path, **flags)
-    found = {}
-    for (_, advantages, _), _ in seen.policy_loss:  # one response each
-        assert (advantages == advantages[0]).all()
-        found[round(advantages[0].item(), 5)] = len(advantages)
-    _, expected = seen.group_advantages[0]
-    (_, responses), = [call for call in seen.sample if len(call[0][1]) == 8]  # fmt: skip
-    lengths = [len(response) for response in responses]
-    assert len({*lengths}) > 2
-    assert found == {round(a, 5): n for a, n in zip(expected.flatten().tolist(), lengths)}
+    seen = train(**flags)
+    (rollout,) = seen.rollouts
+    rows = rows_of(rollout)
+    advantages = seen.group_advantages[0].result.flatten().tolist()
+    trained = [call for call in seen.response_logprobs if call.result.requires_grad]
+    assert len(trained) == len(seen.policy_loss) == 8
+    for call, loss in zip(trained, seen.policy_loss):
+        (row,) = call.rows
+        assert loss.advantages.tolist() == [[advantages[rows.index(row)]]]
+        assert loss.log_ratio.shape == (1, 32)
+        assert (loss.log_ratio[0, len(row[1]) :] == 0).all()
 
 
-@pytest.mark.parametrize("lora_rank", [0, 2])
-def test_the_reference_is_the_starting_policy_in_every_rollout(monkeypatch, world, tmp_path, lora_rank):
-    flags = {"num_minibatches": 1, "num_epochs": 1, "micro_batch_size": 1, "total_episodes": 24}
-    seen = train(monkeypatch, world, tmp_path, lora_rank=lora_rank, **flags)
-    model = AutoModelForCausalLM.from_pretrained(world / "policy")
-    (_, rows, _), _ = [call for call in seen.completion_logprobs if call[1][0].requires_grad][-1]  # in training
-    with torch.no_grad():
-        expected = grpo.completion_logprobs(model, rows, CPU)[0][0]
-    (logprobs, _, ref_logprobs), _ = seen.kl_penalty[-1]
-    torch.testing.assert_close(ref_logprobs, expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(logprobs, ref_logprobs, atol=1e-3)
-
-
-def test_groups_of_equal_scores_are_counted_and_teach_nothing(monkeypatch, world, tmp_path):
-    flags = {"reward_model": f"{world / 'rewards.py'}:same", "missing_eos_penalty": 0.0, "kl_coef": 0.0}
-    train(monkeypatch, world, tmp_path, **flags)
+def test_groups_of_equal_scores_are_counted_and_teach_nothing(train, world, tmp_path):
+    train(reward_model=function(world, "same"), missing_eos_penalty=0.0, kl_coef=0.0)
     assert [value for _, value in scalars(tmp_path, "frac_reward_zero_std")] == [1.0, 1.0]
-    assert same(final(tmp_path), load_file(world / "policy" / "model.safetensors"))
+    assert same(final(tmp_path), load_file(world / "llama" / "model.safetensors"))
 
 
-def test_the_penalty_holds_the_policy_near_the_reference(monkeypatch, world, tmp_path):
+def test_with_the_kl_in_the_reward_each_score_loses_beta_times_its_own_log_ratio(train, world, monkeypatch):
+    """Here the reference gives each token e^(-1/4) of the policy's probability, and every response has the score 0.1."""
+    response_logprobs = grpo.response_logprobs
+    calls = []
+
+    def with_a_known_ratio(model, rows, R, device):
+        logprobs = response_logprobs(model, rows, R, device)
+        calls.append(rows)
+        is_reference = not logprobs.requires_grad and calls[-2:] == [rows, rows]
+        return logprobs - 0.25 * (logprobs != 0) if is_reference else logprobs
+
+    monkeypatch.setattr(grpo, "response_logprobs", with_a_known_ratio)
+    flags = {"reward_model": function(world, "same"), "missing_eos_penalty": 0.0, "kl_coef": 0.8, "kl_in": "reward"}
+    seen = train(**flags, **rollouts.one_step("grpo"), response_length=20, save_every=0)
+    lengths = [len(response) for response in seen.rollouts[0].result]
+    assert len({*lengths}) > 1
+    (call,) = seen.group_advantages
+    assert call.scores.flatten().tolist() == pytest.approx([0.1 - 0.2 * length for length in lengths], rel=1e-5)
+
+
+def test_the_penalty_holds_the_policy_near_the_reference(train, tmp_path):
+    kls = []
     for beta in (0.0, 20.0):
-        train(monkeypatch, world, tmp_path / str(beta), kl_coef=beta, total_episodes=80, learning_rate=3e-3)
-    free, held = (scalars(tmp_path / name, "objective/kl")[-1][1] for name in ("0.0", "20.0"))
+        run_dir = tmp_path / str(beta)
+        train(run_dir, kl_coef=beta, total_episodes=160, learning_rate=2e-3)
+        kls.append(scalars(run_dir, "objective/kl")[-1][1])
+    free, held = kls
     assert held < 0.5 * free
 
 
-def test_a_reward_that_is_not_a_number_ends_the_run(world, tmp_path):
-    with pytest.raises(SystemExit, match="nan or inf; the first prompt is 'the film"):
-        run(grpo.Args(**settings(world, tmp_path, reward_model=f"{world / 'rewards.py'}:nan")))
-
-
-def test_held_out_prompts_are_scored_at_every_evaluation(monkeypatch, world, tmp_path):
-    train(monkeypatch, world, tmp_path, save_every=1, reward_model=f"{world / 'rewards.py'}:place")
+def test_held_out_prompts_are_scored_at_every_evaluation(train, world, tmp_path):
+    train(save_every=1, reward_model=function(world, "place"))
     values = dict(scalars(tmp_path, "eval/scores"))
-    assert list(values) == [0, 1, 2] and all(200 <= value < 220 for value in values.values())  # places 0 to 4
+    assert list(values) == [0, 1, 2]
+    assert all(200 <= value < 220 for value in values.values())  # places 0 to 4
 
 
-def test_micro_batches_add_up_to_the_whole_batch(monkeypatch, world, tmp_path):
-    changed = {"num_minibatches": 1, "num_epochs": 1, "total_episodes": 8}
-    for size in (8, 1):
-        train(monkeypatch, world, tmp_path / str(size), micro_batch_size=size, **changed)
-    for tag in ("grad_norm", "loss/policy", "loss/kl"):
-        one, eight = (scalars(tmp_path / size, tag)[0][1] for size in ("1", "8"))
-        assert one == pytest.approx(eight, rel=1e-4, abs=1e-5), tag
+def test_the_split_named_or_the_one_of_training_is_evaluated(train, world, tmp_path):
+    for split, low in (("train[15:16]", 1500), ("", 350)):  # place 15, and the mean of places 0 to 7
+        run_dir = tmp_path / f"split {split}"
+        train(run_dir, eval_split=split, reward_model=function(world, "place"), total_episodes=8)
+        ((_, first), _) = scalars(run_dir, "eval/scores")
+        assert low <= first < low + 20
 
 
-def test_the_baseline_is_that_of_the_flag(monkeypatch, world, tmp_path):
-    for baseline in ("group", "leave-one-out"):
-        seen = train(monkeypatch, world, tmp_path / baseline, baseline=baseline, total_episodes=8)
-        (scores, *flags), _ = seen.group_advantages[0]
-        assert flags == [baseline == "leave-one-out", True] and scores.shape == (2, 4)
+def test_the_baseline_and_the_std_are_those_of_the_flags(train, tmp_path):
+    for baseline, by_std in (("group", True), ("leave-one-out", False)):
+        seen = train(tmp_path / baseline, baseline=baseline, normalize_by_std=by_std, total_episodes=8)
+        (call,) = seen.group_advantages
+        assert (call.leave_one_out, call.by_std) == (baseline == "leave-one-out", by_std)
+        assert call.scores.shape == (2, 4)
 
 
 @pytest.mark.parametrize(
     "changed",
-    [{"group_size": 1}, {"group_size": 3}, {"num_minibatches": 3}, {"kl_coef": -1.0}, {"max_length": 8}, {"total_episodes": 7}],
+    [
+        {"group_size": 1},
+        {"group_size": 3},
+        {"num_minibatches": 3},
+        {"num_epochs": 0},
+        {"micro_batch_size": 0},
+        {"response_length": 0},
+        {"kl_coef": -1.0},
+        {"clip_coef": 0.0},
+        {"max_length": 8},
+        {"total_episodes": 7},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_flags_that_cannot_work_are_refused(world, tmp_path, changed):
     with pytest.raises(ValueError, match="must be"):
-        grpo.Args(**settings(world, tmp_path, **changed))
+        grpo.Args(**rollouts.flags_of(world, "grpo", tmp_path, **changed))
 
 
 # --- the whole again, in short ---
 
 
-def plain_grpo(policy, updates):
+def plain_advantages(scores, leave_one_out, by_std):
+    """The advantage of each response of groups of 4, one group after the other."""
+    advantages = []
+    for start in range(0, len(scores), 4):
+        group = scores[start : start + 4]
+        std = torch.tensor(group, dtype=torch.float64).std().item()
+        for i, score in enumerate(group):
+            others = group[:i] + group[i + 1 :]
+            baseline = sum(others) / 3 if leave_one_out else sum(group) / 4
+            advantages.append((score - baseline) / (std + 1e-4 if by_std else 1))
+    return advantages
+
+
+def plain_grpo(policy, updates, leave_one_out, by_std, kl_in):
     """GRPO over the rows of each update and its minibatches, one response at a time; what each update logs."""
-    reference, optimizer, logged = copy.deepcopy(policy), torch.optim.Adam(policy.parameters()), []
+    reference = copy.deepcopy(policy)
+    optimizer = torch.optim.Adam(policy.parameters())
+    logged = []
     for step, (rows, minibatches) in enumerate(updates):
-        old, ref = ({row: replay.logprobs(model, *row).detach() for row in rows} for model in (policy, reference))
-        scores = torch.tensor([replay.score(response) for _, response in rows])
-        groups = scores.view(-1, 4)
-        advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
-        advantages = dict(zip(rows, advantages.flatten().tolist()))
+        old = {row: replay.logprobs(policy, *row).detach() for row in rows}
+        ref = {row: replay.logprobs(reference, *row).detach() for row in rows}
+        kl_of = {row: (old[row] - ref[row]).sum().item() for row in rows}
+        scores = [replay.score(response) for _, response in rows]
+        gains = scores
+        if kl_in == "reward":
+            gains = [score - replay.BETA * kl_of[row] for score, row in zip(scores, rows)]
+        advantages = dict(zip(rows, plain_advantages(gains, leave_one_out, by_std)))
+        groups = [scores[start : start + 4] for start in range(0, len(scores), 4)]
         log = {
-            "objective/kl": sum((old[row] - ref[row]).sum().item() for row in rows) / len(rows),
+            "objective/kl": sum(kl_of[row] for row in rows) / len(rows),
             "objective/entropy": -sum(old[row].sum().item() for row in rows) / len(rows),
-            "objective/scores": scores.mean().item(),
+            "objective/scores": sum(scores) / len(scores),
             "val/num_eos_tokens": sum(response[-1] in replay.STOPS for _, response in rows) / len(rows),
-            "frac_reward_zero_std": sum(len({*group.tolist()}) == 1 for group in groups) / len(groups),
+            "frac_reward_zero_std": sum(len({*group}) == 1 for group in groups) / len(groups),
             "lr": replay.LEARNING_RATE * (1 - step / len(updates)),
         }
         optimizer.param_groups[0]["lr"] = log["lr"]
         sums = Counter()
         for minibatch in minibatches:
-            loss, tokens = 0, sum(len(response) for _, response in minibatch)
+            loss = 0
+            tokens = sum(len(response) for _, response in minibatch)
             for row in minibatch:
                 now = replay.logprobs(policy, *row)
                 log_ratio, to_ref = now - old[row], ref[row] - now
                 gain = replay.clipped(log_ratio, advantages[row])
                 kl = log_ratio.exp() * (to_ref.exp() - to_ref - 1)
-                loss = loss - (gain - replay.BETA * kl).mean() / len(minibatch)
+                beta = replay.BETA if kl_in == "loss" else 0
+                divisor = len(row[1]) if by_std else replay.R
+                loss = loss - (gain - beta * kl).sum() / divisor / len(minibatch)
                 sums["loss/policy"] -= gain.sum().item() / tokens
                 sums["loss/kl"] += kl.sum().item() / tokens
                 sums["policy/approxkl"] += (log_ratio.exp() - 1 - log_ratio).sum().item() / tokens
@@ -294,15 +339,23 @@ def plain_grpo(policy, updates):
     return logged
 
 
-def test_two_updates_are_those_of_a_plain_second_version(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "baseline,by_std,kl_in",
+    [("group", True, "loss"), ("leave-one-out", False, "reward"), ("group", False, "loss"), ("group", True, "reward")],
+)
+def test_two_updates_are_those_of_a_plain_second_version(train, tmp_path, baseline, by_std, kl_in):
     flags, prompts = replay.make_world(tmp_path, prompts=8, batch_size=16)
-    seen = train(monkeypatch, tmp_path, tmp_path / "run", **flags, num_epochs=replay.EPOCHS)
+    flags |= {"baseline": baseline, "normalize_by_std": by_std, "kl_in": kl_in}
+    seen = train(tmp_path / "run", **flags)
     start = AutoModelForCausalLM.from_pretrained(tmp_path / "model").double()
     policy = copy.deepcopy(start)
-    logged = plain_grpo(policy, replay.rollouts(seen, 16, prompts))
+    updates = replay.rollouts(seen, 16, prompts)
+    logged = plain_grpo(policy, updates, baseline == "leave-one-out", by_std, kl_in)
+    assert logged[1]["objective/kl"] != 0
     for name in logged[0]:
         values = [value for _, value in scalars(tmp_path / "run", name)]
         assert values == pytest.approx([log[name] for log in logged], rel=1e-4, abs=1e-5), name
     assert replay.distance(final(tmp_path / "run"), policy, start) < 1e-3
     saved = GenerationConfig.from_pretrained(tmp_path / "run" / "model")
-    assert {*saved.eos_token_id} == replay.STOPS and saved.temperature == 0.5  # the model's own, with all stops
+    assert {*saved.eos_token_id} == replay.STOPS  # the model's own, with all stops
+    assert saved.temperature == 0.5

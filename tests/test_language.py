@@ -3,8 +3,10 @@
 Scripts run in this process, with the command line that a user would type, where nothing has to be killed.
 """
 
+import gzip
 import importlib
 import json
+import math
 import random
 import re
 import shlex
@@ -22,7 +24,7 @@ import tiny
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from helpers import ALGOS, command, run as start, scalars, spy_on
+from helpers import ALGOS, command, run as start, scalars, spy_on, text as logged_text
 from safetensors.torch import load_file, save_file
 from tensorboard.summary.writer import event_file_writer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -41,12 +43,13 @@ COLUMNS = {script: list(rows(1)[0]) for script, rows in ROWS.items()} | {script:
 RATES = {"sft": "2e-05", "reward_model": "1e-05", "dpo": "1e-06"}  # default for pretrained models
 RATES |= dict.fromkeys(SAMPLERS, "3e-06")
 LOADERS = dict.fromkeys(SCRIPTS, AutoModelForCausalLM) | {"reward_model": AutoModelForSequenceClassification}
+ADAPTER = Path("adapter", "adapter_model.safetensors")
 LOSS = dict.fromkeys(ROWS, "loss") | dict.fromkeys(SAMPLERS, "loss/policy")
 TAGS = {"sft": "eval/loss", "reward_model": "eval/loss margin eval/accuracy eval/margin",
         "dpo": "eval/loss rewards/chosen logps/chosen eval/rewards/margins",
         "rlhf_ppo": "loss/value objective/kl objective/scores val/ratio",
         "grpo": "loss/kl objective/kl objective/scores eval/scores"}  # fmt: skip
-PASSES = {"sft": 1, "reward_model": 2, "dpo": 2, "rlhf_ppo": 2, "grpo": 1}  # of a micro-batch, with a gradient
+PASSES = {"sft": 1, "reward_model": 1, "dpo": 1, "rlhf_ppo": 2, "grpo": 1}  # of a micro-batch, with a gradient
 scripts = pytest.mark.parametrize("script", SCRIPTS)
 row_scripts = pytest.mark.parametrize("script", [*ROWS])
 lora_scripts = pytest.mark.parametrize("script", ["dpo", *SAMPLERS])
@@ -83,7 +86,8 @@ def flags_of(world, script, **changed):
     flags = {"model": world / "model", "dataset": world / script} | FLAGS[script]
     flags |= {"reward_model": world / "reward"} if script in SAMPLERS else {}
     flags |= changed
-    return [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    names = {name: f"--{name.replace('_', '-')}" for name in flags}
+    return [names[name] if value is True else f"{names[name]}={value}" for name, value in flags.items()]
 
 
 def call(script, *flags):
@@ -185,7 +189,7 @@ def test_help_names_every_flag_with_its_meaning(script, capsys):
     text, module = capsys.readouterr().out, importlib.import_module(script)
     assert stop.value.code == 0 and module.__doc__.splitlines()[0][:40] in text
     assert all(f"--{name.replace('_', '-')}" in text for name in vars(module.Args()))
-    assert "held-out split" in text or "prompts" in text
+    assert "Seed of the order of" in text and "Arguments of the chat template, as a JSON object." in text
 
 
 @scripts
@@ -341,9 +345,9 @@ def test_run_folder_and_checkpoint_folder_resume_and_flags_given_then_count(fini
 @scripts
 def test_a_checkpoint_of_another_script_or_none_is_refused(finished, script, tmp_path):
     other = SCRIPTS[SCRIPTS.index(script) - 1]
-    with pytest.raises(SystemExit, match=rf"--resume .*checkpoint: written by {other}\.py, not {script}\.py"):
+    with pytest.raises(SystemExit, match=rf"--resume .*run: written by {other}\.py, not {script}\.py"):
         call(script, "--resume", finished(other))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(SystemExit, match="nowhere: there is no run in it"):
         call(script, "--resume", tmp_path / "nowhere")
 
 
@@ -368,16 +372,42 @@ def test_a_run_with_adapters_that_dies_resumes_bit_for_bit_from_a_checkpoint_of_
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="died"):
         die_at(patch, accelerate.Accelerator, "save_state", 3)
         train(script, lora_rank=2, save_every=1)
-    names = [*load_file(tmp_path / "run" / "checkpoint" / "2" / "model.safetensors")]
-    assert names and all("lora_" in name or name == "critic.score.weight" for name in names)
+    checkpoints = (tmp_path / "run" / "checkpoint" / "2").glob("*.safetensors")
+    names = [name for file in checkpoints for name in load_file(file)]
+    assert names and all("lora_" in name or name == "model.score.weight" for name in names)
     call(script, "--resume", tmp_path / "run")
-    files = [run_dir / "model" / "adapter_model.safetensors" for run_dir in (tmp_path / "run", whole)]
-    resumed, expected = map(load_file, files)
+    resumed, expected = (load_file(run_dir / ADAPTER) for run_dir in (tmp_path / "run", whole))
     assert same(resumed, expected) and any(tensor.any() for name, tensor in resumed.items() if "lora_B" in name)
-    merged, _ = loads(script, whole / "model")
-    call(script, "--resume", whole, "--merge-lora")  # a finished run is only saved
-    for name, tensor in weights(whole).items():
-        assert torch.allclose(merged.state_dict()[name], tensor, atol=1e-6), name
+    assert same(weights(tmp_path / "run"), weights(whole))
+
+
+@lora_scripts
+def test_adapters_are_saved_as_peft_does_and_merged_into_a_plain_model(train, world, script):
+    run_dir = train(script, lora_rank=2, learning_rate=1e-2)
+    base = AutoModelForCausalLM.from_pretrained(world / "model")
+    with_adapter = peft.PeftModel.from_pretrained(base, run_dir / "adapter").merge_and_unload()
+    merged = AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        logits = merged(ids).logits
+        assert torch.allclose(logits, with_adapter(ids).logits, atol=1e-5)
+        assert not torch.allclose(logits, AutoModelForCausalLM.from_pretrained(world / "model")(ids).logits, atol=1e-3)
+    assert weights(run_dir).keys() == load_file(world / "model" / "model.safetensors").keys()
+
+
+@lora_scripts
+def test_adapters_have_twice_their_rank_as_alpha_and_are_in_all_linear_layers(train, script):
+    run_dir = train(script, *LENGTH[script](1), lora_rank=2)
+    config = json.loads((run_dir / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 4, 0.0)
+    layers = {name.split(".lora_")[0].split(".")[-1] for name in load_file(run_dir / ADAPTER)}
+    assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@lora_scripts
+def test_off_the_small_world_the_default_learning_rate_of_adapters_is_ten_times_as_high(train, script, capsys):
+    train(script, *LENGTH[script](1), learning_rate=0, lora_rank=2)
+    assert f"learning rate: {10 * float(RATES[script]):g}\n" in capsys.readouterr().out
 
 
 # --- the same numbers, however they are computed ---
@@ -394,24 +424,50 @@ def test_two_processes_compute_the_updates_of_one(finished, world, script, tmp_p
     assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
-@row_scripts
-def test_two_processes_that_share_the_weights_by_fsdp2_compute_the_updates_of_one(finished, world, script, tmp_path):
-    flags = flags_of(world, script, run_dir=tmp_path / "two", eval_every=0)  # samples take a pass a token
-    done = start("../tests/forced_fsdp2", ALGOS / f"{script}.py", *flags, processes=2)
+def sharded(world, script, run_dir, **changed):
+    """Run directory of a run on two processes that share the weights by FSDP2."""
+    done = start(
+        "../tests/forced_fsdp2",
+        ALGOS / f"{script}.py",
+        *flags_of(world, script, run_dir=run_dir, **changed),
+        processes=2,
+    )
     assert done.returncode == 0, done.stderr
-    parts = tmp_path / "two" / "checkpoint" / "6" / "pytorch_model_fsdp_0"
+    parts = next((run_dir / "checkpoint" / "6").glob("pytorch_model_fsdp_0"))
     assert len(list(parts.glob("*.distcp"))) == 2  # one of each process
-    for tag in ("loss", "grad_norm", *TAGS[script].split()):
-        one, two = (dict(scalars(run_dir, tag)) for run_dir in (finished(script), tmp_path / "two"))
-        assert 6 in two and two == pytest.approx({step: one[step] for step in two}, rel=1e-3, abs=1e-5), tag
-    two, info = LOADERS[script].from_pretrained(tmp_path / "two" / "model", output_loading_info=True)
-    assert not info["missing_keys"] | info["unexpected_keys"]
-    one, two = LOADERS[script].from_pretrained(finished(script) / "model").state_dict(), two.state_dict()
+    return run_dir
+
+
+@scripts
+def test_two_processes_that_share_the_weights_by_fsdp2_compute_the_updates_of_one(finished, world, script, tmp_path):
+    one, two = finished(script), sharded(world, script, tmp_path / "two")
+    for tag in (LOSS[script], "grad_norm", *TAGS[script].split()):
+        expected, found = (dict(scalars(run_dir, tag)) for run_dir in (one, two))
+        assert 6 in found and found == pytest.approx(expected, rel=1e-3, abs=1e-5), tag
+    one, two = weights(one), weights(two)
+    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+
+
+@pytest.mark.parametrize("script", ["reward_model", "dpo", "rlhf_ppo"])
+def test_bfloat16_under_fsdp2_stays_near_float32(finished, world, script, tmp_path):
+    two = sharded(world, script, tmp_path / "two", bf16=True)
+    expected, found = (dict(scalars(run_dir, LOSS[script])) for run_dir in (finished(script), two))
+    assert found[1] == pytest.approx(expected[1], rel=0.1, abs=0.05) and found[1] != pytest.approx(
+        expected[1], rel=1e-6
+    )
+    assert {tensor.dtype for tensor in weights(two).values()} == {torch.float32}
+
+
+@lora_scripts
+def test_adapters_under_fsdp2_equal_those_of_one_process(world, train, script, tmp_path):
+    one = train(script, lora_rank=2, gradient_checkpointing=True)
+    two = sharded(world, script, tmp_path / "two", lora_rank=2, gradient_checkpointing=True)
+    one, two = load_file(one / ADAPTER), load_file(two / ADAPTER)
     assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
 @row_scripts
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_micro_batches_of_unequal_lengths_give_the_update_of_the_whole_batch(train, script, size):
     runs = [train(script, *LENGTH[script](1), run_dir=str(b), micro_batch_size=b) for b in (8, size)]
     files = [run_dir / "checkpoint" / "1" / "optimizer.bin" for run_dir in runs]
@@ -492,21 +548,20 @@ def with_larger_tokenizer(folder):
     tiny.bpe_tokenizer().save_pretrained(folder)
 
 
-LONGROPE = {  # turns all rows of a batch otherwise once one of them is longer than 32
-    "num_attention_heads": 4, "intermediate_size": 64, "pad_token_id": 0, "original_max_position_embeddings": 32,
-    "max_position_embeddings": 128, "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
-}  # fmt: skip
 BAD_MODELS = {  # a function that writes the model, and what the message has to say
     "a layer missing": (with_names(lambda name: name * ("layers.1" not in name)), "lacks the weights .*layers.1.mlp"),
     "names behind module.": (with_names("module.{}".format), "lacks the weights .*layers.0"),
     "names behind _orig_mod.": (with_names("_orig_mod.{}".format), "lacks the weights .*layers.0"),
     "an encoder": (of_config("Bert", num_attention_heads=4, intermediate_size=64), "not causal|lacks the weights"),
-    "mamba": (of_config("Mamba", state_size=8), "not causal, or keeps no cache|MambaConfig"),
-    "rwkv": (of_config("Rwkv", attention_hidden_size=32), "not causal, or keeps no cache|RwkvConfig"),
-    "no eos": (lambda folder: tiny.make_model(folder, tokenizer=tiny.word_tokenizer(eos=None)), "EOS None"),
-    "too few embeddings": (with_larger_tokenizer, "23 embeddings for 342 tokens"),
-    "too few positions": (lambda folder: tiny.make_model(folder, max_position_embeddings=32), "32 positions"),
-    "longrope": (of_config("Phi3", **LONGROPE), "23 embeddings for 23 tokens, 32 positions"),
+    "no eos": (
+        lambda folder: tiny.make_model(folder, tokenizer=tiny.word_tokenizer(eos=None)),
+        "a tokenizer without an EOS token",
+    ),
+    "too few embeddings": (with_larger_tokenizer, "23 embeddings for the 342 tokens"),
+    "too few positions": (
+        lambda folder: tiny.make_model(folder, max_position_embeddings=32),
+        "32 positions: --max-length cannot be 64",
+    ),
     "no such folder": (lambda folder: None, "Repo id .*nothing"),
 }
 
@@ -528,7 +583,8 @@ def test_a_reward_model_is_no_language_model_and_one_with_two_labels_no_reward_m
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "lm", **labels).save_pretrained(tmp_path / "rm")
     tiny.word_tokenizer().save_pretrained(tmp_path / "rm")
     with pytest.raises(
-        (SystemExit, RuntimeError), match="lacks the weights .*(lm_head|score).weight|ignore_mismatched"
+        (SystemExit, RuntimeError),
+        match="lacks the weights .*(lm_head|score).weight|is a reward model|ignore_mismatched",
     ):
         loads(script, tmp_path / "rm")
 
@@ -566,30 +622,21 @@ def test_an_adapter_as_model_trains(train, world, script, task, tmp_path):
 
 
 @lora_scripts
-def test_an_adapter_on_an_adapter_would_be_saved_without_the_first_and_needs_a_merged_model(
-    train, world, script, tmp_path
-):
-    make_adapter(tmp_path / "adapter", world / "model")
-    with pytest.raises(SystemExit, match="on top of an adapter it needs --merge-lora"):
-        train(script, "--lora-rank=2", model=tmp_path / "adapter")
-    before = load_file(world / "model" / "model.safetensors")
-    after = weights(train(script, "--lora-rank=2", "--merge-lora", model=tmp_path / "adapter"))
-    assert after.keys() == before.keys() and not same(after, before)
-
-
-@lora_scripts
-def test_a_run_resumed_with_merge_lora_leaves_no_adapter_beside_the_merged_model(train, script):
-    run_dir = train(script, "--lora-rank=2")
-    assert (run_dir / "model" / "adapter_model.safetensors").exists()
-    call(script, "--resume", run_dir, "--merge-lora")
-    assert not list((run_dir / "model").glob("adapter*")) and (run_dir / "model" / "model.safetensors").exists()
+def test_adapters_on_an_adapter_are_merged_with_it_and_not_saved_alone(train, world, script, tmp_path):
+    make_adapter(tmp_path / "first", world / "model", init_lora_weights=False)
+    first = AutoModelForCausalLM.from_pretrained(world / "model")
+    first = peft.PeftModel.from_pretrained(first, tmp_path / "first").merge_and_unload().state_dict()
+    run_dir = train(script, "--lora-rank=2", model=tmp_path / "first", learning_rate=1e-5)
+    after = weights(run_dir)
+    assert all(torch.allclose(after[name], first[name], atol=1e-3) for name in after)
+    assert not same(after, {name: first[name] for name in after}) and not (run_dir / "adapter").exists()
 
 
 @lora_scripts
 @pytest.mark.parametrize("before,after", [(0, 2), (2, 0), (2, 4)])
 def test_the_rank_of_adapters_cannot_change_when_resuming(train, script, before, after):
     run_dir = train(script, f"--lora-rank={before}", *LENGTH[script](1))
-    with pytest.raises(SystemExit, match="--lora-rank cannot change when resuming"):
+    with pytest.raises(SystemExit, match="--lora-rank cannot change when a run is resumed"):
         call(script, "--resume", run_dir, f"--lora-rank={after}", *LENGTH[script](2))
 
 
@@ -602,12 +649,56 @@ def test_stop_tokens_of_the_generation_config_are_kept_even_number_0(train, scri
 
 
 @pytest.mark.parametrize("script", ["sft", "dpo", *SAMPLERS])
-def test_a_generation_config_that_could_not_be_saved_is_refused_before_the_run(train, script, tmp_path):
+def test_a_published_generation_config_with_a_temperature_alone_is_kept(train, script, tmp_path):
     tiny.make_model(tmp_path / "model")
-    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": 0.6}')
-    with pytest.raises(ValueError, match="temperature"):
-        train(script, model=tmp_path / "model")
-    assert not (tmp_path / "run").exists()
+    published = {"eos_token_id": 1, "temperature": 0.6, "top_p": 0.9}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(published))
+    run_dir = train(script, *LENGTH[script](1), model=tmp_path / "model")
+    saved = json.loads((run_dir / "model" / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["top_p"], saved["do_sample"]) == (0.6, 0.9, True)
+
+
+HYBRIDS = {  # of attention and other layers, whose cache takes one token at a time
+    "Jamba": {"num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
+              "expert_layer_period": 2, "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+    "Bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8,
+              "mamba_n_groups": 1, "mamba_expand": 2, "mamba_chunk_size": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo", *SAMPLERS])
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_hybrid_models_train(train, script, name, tmp_path):
+    shared = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 128,
+    }
+    of_config(name, **shared, **HYBRIDS[name])(tmp_path / "hybrid")
+    before = load_file(tmp_path / "hybrid" / "model.safetensors")
+    assert all_moved_some(weights(train(script, *LENGTH[script](1), model=tmp_path / "hybrid")), before)
+
+
+def all_moved_some(after, before):
+    """Whether most matrices of a model have changed; of experts some may have had no token."""
+    matrices = [name for name in after if before[name].dim() > 1]
+    moved = [name for name in matrices if not torch.equal(after[name], before[name])]
+    return len(moved) > 0.6 * len(matrices)
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo"])
+def test_models_that_keep_no_cache_train_where_nothing_is_sampled_from_them(train, script, tmp_path):
+    of_config("Mamba", state_size=8)(tmp_path / "mamba")
+    before = load_file(tmp_path / "mamba" / "model.safetensors")
+    assert all_moved_some(weights(train(script, *LENGTH[script](1), model=tmp_path / "mamba")), before)
+
+
+@pytest.mark.parametrize("script", SAMPLERS)
+def test_models_that_sample_from_other_probabilities_than_a_whole_pass_are_refused(train, script, tmp_path):
+    of_config("Rwkv", attention_hidden_size=32)(tmp_path / "rwkv")  # left padding changes its states
+    with pytest.raises(SystemExit, match="samples from other probabilities than a whole pass gives"):
+        train(script, model=tmp_path / "rwkv")
 
 
 @pytest.mark.parametrize("script,place", [("reward_model", "reward_loss"), ("rlhf_ppo", "kl_penalised_rewards"),
@@ -630,21 +721,6 @@ def test_samples_stay_within_the_positions_of_the_model(train, script, tmp_path)
     assert train(script, *LENGTH[script](1), model=tmp_path / "gpt2", max_length=128, dataset=path, eval_split="")
 
 
-@pytest.mark.parametrize("script", SAMPLERS)
-def test_the_probe_for_positions_ends_at_no_stop_token(train, script, monkeypatch):
-    samples = spy_on(monkeypatch, importlib.import_module(script), "sample")
-    for seed in range(3):
-        train(script, *LENGTH[script](1), seed=seed, run_dir=str(seed))
-    assert {len(row) for (_, _, uniform), rows in samples for row in rows if uniform.shape[1] == 16} == {16}
-
-
-@pytest.mark.parametrize("script", SAMPLERS)
-def test_sharded_models_cannot_sample_and_are_refused(train, script, monkeypatch):
-    monkeypatch.setattr(accelerate.Accelerator, "distributed_type", accelerate.DistributedType.FSDP)
-    with pytest.raises(SystemExit, match="launch without FSDP"):
-        train(script)
-
-
 # --- from text to tokens ---
 
 
@@ -658,13 +734,13 @@ def test_rows_of_a_run_begin_once_and_end_once_whatever_the_tokenizer(train, scr
     rows = ROWS[script](8) if form == "text" else [tiny.as_messages(row) for row in ROWS[script](8)]
     tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     with pytest.MonkeyPatch.context() as patch:
-        batches = spy_on(patch, module, "batch_at")
+        loads = spy_on(patch, module, "load_rows")
         flags = {"model": tmp_path / "model", "dataset": tmp_path / "rows.jsonl", "eval_split": "", "eval_every": 0}
         run_dir = train(script, *LENGTH[script](1), **flags)
     eos = tokenizer.eos_token
     stop, eos = tokenizer.convert_tokens_to_ids([turn_end if form == "chat" else eos, eos])
     begin = [i for i in (tokenizer.bos_token_id, tokenizer.cls_token_id) if i is not None]
-    for prompt, *texts in (row[: len(rows[0])] for row in batches[-1][1]):
+    for prompt, *texts in loads[0][1]:
         assert prompt and (eos not in prompt if form == "text" else prompt[-1] != eos or turn_end == "[SEP]")
         assert sum(map(prompt.count, begin)) <= 1
         for text in texts:
@@ -700,11 +776,14 @@ BAD_DATA = {  # name of the file, its text, and what the message has to say; LAS
     "numbers in csv": ("x.csv", cells("1", "2"), "x.csv, (split )?train, row 1, column LAST: 1 is not text"),
     "NA in csv": ("x.csv", cells("great", "NA"), "row 2, column LAST: None is not text"),
     "an empty cell": ("x.csv", cells("great", "fine", ""), "row 3, column LAST: None is not text"),
-    "messages in csv": ("x.csv", cells('"[{""role"": ""user"", ""content"": ""a""}]"'), "row 1, column LAST.*if csv"),
-    "as Python has them": ("x.csv", cells("\"[{'role': 'user', 'content': 'a'}]\""), "row 1, column LAST.*if csv"),
+    "messages in csv": (
+        "x.csv",
+        cells('"[{""role"": ""user"", ""content"": ""a""}]"'),
+        "row 1, column LAST.*use jsonl",
+    ),
+    "as Python has them": ("x.csv", cells("\"[{'role': 'user', 'content': 'a'}]\""), "row 1, column LAST.*use jsonl"),
     "null": ("x.jsonl", lines("a", "b", None), "row 3, column LAST: None is not text"),
     "a number": ("x.jsonl", lines(5), "row 1, column LAST: 5 is not text"),
-    "messages among texts": ("x.jsonl", lines("a", CHAT), "row 2, column LAST"),
     "no messages": ("x.jsonl", lines(CHAT, []), r"row 2, column LAST: \[\] is not"),
     "no content": ("x.jsonl", lines(CHAT, [{"role": "assistant", "content": None}]), "row 2, column LAST"),
     "other messages": ("x.jsonl", lines([{"from": "gpt", "value": "a"}]), "row 1, column LAST.*'from'"),
@@ -719,13 +798,11 @@ BAD_DATA = {  # name of the file, its text, and what the message has to say; LAS
 }
 
 
-NO_FAULTS = {"an empty cell", "messages among texts"}  # of prompts: a blank line of csv, and each is encoded on its own
+NO_FAULTS = {"an empty cell"}  # of prompts: a blank line of csv
 
 
 def place(script, message):
     """A message as a script words it: prompts are one column."""
-    if script in SAMPLERS:
-        return re.sub(", column LAST(: )?", ": prompt.*", message).replace("if csv", "is not text")
     return message.replace("LAST", COLUMNS[script][-1])
 
 
@@ -748,7 +825,7 @@ def test_bad_data_ends_the_run_and_names_the_place(train, script, fault, tmp_pat
                                   "[\n  {'role': 'user', 'content': 'a'}]"], ids=repr)  # fmt: skip
 def test_messages_that_csv_lost_are_refused_however_they_are_written(train, script, cell, tmp_path):
     (tmp_path / "x.csv").write_text(cells(f'"{cell}"')(COLUMNS[script]))
-    with pytest.raises(SystemExit, match=place(script, "row 1, column LAST.*if csv")):
+    with pytest.raises(SystemExit, match=place(script, "row 1, column LAST.*use jsonl")):
         train(script, dataset=tmp_path / "x.csv")
 
 
@@ -759,9 +836,12 @@ def test_a_row_without_room_or_text_is_left_out_with_a_count_and_a_long_completi
     rows[2][COLUMNS[script][-1]] = "  "
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     kept = module.load_rows(str(path), "train", tiny.word_tokenizer(), 10)
-    assert "2 of 5 rows left out" in capsys.readouterr().out and len(kept) == 3
-    assert all(len(prompt) + len(text) <= 10 and text for prompt, *texts in kept for text in texts)
-    assert any(len(prompt) + len(text) == 10 and text[-1] != 1 for prompt, *texts in kept for text in texts)
+    said = capsys.readouterr().out
+    assert "train: 1 of 5 rows are left out: the prompt alone fills --max-length" in said
+    assert "train: 1 of 5 rows are left out: an answer is empty" in said
+    cut = [row for row in kept if any(text[-1] != 1 for text in row[1:])]
+    assert f"train: {len(cut)} of 5 rows are cut to --max-length, and so have no end" in said and cut
+    assert len(kept) == 3 and all(len(prompt) + len(text) <= 10 and text for prompt, *texts in kept for text in texts)
 
 
 @row_scripts
@@ -779,7 +859,8 @@ def test_files_and_slices_of_splits_give_the_rows_of_a_folder(world, script, tmp
 
 @row_scripts
 @pytest.mark.parametrize("flags", [{"batch_size": 0}, {"micro_batch_size": 0}, {"max_length": 1}, {"epochs": 0},
-                                   {"learning_rate": -1}, {"warmup": -0.5}, {"save_every": -1}], ids=str)  # fmt: skip
+                                   {"learning_rate": -1}, {"warmup": -0.5}, {"save_every": -1},
+                                   {"chat_template_kwargs": "[]"}], ids=str)  # fmt: skip
 def test_flags_that_cannot_work_are_refused(train, script, flags, capsys):
     with pytest.raises(SystemExit) as stop:
         train(script, **flags)
@@ -789,5 +870,341 @@ def test_flags_that_cannot_work_are_refused(train, script, flags, capsys):
 
 @row_scripts
 def test_more_rows_in_a_batch_than_in_the_data_are_refused(train, script):
-    with pytest.raises(SystemExit, match="26 (rows|pairs) don't fill a batch"):
+    with pytest.raises(SystemExit, match="--batch-size 64 is more than the 26 rows that --dataset has"):
         train(script, batch_size=64)
+
+
+# --- what is trained on is shown ---
+
+
+def chat(*contents, first="user"):
+    """Messages of the user and the assistant in turns."""
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def load(script, folder, rows, tokenizer=None, **settings):
+    """Rows of token ids that a script makes of rows of a data set."""
+    path = tiny.write_jsonl(folder / "rows.jsonl", rows)
+    return importlib.import_module(script).load_rows(
+        str(path), "train", tokenizer or tiny.word_tokenizer(), 64, **settings
+    )
+
+
+@scripts
+def test_the_first_row_is_shown_as_it_is_trained_on_and_the_processes_are_counted(train, script, capsys):
+    train(script, *LENGTH[script](1))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "1 process(es) on cpu"
+    (shown,) = [line for line in said if line.startswith(("first row: ", "first prompt: "))]
+    parts = shown.partition(": ")[2].split(" | ")
+    assert parts[0] == "the film : review of acting :" and len(parts) == (
+        1 if script in SAMPLERS else len(COLUMNS[script])
+    )
+    assert all(part.endswith("<eos>") for part in parts[1:])
+
+
+@scripts
+def test_words_that_the_model_does_not_know_are_counted_and_refused_in_most_rows(
+    train, world, script, tmp_path, capsys
+):
+    rows = ROWS.get(script, tiny.preferences)(26)
+    for unknown, ends in ((3, False), (20, True)):
+        changed = [row | {"prompt": "zebra " + row["prompt"]} if i < unknown else row for i, row in enumerate(rows)]
+        path = tiny.write_jsonl(tmp_path / f"{unknown}.jsonl", changed)
+        if ends:
+            with pytest.raises(SystemExit, match="most (rows|prompts) hold <unk>"):
+                train(script, dataset=path)
+        else:
+            train(script, *LENGTH[script](1), dataset=path)
+            assert re.search("3 of 26 (rows|prompts) hold words that --model does not know", capsys.readouterr().out)
+
+
+@scripts
+def test_the_flags_are_logged_as_text(finished, script):
+    assert '"micro_batch_size": 4' in logged_text(finished(script), "flags")
+
+
+@scripts
+def test_default_run_directories_hold_letters_that_every_file_system_takes(world, train, script, tmp_path, monkeypatch):
+    (tmp_path / "a:b data").mkdir()
+    shutil.copytree(world / script, tmp_path / "a:b data" / "c:d e")
+    monkeypatch.chdir(tmp_path)
+    flags = flags_of(world, script, dataset=tmp_path / "a:b data" / "c:d e")
+    call(script, *flags, *LENGTH[script](1))
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"[\w.-]+", run_dir.name)
+
+
+def test_a_script_copied_away_says_which_flags_it_needs(tmp_path):
+    for script in SCRIPTS:
+        shutil.copy(ALGOS / f"{script}.py", tmp_path)
+        done = subprocess.run([sys.executable, tmp_path / f"{script}.py"], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr.strip() == "--model is needed: the small language world is not beside this copy"
+
+
+# --- files as users have them ---
+
+
+@row_scripts
+def test_a_file_alone_is_enough_and_the_run_says_that_nothing_is_held_out(train, script, tmp_path, capsys):
+    path = tiny.write_jsonl(tmp_path / "mine.jsonl", ROWS[script](16))
+    run_dir = train(script, *LENGTH[script](1), dataset=path)
+    assert "mine.jsonl has no split test or validation: nothing is held out" in capsys.readouterr().out
+    assert not scalars(run_dir, "eval/loss")
+
+
+@pytest.mark.parametrize("script", [*ROWS, "grpo"])
+@pytest.mark.parametrize("names,expected", [(["test", "validation"], "test"), (["validation"], "validation")])
+def test_test_or_validation_is_held_out_where_there_is_one(train, world, script, names, expected, tmp_path):
+    for name in ("train", *names):
+        shutil.copy(world / script / ("train.jsonl" if name == "train" else "test.jsonl"), tmp_path / f"{name}.jsonl")
+    (tmp_path / "data").mkdir()
+    for path in tmp_path.glob("*.jsonl"):
+        path.rename(tmp_path / "data" / path.name)
+    loader = "load_rows" if script in ROWS else "load_prompts"
+    with pytest.MonkeyPatch.context() as patch:
+        loads = spy_on(patch, importlib.import_module(script), loader)
+        train(script, *LENGTH[script](1), dataset=tmp_path / "data")
+    assert [given[1] for given, _ in loads] == ["train", expected]
+
+
+@scripts
+def test_compressed_files_and_configurations_of_data_sets_are_read(train, world, script, tmp_path):
+    rows = (world / script / "train.jsonl").read_bytes()
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(rows))
+    folder = tmp_path / script  # datasets 5.2 keeps what it has read of a folder of this name, whatever changes in it
+    folder.mkdir()
+    (folder / "one.jsonl").write_bytes(rows)
+    (folder / "two.jsonl").write_text('{"other": 1}')
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("one", "two"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    expected = weights(train(script, *LENGTH[script](1), dataset=world / script, run_dir="folder"))
+    packed = train(script, *LENGTH[script](1), dataset=tmp_path / "rows.jsonl.gz", run_dir="packed")
+    configured = train(script, *LENGTH[script](1), dataset=folder, dataset_config="one", run_dir="configured")
+    assert same(weights(packed), expected) and same(weights(configured), expected)
+
+
+@scripts
+def test_arguments_of_the_chat_template_reach_it(train, world, script, tmp_path, capsys):
+    tokenizer = tiny.word_tokenizer()
+    tokenizer.chat_template = "{% if loud %}great {% endif %}" + tokenizer.chat_template
+    tiny.make_model(tmp_path / "model", tokenizer=tokenizer)
+    rows = [tiny.as_messages(row) for row in ROWS.get(script, tiny.preferences)(26)]
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    flags = {"model": tmp_path / "model", "dataset": path, "chat_template_kwargs": '{"loud": true}'}
+    if script in SAMPLERS:
+        shutil.copytree(world / "reward", tmp_path / "reward")
+        tokenizer.save_pretrained(tmp_path / "reward")
+        flags["reward_model"] = tmp_path / "reward"
+    train(script, *LENGTH[script](1), **flags)
+    assert re.search("first (row|prompt): great ", capsys.readouterr().out)
+
+
+# --- nothing misread ---
+
+
+PAIRS = ["reward_model", "dpo"]
+pair_scripts = pytest.mark.parametrize("script", PAIRS)
+
+
+@pair_scripts
+@pytest.mark.parametrize(
+    "change", [lambda text: text, lambda text: chat(text, first="assistant")], ids=["texts", "chats"]
+)
+def test_answers_that_share_no_beginning_hold_no_prompt(script, change, tmp_path):
+    rows = [
+        {"question": "review of plot :", "chosen": change("the plot was great ."), "rejected": change("was dull .")}
+    ]
+    with pytest.raises(
+        SystemExit, match=r"share no beginning.*rename the column that holds it to prompt: \['question'"
+    ):
+        load(script, tmp_path, rows)
+
+
+@pair_scripts
+def test_a_text_prompt_is_the_last_turn_of_the_user_that_the_chats_share(script, tmp_path):
+    before = chat("review of film :", "great .")
+    turn = {"role": "user", "content": "review of plot :"}
+    good, bad = chat("was great .", first="assistant"), chat("was dull .", first="assistant")
+    explicit = [{"prompt": [*before, turn], "chosen": good, "rejected": bad}]
+    beside = [{"prompt": turn["content"], "chosen": [*before, turn, *good], "rejected": [*before, turn, *bad]}]
+    implicit = [{"chosen": [*before, turn, *good], "rejected": [*before, turn, *bad]}]
+    expected = load(script, tmp_path, explicit)
+    assert load(script, tmp_path, beside) == expected == load(script, tmp_path, implicit)
+
+
+@pair_scripts
+def test_a_prompt_that_one_answer_alone_repeats_is_refused(script, tmp_path):
+    turn = {"role": "user", "content": "review of plot :"}
+    other = {"role": "system", "content": "great"}
+    row = {"prompt": turn["content"], "chosen": [turn, *chat("great .", first="assistant")],
+           "rejected": [other, turn, *chat("dull .", first="assistant")]}  # fmt: skip
+    with pytest.raises(SystemExit, match="row 1: one of the two answers repeats the prompt"):
+        load(script, tmp_path, [row])
+
+
+def learnt(script, answer):
+    """A row of chats in each layout of a script that ends in an answer."""
+    question = chat("review of plot :")
+    reply, other = chat(answer, first="assistant"), chat("was dull .", first="assistant")
+    if script == "sft":
+        return [{"messages": question + reply}, {"prompt": question, "completion": reply}]
+    wholes = {"chosen": question + reply, "rejected": question + other}
+    return [wholes, {"prompt": question, "chosen": reply, "rejected": other}]
+
+
+DROPS = (  # as DeepSeek-R1's: what stands before </think> is not repeated, and a new answer begins with <think>
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}<eos>"
+    "{% else %}{{ m.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}<think> {% endif %}"
+)
+
+
+@row_scripts
+@pytest.mark.parametrize("layout", [0, 1])
+def test_a_template_that_leaves_out_a_part_of_an_answer_is_refused_and_one_that_opens_thoughts_is_not(
+    script, layout, tmp_path
+):
+    tokenizer = tiny.bpe_tokenizer(template=DROPS)
+    with pytest.raises(SystemExit, match="leaves out a part of the answer '<think>dull</think>great'"):
+        load(script, tmp_path, [learnt(script, "<think>dull</think>great")[layout]], tokenizer)
+    ((prompt, answer, *_),) = load(script, tmp_path, [learnt(script, "great")[layout]], tokenizer)
+    assert "great" in tokenizer.decode(answer) and "think" not in tokenizer.decode(prompt + answer)
+
+
+@row_scripts
+@pytest.mark.parametrize("layout", [0, 1])
+def test_chats_that_end_in_a_turn_of_the_user_are_refused(script, layout, tmp_path):
+    row = learnt(script, "great .")[layout]
+    last = list(row)[-1]
+    row[last] = [*row[last], {"role": "user", "content": "review of film :"}]
+    with pytest.raises(SystemExit, match="row 1: the chat does not end in a turn of the assistant"):
+        load(script, tmp_path, [row])
+
+
+def test_single_messages_are_no_texts(tmp_path):
+    rows = [{"text": "review of plot :", "role": "prompter", "parent_id": "a"}]
+    with pytest.raises(SystemExit, match="holds single messages"):
+        load("sft", tmp_path, rows)
+
+
+@row_scripts
+def test_a_completion_of_text_answers_a_prompt_of_messages(script, tmp_path):
+    asked = {"prompt": chat("review of plot :")}
+    texts = {column: f"was {word} ." for column, word in zip(COLUMNS[script][1:], ("great", "dull"))}
+    chats = {column: chat(value, first="assistant") for column, value in texts.items()}
+    assert load(script, tmp_path, [asked | texts]) == load(script, tmp_path, [asked | chats])
+
+
+@row_scripts
+def test_the_prompt_is_cut_off_answers_that_repeat_it_unless_few_do(script, tmp_path):
+    prompts = ["the plot", "the film", "the acting", "the music"]
+    ends = {column: f" was {word} ." for column, word in zip(COLUMNS[script][1:], ("great", "dull"))}
+    rows = [{"prompt": prompt} | ends for prompt in prompts]
+    whole = [{"prompt": prompt} | {column: prompt + end for column, end in ends.items()} for prompt in prompts]
+    expected = load(script, tmp_path, rows)
+    assert load(script, tmp_path, whole) == expected
+    assert load(script, tmp_path, [*whole[:3], rows[3]]) == expected
+    tokenizer = tiny.bpe_tokenizer()
+    *_, (prompt, answer, *_) = load(script, tmp_path, [*rows[:3], whole[3]], tokenizer)
+    assert tokenizer.decode(prompt + answer).startswith("the musicthe music was great .")
+
+
+@row_scripts
+def test_a_prompt_of_messages_behind_a_system_text_is_used_once(script, tmp_path):
+    asked, system = chat("review of plot :"), {"role": "system", "content": "great"}
+    answers = {
+        column: chat(f"was {word} .", first="assistant") for column, word in zip(COLUMNS[script][1:], ("great", "dull"))
+    }
+    wholes = {column: [system, *asked, *answer] for column, answer in answers.items()}
+    tokenizer = tiny.bpe_tokenizer(template=tiny.CHATML)
+    explicit = load(script, tmp_path, [{"prompt": [system, *asked]} | answers], tokenizer)
+    assert load(script, tmp_path, [{"prompt": asked} | wholes], tokenizer) == explicit
+    assert load(script, tmp_path, [{"prompt": "review of plot :"} | wholes], tokenizer) == explicit
+
+
+@row_scripts
+def test_an_answer_that_asks_the_prompt_again_keeps_all_its_turns(script, tmp_path):
+    asked = chat("review of plot :")
+    again = [*chat("was great .", first="assistant"), *asked, *chat("was dull .", first="assistant")]
+    other = chat("was not great .", first="assistant")
+    row = {"prompt": asked} | dict(zip(COLUMNS[script][1:], (again, other)))
+    ((prompt, answer, *_),) = load(script, tmp_path, [row])
+    text = tiny.word_tokenizer().decode(prompt + answer)
+    assert text.count("review of plot :") == 2 and "was great ." in text and "was dull ." in text
+
+
+@pytest.mark.parametrize("script", SAMPLERS)
+@pytest.mark.parametrize("column", ["messages", "chosen", "completion"])
+def test_a_data_set_that_the_others_read_as_chats_is_asked_as_one(script, column, tmp_path):
+    module, tokenizer = importlib.import_module(script), tiny.word_tokenizer()
+    first = {"role": "user", "content": "great"}
+    turns = [first, *chat("review of plot :", "the plot was great .")]
+    rows = [{"prompt": "review of plot :", column: turns}, {"prompt": "review of film :", column: turns}]
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    found = [tokenizer.decode(ids) for ids, _ in module.load_prompts(str(path), "train", tokenizer, 64)]
+    asked = [turns[:2], chat("review of film :")]
+    expected = [tokenizer.apply_chat_template(x, tokenize=False, add_generation_prompt=True).split() for x in asked]
+    assert [text.split() for text in found] == expected
+
+
+# --- what main does with its flags ---
+
+
+@scripts
+def test_the_seed_orders_the_rows(train, script):
+    orders = []
+    for seed in (1, 2, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            batches = spy_on(patch, importlib.import_module(script), "batch_at")
+            train(script, *LENGTH[script](1), seed=seed, run_dir=f"{seed}{len(orders)}")
+        orders.append([result for _, result in batches])
+    assert orders[0] == orders[2] != orders[1]
+
+
+@pytest.mark.parametrize("script", SAMPLERS)
+def test_the_seed_draws_the_responses(train, script):
+    drawn = []
+    for seed in (1, 2, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            calls = spy_on(patch, importlib.import_module(script), "sample")
+            train(script, *LENGTH[script](1), seed=seed, run_dir=f"{seed}{len(drawn)}")
+        drawn.append([uniform.sum().item() for (_, _, uniform), _ in calls])
+    assert drawn[0] == drawn[2] and not set(drawn[0]) & set(drawn[1])
+
+
+@scripts
+def test_the_learning_rate_follows_its_schedule(train, script):
+    if script in ROWS:
+        run_dir = train(script, *LENGTH[script](12), warmup=0.2)
+        expected = {
+            1: 1e-3 / 3,
+            10: 1e-3 * (1 + math.cos(math.pi * 6 / 9)) / 2,
+            12: 1e-3 * (1 + math.cos(math.pi * 8 / 9)) / 2,
+        }
+    else:
+        run_dir = train(script, *LENGTH[script](4))
+        expected = {1: 1e-3, 2: 0.75e-3, 3: 0.5e-3, 4: 0.25e-3}
+    found = dict(scalars(run_dir, "learning_rate" if script in ROWS else "lr"))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@scripts
+def test_the_gradients_norm_is_clipped_to_one_and_no_weight_decays(train, script, monkeypatch):
+    backward = accelerate.Accelerator.backward
+    monkeypatch.setattr(accelerate.Accelerator, "backward", lambda self, loss: backward(self, 1000 * loss))
+    one_step = {"num_minibatches": 1} if script in SAMPLERS else {}
+    run_dir = train(script, *LENGTH[script](1), **one_step)
+    files = sorted((run_dir / "checkpoint" / "1").glob("optimizer*.bin"))
+    states = [torch.load(file, weights_only=True) for file in files]
+    assert {group["weight_decay"] for state in states for group in state["param_groups"]} == {0.0}
+    moments = [moment["exp_avg"].flatten() for state in states for moment in state["state"].values()]
+    assert 10 * torch.cat(moments).norm().item() == pytest.approx(1, rel=1e-3)  # Adam's first moment is a tenth of it
+    assert scalars(run_dir, "grad_norm")[0][1] > 10
+
+
+@row_scripts
+def test_epochs_count_without_max_steps(train, script):
+    run_dir = train(script, max_steps=0, epochs=2)
+    assert state(run_dir)["step"] == 6  # 26 rows make three batches of 8

@@ -1,22 +1,30 @@
-"""reward_model.py: the loss by hand numbers, at which token the reward is read, the head, and how pairs are measured."""
+"""reward_model.py: the loss by hand numbers, where the reward is read, the head, how pairs are read and main's flags."""
 
+import functools
+import gzip
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 import reward_model
 import tiny
 import torch
 from accelerate.state import AcceleratorState
-from helpers import scalars, spy_on
-from reward_model import pair_rewards, reward_loss, rewards
+from helpers import ALGOS, scalars, spy_on
+from reward_model import pair_rewards, reward_loss, text_rewards
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 CPU, LOADER = torch.device("cpu"), AutoModelForSequenceClassification
+USER = {"role": "user", "content": "review of plot :"}
+GOOD, POOR = ({"role": "assistant", "content": f"the plot was {word} ."} for word in ("great", "dull"))
 PLAIN = """
 import json, sys, torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -66,21 +74,25 @@ def run(args, saved=None):
     return load_file(f"{args.run_dir}/model/model.safetensors")
 
 
-def load(folder, max_length=64):
+def load(folder, max_length=64, seed=1):
     """Model, with its pad token set, and tokenizer, as main loads them; and the token that pads."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     model, tokenizer = reward_model.load_model(LOADER, str(folder), max_length, num_labels=1)
-    return model, tokenizer, reward_model.set_pad_token(model, tokenizer)
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    stops = reward_model.stop_tokens(tokenizer, render)
+    return model, tokenizer, reward_model.set_pad_token(model, tokenizer, stops)
 
 
-def rows_of(tokenizer, pairs):
-    """Rows [prompt ids, chosen ids, rejected ids] of pairs."""
-    return [reward_model.encode(tokenizer, 64, *pair.values()) for pair in pairs]
+def rows_of(tokenizer, rows, max_length=64, **more):
+    """Token ids of rows of columns, as the script reads them from a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = tiny.write_jsonl(Path(folder) / "rows.jsonl", rows)
+        return reward_model.load_rows(str(path), "train", tokenizer, max_length, **more)
 
 
 def metric(args, tag):
     """A logged metric by step."""
-    return dict(scalars(reward_model.Path(args.run_dir), tag))
+    return dict(scalars(Path(args.run_dir), tag))
 
 
 def alone(model, ids):
@@ -127,9 +139,9 @@ def test_the_reward_is_that_of_the_last_real_token_whatever_pads(arch, tmp_path)
     with torch.no_grad():
         expected = torch.stack([alone(model, prompt + text) for prompt, text in rows])
         model.get_input_embeddings().weight[pad] = 100.0  # must not be seen
-        found = rewards(model, rows, pad, CPU)
-        longer = rewards(model, [*rows, [[5], [6] * 60]], pad, CPU)[:-1]
-        changed = rewards(model, [[prompt, [*text[:-1], 9]] for prompt, text in rows], pad, CPU)  # where EOS was
+        found = text_rewards(model, rows, pad, CPU)
+        longer = text_rewards(model, [*rows, [[5], [6] * 60]], pad, CPU)[:-1]
+        changed = text_rewards(model, [[prompt, [*text[:-1], 9]] for prompt, text in rows], pad, CPU)  # where EOS was
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(longer, expected, atol=1e-5, rtol=1e-5)
     assert len({len(prompt + text) for prompt, text in rows}) > 2 and (changed - found).abs().min() > 1e-3
@@ -150,7 +162,7 @@ def test_plain_transformers_reads_the_rewards_of_training_on_a_padded_batch(name
     with torch.no_grad():
         expected = torch.stack([alone(model, prompt + text) for prompt, text in rows])
         torch.testing.assert_close(model(**batch).logits[:, 0], expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(rewards(model, rows, pad, CPU), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(text_rewards(model, rows, pad, CPU), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>", None])
@@ -225,7 +237,160 @@ def test_models_that_score_otherwise_are_refused(world, labels, error):
         LOADER.from_config(BertConfig(vocab_size=64, num_labels=1, **small)).save_pretrained(args.model)
     with pytest.raises(error, match="ignore_mismatched_sizes|not causal"):
         run(args)
-    assert not reward_model.Path(args.run_dir).exists()
+    assert not Path(args.run_dir).exists()
+
+
+# --- from text to tokens ---
+
+
+def test_the_ids_of_a_pair_are_those_of_its_words():
+    tokenizer = tiny.word_tokenizer()
+
+    def spelled(rows):
+        return [[tokenizer.convert_ids_to_tokens(ids) for ids in row] for row in rows_of(tokenizer, rows)]
+
+    row = {"prompt": "the film :", "chosen": " the plot was great .", "rejected": " the plot was bad ."}
+    expected = [text.split() for text in ("the film :", "the plot was great . <eos>", "the plot was bad . <eos>")]
+    assert spelled([row]) == [expected]  # the prompt does not grow by the words that both begin with
+    whole = {column: row["prompt"] + row[column] for column in ("chosen", "rejected")}
+    assert spelled([row | whole]) == [expected]
+    shared = "the film : the plot was".split()  # without a prompt it is what both begin with
+    assert spelled([whole]) == [[shared, ["great", ".", "<eos>"], ["bad", ".", "<eos>"]]]
+
+
+@pytest.mark.parametrize("form", ["explicit", "implicit", "repeated", "a text"])
+def test_chats_part_where_the_answers_begin_whatever_the_layout(form):
+    both = {"chosen": [GOOD], "rejected": [POOR]}
+    whole = {"chosen": [USER, GOOD], "rejected": [USER, POOR]}
+    row = {"explicit": {"prompt": [USER], **both}, "implicit": whole, "repeated": {"prompt": [USER], **whole},
+           "a text": {"prompt": USER["content"], **whole}}[form]  # fmt: skip
+    tokenizer = tiny.word_tokenizer()
+    texts = [[tokenizer.decode(ids) for ids in row] for row in rows_of(tokenizer, [row])]
+    answers = [f"{turn['content']} <eos>" for turn in (GOOD, POOR)]
+    assert texts == [["user : review of plot : assistant :", *answers]]
+
+
+def test_pairs_that_are_equal_where_they_are_cut_are_left_out(capsys):
+    row = {"prompt": "review :", "chosen": " the film was very great .", "rejected": " the film was very great . dull"}
+    assert rows_of(tiny.word_tokenizer(), [row], max_length=8) == []  # 6 tokens of each
+    assert "1 of 1 rows are left out: an answer is empty, or both are the same" in capsys.readouterr().out
+    assert len(rows_of(tiny.word_tokenizer(), [row], max_length=9)) == 1
+    assert rows_of(tiny.word_tokenizer(), [row | {"rejected": row["chosen"]}]) == []
+
+
+def test_two_texts_that_share_no_beginning_have_no_prompt_and_are_refused():
+    row = {"question": "review of plot :", "chosen": "the plot was great .", "rejected": "was dull ."}
+    with pytest.raises(
+        SystemExit, match=r"share no beginning.*rename .* to prompt: \['question', 'chosen', 'rejected'\]"
+    ):
+        rows_of(tiny.word_tokenizer(), [row])
+    assert len(rows_of(tiny.word_tokenizer(), [row | {"prompt": ""}])) == 1
+
+
+@pytest.mark.parametrize("layout", ["explicit", "implicit"])
+def test_chats_that_end_in_a_users_turn_are_refused(layout):
+    good = {"prompt": [USER], "chosen": [GOOD], "rejected": [POOR]}
+    bad = {"prompt": [USER], "chosen": [GOOD], "rejected": [POOR, USER]}
+    if layout == "implicit":
+        good, bad = ({side: [USER, *row[side]] for side in ("chosen", "rejected")} for row in (good, bad))
+    with pytest.raises(SystemExit, match="row 2: the chat .* turn of the assistant"):
+        rows_of(tiny.word_tokenizer(), [good, bad])
+
+
+@pytest.mark.parametrize("layout", ["explicit", "implicit"])
+def test_a_template_that_leaves_out_a_part_of_an_answer_is_refused(layout):
+    template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
+
+    def row(thoughts):
+        poor = {"role": "assistant", "content": thoughts + "dull"}
+        if layout == "implicit":
+            return {"chosen": [USER, GOOD], "rejected": [USER, poor]}
+        return {"prompt": [USER], "chosen": [GOOD], "rejected": [poor]}
+
+    with pytest.raises(SystemExit, match="leaves out a part of the answer '<think>so</think>dull'"):
+        rows_of(tiny.bpe_tokenizer(template=template), [row("<think>so</think>")])
+    assert len(rows_of(tiny.bpe_tokenizer(template=template), [row("")])) == 1
+
+
+def test_one_of_two_answers_that_repeats_the_prompt_is_refused():
+    row = {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [POOR]}
+    with pytest.raises(SystemExit, match="one of the two answers repeats the prompt"):
+        rows_of(tiny.word_tokenizer(), [row])
+
+
+# --- what is said, and files ---
+
+
+def test_the_first_row_and_the_counts_of_pairs_are_printed_with_their_flags(world, tmp_path, capsys):
+    row = {"prompt": "review :", "chosen": " the plot was great .", "rejected": " felt very dull ."}
+    rows = [dict(row) for _ in range(20)]
+    rows[1]["prompt"] = "review " * 9
+    rows[2]["rejected"] = "  "
+    rows[3]["rejected"] = row["chosen"]
+    for long in rows[5:9]:
+        long["chosen"] = " the plot was great . not dull"
+    rows[10]["rejected"] = " felt xyzzy dull ."
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    run(world(dataset=str(path), eval_split="", max_length=8, max_steps=1))
+    lines = capsys.readouterr().out.splitlines()
+    assert "first row: review : | the plot was great . <eos> | felt very dull . <eos>" in lines
+    assert {line for line in lines if line.startswith("split")} == {
+        "split train: 1 of 20 rows are left out: the prompt alone fills --max-length",
+        "split train: 2 of 20 rows are left out: an answer is empty, or both are the same",
+        "split train: 4 of 20 rows are cut to --max-length, and so have no end",
+        "split train: 1 of 20 rows hold words that --model does not know",
+    }
+
+
+@pytest.mark.parametrize("known", [1, 2])
+def test_a_data_set_most_of_whose_pairs_hold_unknown_words_is_refused(known):
+    rows = [{"prompt": "the", "chosen": " plot", "rejected": f" {word}"} for word in ["film"] * known + ["xyzzy"] * 2]
+    if known == 2:
+        assert len(rows_of(tiny.word_tokenizer(), rows)) == 4
+    else:
+        with pytest.raises(SystemExit, match="most rows hold <unk>, a word that --model does not know"):
+            rows_of(tiny.word_tokenizer(), rows)
+
+
+def test_a_copied_script_says_which_flags_it_needs(tmp_path):
+    shutil.copy(ALGOS / "reward_model.py", tmp_path / "reward_model.py")
+    rows = str(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.preferences(2)))
+    for flags, needed in (["--dataset", rows], "--model"), (["--model", "x"], "--dataset"):
+        done = subprocess.run([sys.executable, "reward_model.py", *flags], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith(f"{needed} is needed: the small language world")
+
+
+def test_gzipped_files_are_read_and_nothing_is_held_out_of_a_lone_file(world, tmp_path, capsys):
+    rows = tiny.preferences(24)
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    assert reward_model.Args().eval_split == "auto"
+    args = world(dataset=str(tmp_path / "rows.jsonl.gz"))
+    plain, packed = run(world("plain", eval_split="")), run(args)
+    assert f"{args.dataset} has no split test or validation: nothing is held out" in capsys.readouterr().out
+    assert all(torch.equal(plain[name], packed[name]) for name in plain)  # the same 24 pairs
+    assert metric(args, "eval/loss") == {} and len(metric(args, "loss")) == 2
+
+
+def test_main_reads_the_configuration_and_the_arguments_of_the_template_for_both_splits(world, tmp_path, monkeypatch):
+    tokenizer = tiny.word_tokenizer()
+    tokenizer.chat_template = "{% if dull %} not dull :{% endif %}" + tokenizer.chat_template
+    tiny.make_model(tmp_path / "base", tokenizer=tokenizer)
+    row = {"prompt": [USER], "chosen": [GOOD], "rejected": [POOR]}
+    folder = tmp_path / f"set{time.time_ns()}"  # datasets caches such folders by their name alone
+    for split in ("train", "test"):
+        tiny.write_jsonl(folder / f"{split}.jsonl", [row] * 8)
+    files = "[{split: train, path: train.jsonl}, {split: test, path: test.jsonl}]"
+    configs = f"- config_name: main\n  data_files: {files}\n- config_name: b\n  data_files: train.jsonl\n"
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    loads = spy_on(monkeypatch, reward_model, "load_rows")
+    flags = {"dataset": str(folder), "dataset_config": "main", "chat_template_kwargs": '{"dull": true}'}
+    run(world(max_steps=1, **flags))
+    assert [given[1] for given, _ in loads] == ["train", "test"]
+    for _, rows in loads:
+        assert len(rows) == 8 and tokenizer.decode(rows[0][0]) == "not dull : user : review of plot : assistant :"
+    with pytest.raises(ValueError, match="must be a JSON object"):
+        world(chat_template_kwargs="[1]")
 
 
 # --- training and evaluation ---
@@ -236,12 +401,97 @@ def test_the_first_loss_logged_is_that_of_the_model_at_the_start_and_an_easy_set
     run(args)
     model, tokenizer, pad = load(args.model)  # the head drawn next is that of main
     torch.nn.init.normal_(model.score.weight, std=33**-0.5)
-    first = reward_model.batch_at(rows_of(tokenizer, tiny.preferences(24)), 0, 8, args.seed)
+    rows = rows_of(tokenizer, tiny.preferences(24))
+    first = [rows[i] for i in reward_model.batch_at(24, 0, 8, args.seed)]
     with torch.no_grad():
         expected = reward_loss(pair_rewards(model, first, pad, CPU), 0.0)["loss"].mean().item()
     assert metric(args, "loss")[1] == pytest.approx(expected, rel=1e-5)
     assert metric(args, "accuracy")[20] == metric(args, "eval/accuracy")[20] == 1
     assert metric(args, "eval/margin")[20] > 2 and metric(args, "eval/loss")[20] < 0.1
+
+
+def first_batch(args):
+    """Model before the run, and rows of the first update, drawn by hand from the seed."""
+    model, tokenizer, _ = load(args.model, seed=args.seed)
+    torch.nn.init.normal_(model.score.weight, std=33**-0.5)
+    rows = reward_model.load_rows(args.dataset, "train", tokenizer, 64)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1_000_003 * args.seed))
+    return model, [rows[i] for i in order[: args.batch_size]]
+
+
+def loop_loss(model, rows, centering=0.0):
+    """Mean loss of pairs, whose texts are read one by one."""
+    losses = []
+    for prompt, *texts in rows:
+        chosen, rejected = (alone(model, prompt + text) for text in texts)
+        losses.append(torch.log1p(torch.exp(rejected - chosen)) + centering * (chosen + rejected) ** 2)
+    return torch.stack(losses).mean()
+
+
+def test_the_seed_orders_the_pairs_and_draws_the_head(world, tmp_path):
+    losses = []
+    for seed in (1, 2):
+        args = world(f"new{seed}", seed=seed, max_steps=1)
+        run(args)
+        losses.append(metric(args, "loss")[1])
+        assert losses[-1] == pytest.approx(loop_loss(*first_batch(args)).item(), rel=1e-5)
+    old = {"model": f"{tmp_path}/new1/model", "max_steps": 1}  # whose head is not drawn
+    for seed in (1, 2):
+        args = world(f"old{seed}", seed=seed, **old)
+        run(args)
+        losses.append(metric(args, "loss")[1])
+    assert len({round(loss, 4) for loss in losses}) == 4
+
+
+def test_the_first_gradient_is_that_of_the_mean_over_pairs_clipped_to_norm_one(world):
+    args = world(max_steps=1, micro_batch_size=3, centering=1.0)
+    run(args)
+    model, rows = first_batch(args)
+    loop_loss(model, rows, centering=1.0).backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    norm = torch.cat([gradient.flatten() for gradient in expected]).norm().item()
+    assert norm > 1.1 and metric(args, "grad_norm")[1] == pytest.approx(norm, rel=1e-4)
+    state = torch.load(f"{args.run_dir}/checkpoint/1/optimizer.bin", weights_only=True)["state"]
+    for gradient, moments in zip(expected, state.values(), strict=True):
+        torch.testing.assert_close(moments["exp_avg"] * 10, gradient / norm, rtol=1e-4, atol=1e-6)
+
+
+def test_the_learning_rate_of_each_update_rises_in_a_line_and_falls_by_a_cosine(world, monkeypatch):
+    used, step = [], torch.optim.AdamW.step
+
+    def spy(self, *arguments, **keywords):
+        used.append(self.param_groups[0]["lr"])
+        return step(self, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    args = world(max_steps=8, warmup=0.25, save_every=1)
+    run(args)
+    root = math.sqrt(3) / 2  # of 60°
+    expected = [5e-4, 1e-3, 1e-3, 1e-3 * (1 + root) / 2, 7.5e-4, 5e-4, 2.5e-4, 1e-3 * (1 - root) / 2]
+    assert used == pytest.approx(expected) and list(metric(args, "learning_rate").values()) == pytest.approx(expected)
+    used.clear()
+    run(world("without", max_steps=2, warmup=0.0))
+    assert used == pytest.approx([1e-3, 5e-4])
+
+
+def test_weights_that_have_no_gradient_do_not_decay(world):
+    before = load_file(f"{world().model}/model.safetensors")["model.embed_tokens.weight"]
+    after = run(world(learning_rate=0.1))["model.embed_tokens.weight"]
+    words = tiny.word_tokenizer().convert_tokens_to_ids(["user", "assistant", "plot"])  # the last is in texts
+    assert [torch.equal(after[i], before[i]) for i in words] == [True, True, False]
+
+
+def test_epochs_are_passes_over_the_pairs_where_there_are_no_max_steps(world, monkeypatch):
+    batches = spy_on(monkeypatch, reward_model, "batch_at")
+    args = world(epochs=2, max_steps=0, batch_size=7)  # 3 of 24 pairs are left out of an epoch
+    run(args)
+    seen = [batch for _, batch in batches]
+    assert len(seen) == 6 and list(metric(args, "loss")) == [1, 6]
+    for epoch in (seen[:3], seen[3:]):
+        assert len({i for batch in epoch for i in batch}) == 21
+    batches.clear()
+    run(world("short", epochs=2, max_steps=2, batch_size=7))
+    assert len(batches) == 2
 
 
 def test_held_out_means_are_those_of_single_pairs_whatever_the_batch(world):

@@ -128,7 +128,7 @@ def record(spec: Spec, number: int, runs: Path) -> Path:
         fault = f"{spec.name}: no finished run of seed {', '.join(missing)}: run.py run {spec.name} --seeds {number}"
         raise SystemExit(f"error: {fault}")
     first = notes[wanted[0]]
-    flags = shlex.join(spec.flags_in("benchmark"))
+    flags = shlex.join(spec.flags)
     content = {
         "command": f"python algos/{spec.script}.py {flags} --seed S",
         "key": key(spec),

@@ -118,7 +118,7 @@ class Run:
             return self.launch(script, "--resume", str(self.dir))
         shutil.rmtree(self.dir, ignore_errors=True)
         self.log.unlink(missing_ok=True)
-        flags = [*self.spec.flags_in(BENCHMARK), "--seed", str(self.seed), "--run-dir", str(self.dir)]
+        flags = [*self.spec.flags, "--seed", str(self.seed), "--run-dir", str(self.dir)]
         self.launch(script, *flags)
 
     def evaluate(self) -> None:

@@ -55,16 +55,11 @@ class Spec:
     """of one run on one core, for estimates until they are measured"""
     measures: tuple[Measure, ...]
     flags: tuple[str, ...] = ()
-    """{benchmark} is this folder"""
     peer: str = ""
     """file in reference/peers"""
     evaluation: tuple[str, ...] = ()
     """a sub-command of run.py, after the run, that writes figures to evaluation.json, a list of one; {run} is the run directory,
     {cache} a file that runs on the same assets share, other names are the script's flags"""
-
-    def flags_in(self, benchmark: object) -> list[str]:
-        """The flags, with the folder of the benchmark put in."""
-        return [flag.replace("{benchmark}", str(benchmark)) for flag in self.flags]
 
     @property
     def name(self) -> str:
@@ -155,9 +150,9 @@ DPO = (
 RLHF = (
     Measure("objective/rlhf_reward", "score - β·KL", margin=0.25, last=4),
     Measure("objective/scores", "score", margin=0.25, last=4),
-    Measure("objective/gold", "gold reward", margin=0.25, last=4),
     Measure("objective/kl", "KL from the reference", higher=False, margin=0.4, last=4, start=0.0),
     Measure("evaluation/share", "share of J* - J_ref", margin=0.25, start=0.0, optimum=lambda: 1.0),
+    Measure("evaluation/gold", "gold reward", margin=0.25, start=-0.2),
 )
 GRPO = (
     Measure("objective/scores", "score", margin=0.25, last=4),
@@ -232,8 +227,8 @@ SPECS = (
     Spec("dpo", "preferences", {"quick": 1, "full": 5}, 3, DPO, (*CPU, "--eval-every", "75"),
          peer="trl_dpo_preferences.json",
          evaluation=EVALUATE),
-    Spec("rlhf_ppo", "prompts", {"quick": 1, "full": 5}, 4, RLHF, (*CPU, "--gold", "{benchmark}/world/grammar.py"),
-         peer="trl_rlhf_ppo_prompts.json", evaluation=EVALUATE),
+    Spec("rlhf_ppo", "prompts", {"quick": 1, "full": 5}, 4, RLHF, CPU, peer="trl_rlhf_ppo_prompts.json",
+         evaluation=EVALUATE),
     Spec("grpo", "prompts", {"quick": 1, "full": 5}, 3, GRPO, (*CPU, "--save-every", "8"), peer="trl_grpo_prompts.json",
          evaluation=EVALUATE),
     Spec("ppo", "Pong", {"atari": 1}, 150, returns(-20.7, optimum=21.0),

@@ -76,13 +76,14 @@ def our_args(args: argparse.Namespace, run_dir: str, **flags: object) -> grpo.Ar
 def reward_function(args: argparse.Namespace) -> Callable[..., list[float]]:
     """The reward model as a function of tokens, as grpo.py's reads the stop token too, less the penalty for none."""
     scorer, words = grpo.load_model(AutoModelForSequenceClassification, args.reward_model, DEFAULTS.max_length)
-    pad = reward_model.set_pad_token(scorer, words)
+    pad = reward_model.set_pad_token(scorer, words, [words.eos_token_id])
 
     def score(prompts: list[str], completion_ids: list[list[int]], **_: object) -> list[float]:
         rows = list(zip(words(prompts).input_ids, completion_ids))
         endless = torch.tensor([float(y[-1] != words.eos_token_id) for y in completion_ids])
         with torch.no_grad():
-            return (reward_model.rewards(scorer, rows, pad, CPU) - DEFAULTS.missing_eos_penalty * endless).tolist()
+            scores = reward_model.text_rewards(scorer, rows, pad, CPU)
+        return (scores - DEFAULTS.missing_eos_penalty * endless).tolist()
 
     return score
 

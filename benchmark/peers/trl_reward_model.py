@@ -35,7 +35,7 @@ def save_start(args: Args, folder: Path) -> tuple[PreTrainedTokenizerBase, int]:
     loader = AutoModelForSequenceClassification
     model, tokenizer = reward_model.load_model(loader, args.model, args.max_length, num_labels=1)
     torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
-    pad = reward_model.set_pad_token(model, tokenizer)
+    pad = reward_model.set_pad_token(model, tokenizer, [tokenizer.eos_token_id])
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return tokenizer, pad
@@ -102,7 +102,9 @@ def held_out(args: Args, model: torch.nn.Module, rows: list, pad: int) -> dict[s
     """Means of the script's metrics over held-out pairs."""
     model.eval()
     with torch.no_grad():
-        parts = [reward_model.pair_rewards(model, part, pad, CPU) for part in reward_model.micro_batches(rows, 100)]
+        parts = []
+        for indices in reward_model.micro_batches(rows, range(len(rows)), 100):
+            parts.append(reward_model.pair_rewards(model, [rows[i] for i in indices], pad, CPU))
     found = reward_model.reward_loss(torch.cat(parts, 1), args.centering)
     return {name: values.mean().item() for name, values in found.items()}
 
@@ -110,7 +112,8 @@ def held_out(args: Args, model: torch.nn.Module, rows: list, pad: int) -> dict[s
 def train(args: Args, folder: Path) -> None:
     """Train with TRL; held-out figures before and after by the script's own functions."""
     tokenizer, pad = save_start(args, folder)
-    rows = reward_model.load_rows(args.dataset, args.eval_split, tokenizer, args.max_length)
+    split = reward_model.choose_eval_split(args.dataset, args.dataset_config, args.eval_split)
+    rows = reward_model.load_rows(args.dataset, split, tokenizer, args.max_length)
     trainer = trl_trainer(args, folder, tokenizer, args.train_split)
     before = held_out(args, trainer.model, rows, pad)
     speed = trainer.train().metrics["train_samples_per_second"]

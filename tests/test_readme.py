@@ -1,0 +1,235 @@
+"""README.md: short, plain, and true. Its commands and snippets run as they are written, in a directory of their own."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import tyro
+from helpers import ALGOS, REPO, scalars
+
+sys.path.append(str(REPO / "benchmark"))
+from core import references, specs
+
+README = (REPO / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+SHORTER = {  # flags that make a run of a second of a command
+    "control": "--total-timesteps 2000 --eval-episodes 1",
+    "text": "--max-steps 1 --batch-size 4 --micro-batch-size 4 --eval-every 0",
+    "rollout": "--total-episodes 4 --batch-size 4 --num-minibatches 1 --response-length 4 --max-length 64",
+}
+
+
+def snippet(start):
+    """The code block that begins with a line."""
+    (code,) = [code for _, code in BLOCKS if code.startswith(start)]
+    return code
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A directory as a reader has it: the scripts and the benchmark, and this interpreter as python."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "algos").symlink_to(ALGOS)
+    (folder / "benchmark").symlink_to(REPO / "benchmark")
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python").symlink_to(sys.executable)
+    return folder
+
+
+def shell(clone, command):
+    """What a command of the README prints, once it has ended well."""
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
+    options = {"cwd": clone, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(["bash", "-ec", command], **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- how it is written ---
+
+
+def test_it_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 170 and [line for line in lines if len(line) > 120] == []
+
+
+def test_its_sentences_have_twenty_words_on_average_at_most():
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    prose = " ".join(line for line in prose.splitlines() if line[:1] not in ("|", "#", "!"))
+    sentences = [sentence.split() for sentence in re.split(r"(?<=[.:])\s+", prose)]
+    assert len(sentences) > 40 and np.mean([len(words) for words in sentences]) <= 20
+
+
+# --- what it says ---
+
+
+def test_the_loss_that_it_shows_is_that_of_the_scripts():
+    loss = snippet("def policy_loss")
+    assert all(loss in (ALGOS / f"{script}.py").read_text() for script in ("ppo", "rlhf_ppo", "grpo"))
+
+
+def test_its_links_lead_somewhere():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert len(links) > 12 and [link for link in links if not (REPO / link).exists()] == []
+
+
+def rows(first):
+    """Cells of a table by the first words of its head."""
+    table = README[README.index(f"| {first}") :].partition("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("| ").split("|")] for line in table if not line.startswith("|---")]
+
+
+def number(text):
+    return float(text.replace("−", "-"))
+
+
+def test_its_recipes_reach_what_is_recorded():
+    (_, *scripts), *tasks = rows("task")
+    shown = set()
+    for task, *cells in tasks:
+        for script, cell in zip(scripts, cells, strict=True):
+            found = [spec for spec in specs.SPECS if spec.script == script and spec.task == task.partition(",")[0]]
+            found = [spec for spec in found if references.ours(spec)]
+            assert bool(found) == (cell != "–"), (task, script)
+            if found:
+                (figures,) = zip(*(each.values() for each in references.ours(found[0]).seeds.values()))
+                assert number(cell) == round(np.mean([figure["final"] for figure in figures])), (task, script)
+                shown.add(found[0].name)
+    recorded = {s.name for s in specs.SPECS if s.script in scripts and references.ours(s) and "Pong" not in s.name}
+    assert shown == recorded
+
+
+LANGUAGE = {"sft": "eval/loss", "reward_model": "eval/accuracy"}
+LANGUAGE |= dict.fromkeys(("dpo", "rlhf_ppo", "grpo"), "evaluation/share")
+
+
+@pytest.mark.parametrize("script", LANGUAGE)
+def test_its_figures_of_the_language_scripts_are_those_recorded(script):
+    (row,) = [row for row in rows("script | figure, 5 seeds")[1:] if row[0].partition(",")[0] == script]
+    (spec,) = [spec for spec in specs.SPECS if spec.script == script and spec.recorded_seeds >= 5]
+    exact = []
+    for reference in references.load(spec):
+        finals = [figures[LANGUAGE[script]]["final"] for figures in reference.seeds.values()]
+        exact += [np.mean(finals), np.std(finals, ddof=1)]
+    said = re.findall(r"[\d.]+(?= ±)|(?<=± )[\d.]+", " ".join(row))
+    assert [float(text) for text in said] == pytest.approx(exact, abs=0.00051)
+
+
+def test_its_speeds_are_those_measured():
+    scripts, ratios = rows("ppo | a2c")
+    measured = specs.results("speed")
+    assert set(scripts) == set(measured)
+    for script, ratio in zip(scripts, ratios, strict=True):
+        assert float(ratio) == pytest.approx(np.median([a / b for a, b in measured[script]["pairs"]]), abs=0.0051)
+
+
+BYTES = {"grpo": 24, "rlhf_ppo": 40}
+
+
+@pytest.mark.parametrize("script", BYTES)
+def test_its_memory_is_bytes_per_parameter_over_gpus(script):
+    (row,) = [row for row in rows("| 1.5 B")[1:] if row[0].startswith(f"{script} (")]
+    for billions, cell in zip((1.5, 7, 32), row[1:], strict=True):
+        expected = [billions * BYTES[script] / gpus for gpus in (1, 4, 8)]
+        assert [number(part.replace(",", "")) for part in cell.split(" / ")] == pytest.approx(expected, abs=0.51)
+
+
+# --- what it runs ---
+
+
+def commands(start):
+    """Commands of the README that begin with a word, from its blocks and its sentences, on one line each."""
+    code = [block for kind, block in BLOCKS if kind == "bash"]
+    code += re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    joined = "\n".join(code).replace("\\\n", " ")
+    return [line.strip() for line in joined.splitlines() if line.strip().startswith(start)]
+
+
+def test_every_command_names_flags_that_there_are(monkeypatch):
+    found = commands("python algos/") + [line[line.index("algos/") :] for line in commands("accelerate launch")]
+    assert len(found) >= 8
+    for command in found:
+        script, *flags = shlex.split(command.removeprefix("python ").replace("$seed", "1"))
+        module = importlib.import_module(script.removeprefix("algos/").removesuffix(".py"))
+        tyro.cli(module.Args, args=flags)
+
+
+def test_the_second_command_is_what_ci_runs():
+    ci = (REPO / ".ci" / "run").read_text()
+    (pattern,) = re.findall(r"sed -n '(s/.*/p)'", ci)
+    printed = subprocess.run(["sed", "-n", pattern, REPO / "README.md"], capture_output=True, text=True).stdout
+    assert printed.startswith("python -m pytest -n 2 tests") and len(printed.splitlines()) == 1
+
+
+def test_its_environment_trains(clone):
+    (clone / "my_envs.py").write_text(snippet("# my_envs.py"))
+    plain, parallel = commands("python algos/ppo.py --env-id my_envs")
+    assert "evaluation: return 100.00 ± 0.00" in shell(clone, plain)
+    assert "evaluation: return" in shell(clone, f"{parallel} {SHORTER['control']}")
+
+
+@pytest.mark.parametrize("kind", ["texts", "chats"])
+def test_its_reward_scores_texts_and_chats(clone, kind):
+    (clone / "my_rewards.py").write_text(snippet("# my_rewards.py"))
+    tiny.make_model(clone / "lm")
+    text = "review of plot :"
+    prompt = text if kind == "texts" else [{"role": "user", "content": text}]
+    tiny.write_jsonl(clone / f"{kind}.jsonl", [{"prompt": prompt, "answer": "great"}] * 4)
+    flags = f"--model lm --dataset {kind}.jsonl --reward-model my_rewards.py:exact_answer --group-size 2"
+    shell(clone, f"python algos/grpo.py {flags} {SHORTER['rollout']} --run-dir runs/{kind}")
+    ((_, score),) = scalars(clone / "runs" / kind, "objective/scores")
+    assert -1 <= score <= 1
+    sys.path.insert(0, str(clone))
+    rewards = importlib.import_module("my_rewards").exact_answer
+    assert rewards([], ["was great", "great .", ""], ["great"] * 3) == [1.0, 0.0, 0.0]
+    assert rewards([], [[{"role": "assistant", "content": "was great"}]], ["great"]) == [1.0]
+
+
+def test_its_data_trains_a_model_in_two_steps(clone):
+    tiny.make_model(clone / "lm")
+    tiny.write_jsonl(clone / "my.jsonl", tiny.completions(8))
+    tiny.write_jsonl(clone / "pairs.jsonl", tiny.preferences(8))
+    sft, dpo, _ = next(block for _, block in BLOCKS if "--dataset my.jsonl" in block).splitlines()
+    sft = sft.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "lm")  # there is no hub here
+    dpo = dpo.replace("trl-lib/ultrafeedback_binarized", "pairs.jsonl")
+    length = "--max-length 64"
+    shell(clone, f"{sft} {SHORTER['text']} {length} --run-dir runs/my-sft")
+    shell(clone, f"{dpo} {SHORTER['text']} {length} --run-dir runs/my-dpo")
+    assert (clone / "runs" / "my-dpo" / "model" / "config.json").exists()
+
+
+def test_its_runs_are_compared_and_the_last_one_is_watched(clone):
+    (block,) = [block for kind, block in BLOCKS if "run.py curves" in block]
+    shorter = block.replace("; done", f" {SHORTER['control']}; done")
+    said = shell(clone, shorter)
+    assert (clone / "compare.png").stat().st_size > 10_000
+    assert "a2c" in said and "ppo" in said
+    (watch,) = commands("python algos/ppo.py --resume")
+    shell(clone, watch)
+    assert list((clone / "runs" / "ppo-1" / "videos").glob("*.mp4"))
+
+
+def test_its_model_talks(clone):
+    (train,) = commands("python algos/sft.py --run-dir runs/sft")
+    shell(clone, f"{train} {SHORTER['text']}")
+    (clone / "talk.py").write_text(snippet("from transformers import pipeline"))
+    assert shell(clone, "python talk.py").startswith("review of silent river")
+
+
+def test_its_adapter_opens_with_peft(clone):
+    flags = f"--lora-rank 8 {SHORTER['text']} --run-dir runs/lora"
+    assert "`--lora-rank 8` (dpo" in README
+    shell(clone, f"python algos/dpo.py {flags}")
+    code = (
+        "from peft import AutoPeftModelForCausalLM as A; print(A.from_pretrained('runs/lora/adapter').num_parameters())"
+    )
+    assert int(shell(clone, f"python -c {shlex.quote(code)}")) > 290_000
+    assert json.loads((clone / "runs" / "lora" / "adapter" / "adapter_config.json").read_text())["r"] == 8
