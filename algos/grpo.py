@@ -143,12 +143,19 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     return -losses.view_as(labels), labels != -100
 
 
+def response_columns(values: Tensor, starts: list[int], rows: list[Any], R: int) -> Tensor:
+    """The columns of values (b, K) that belong to responses, from column starts[i] on: (b, R), 0 behind their ends."""
+    steps = torch.arange(R, device=values.device)
+    columns = torch.tensor(starts, device=values.device)[:, None] + steps
+    lengths = torch.tensor([[len(response)] for prompt, response in rows], device=values.device)
+    return values.gather(1, columns.clamp(max=values.shape[1] - 1)) * (steps < lengths)
+
+
 def response_logprobs(model: nn.Module, rows: list[Any], R: int, device: torch.device) -> Tensor:
     """log π(y_t | x, y_<t) of rows [prompt, response], (b, R), from each response's first token; 0 behind its end."""
-    logprobs, mask = completion_logprobs(model, rows, device)
-    responses = [row_logprobs[row_mask] for row_logprobs, row_mask in zip(logprobs, mask)]
-    padded = nn.utils.rnn.pad_sequence(responses, batch_first=True)
-    return nn.functional.pad(padded, (0, R - padded.shape[1]))
+    logprobs, _ = completion_logprobs(model, rows, device)  # (b, K), from the end of the shortest prompt on
+    lengths = [len(prompt) for prompt, response in rows]
+    return response_columns(logprobs, [length - min(lengths) for length in lengths], rows, R)
 
 
 def group_advantages(scores: Tensor, leave_one_out: bool, by_std: bool) -> Tensor:

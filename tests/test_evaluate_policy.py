@@ -70,9 +70,18 @@ def test_the_reference_reaches_no_share_at_no_kl(tmp_path):
     assert row["share"] == pytest.approx(0, abs=0.25) and row["proxy"] == pytest.approx(0, abs=0.3)
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     again = command(SFT, *flags, "--beta", 0.5)  # a model folder, with stored reference samples
-    assert again.stdout.count("share") == 1
+    assert again.stdout.count("share") == 1 and "samples of the policy" in again.stderr  # a bar
+    known = ["--golds", tmp_path / "golds.json", "--json", tmp_path / "figures.json"]
+    drawn = command(*known, "--picture", tmp_path / "again.png")  # nothing is evaluated
+    assert drawn.stdout == f"wrote {tmp_path / 'again.png'}\n", drawn.stderr
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "picture.png").read_bytes()
 
 
 def test_a_model_without_beta_is_refused_in_one_line():
     done = command(SFT)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "give --beta" in done.stderr
+
+
+def test_without_policies_or_figures_there_is_nothing_to_do():
+    done = command()
+    assert done.returncode == 2 and done.stderr.startswith("error: name policies to evaluate")

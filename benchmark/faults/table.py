@@ -512,8 +512,8 @@ FAULTS = (
           "test_rollouts.py::test_a_cache_that_forgets_is_refused_even_where_the_likeliest_tokens_would_end_the_check"),
     Fault("forgetful-caches-accepted", ROLLOUTS, "    if not samples_as_trained(policy):", "    if False:",
           "test_rollouts.py::test_a_model_that_takes_no_positions_is_refused_since_padding_would_change_its_samples"),
-    Fault("bfloat16-rounds-scores", ROLLOUTS, "self.model.score(hidden.float()).squeeze(-1)",
-          "self.model.score(hidden.float()).bfloat16().float().squeeze(-1)", "test_language.py::test_bfloat16_rounds_no_score"),
+    Fault("bfloat16-rounds-scores", ROLLOUTS, "return precise_head(self.model.score, hidden).squeeze(-1)",
+          "return precise_head(self.model.score, hidden).bfloat16().float().squeeze(-1)", "test_language.py::test_bfloat16_rounds_no_score"),
     Fault("bfloat16-rounds-rewards", "reward_model", "    reward_model.score.register_forward_hook(lambda head, inputs, output: precise_head(head, inputs[0]))\n", "",
           "test_language.py::test_bfloat16_rounds_no_score"),
     # --- language models: log-probabilities and batches ---
