@@ -220,11 +220,12 @@ def test_actions_between_any_bounds_are_within_them_to_the_last_bit():
 LARGEST = np.finfo(np.float32).max  # stands for "unbounded" in many an environment
 
 
+@pytest.mark.parametrize("script", ["reinforce", "a2c", "ppo"])
 @pytest.mark.parametrize("low, high, lowest", [(-np.inf, np.inf, -3), (0, np.inf, 0), (-LARGEST, LARGEST, -3)])
-def test_unbounded_actions_are_passed_as_they_are_and_one_sided_bounds_clip(low, high, lowest):
+def test_unbounded_actions_are_passed_as_they_are_and_one_sided_bounds_clip(script, low, high, lowest):
     seen = []
     gym.register("Bounds-v0", entry_point=lambda: probe_envs.Bounds(low, high, seen))
-    envs = ppo.make_envs("Bounds-v0", 1, {})
+    envs = importlib.import_module(script).make_envs("Bounds-v0", 1, {})
     envs.reset(seed=0)
     for action in (-3, 0.5, 9):
         envs.step(np.array([[action]], np.float32))
