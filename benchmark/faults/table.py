@@ -690,7 +690,7 @@ FAULTS = (
           "test_rlhf_ppo.py::test_the_critic_starts_from"),
     Fault("rlhf-critic-is-the-reward-model", "rlhf_ppo", "value_model = copy.deepcopy(reward_model)", "value_model = reward_model",
           "test_rlhf_ppo.py::test_the_reward_model_stays_what_it_was_and_policy_and_critic_do_not"),
-    Fault("rlhf-values-after-the-token", "rlhf_ppo", "first = len(prompt) - 1  # the state", "first = len(prompt)  # the state",
+    Fault("rlhf-values-after-the-token", "rlhf_ppo", "before_response = [len(prompt) - 1 for", "before_response = [len(prompt) for",
           "test_rlhf_ppo.py::test_values_are_of_the_state_before_each_token_and_0_behind_a_responses_end", "rlhf_ppo-prompts"),
     Fault("rlhf-mean-of-means", "rlhf_ppo", "(pg_losses + VF_COEF * v_losses).sum() / num_tokens",
           "(pg_losses + VF_COEF * v_losses).sum() / mask[mine].sum()",
