@@ -587,11 +587,12 @@ def test_a_reward_model_is_no_language_model_and_one_with_two_labels_no_reward_m
         loads(script, tmp_path / "rm")
 
 
-def test_noise_of_training_is_off_whatever_it_is_called(tmp_path):
+@scripts
+def test_noise_of_training_is_off_whatever_it_is_called(script, tmp_path):
     moe = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 4}
     noise = {"input_jitter_noise": 0.1, "router_jitter_noise": 0.1, "attention_dropout": 0.1}
     of_config("Phimoe", **moe, **noise)(tmp_path / "moe")
-    model, ids = loads("sft", tmp_path / "moe")[0], torch.arange(4, 20)[None]
+    model, ids = loads(script, tmp_path / "moe")[0], torch.arange(4, 20)[None]
     with torch.no_grad():
         assert torch.equal(model.eval()(ids).logits, model.train()(ids).logits)
 
