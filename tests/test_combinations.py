@@ -5,10 +5,15 @@ import shutil
 from pathlib import Path
 
 import by_hand
+import dqn
+import gymnasium as gym
+import numpy as np
+import probe_envs
 import pytest
+import q_learning
 import reinforce
 import torch
-from helpers import scalars, spy_on
+from helpers import scalars, spy_on, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_contract import HALF, WHOLE, as_a_user, invoke, load, once, policy_gradients, same, scripts, train
 from test_control import CPU, Still
@@ -96,3 +101,93 @@ def test_a_user_may_ask_for_sticky_actions(script):
     envs = importlib.import_module(script).make_envs("ALE/Pong-v5", 1, {"repeat_action_probability": 0.25})
     assert envs.unwrapped.spec.kwargs["repeat_action_probability"] == 0.25
     envs.close()
+
+
+# --- where a run or an episode ends in the middle ---
+
+
+def test_reinforce_counts_the_steps_of_earlier_updates_towards_the_total(tmp_path):
+    flags = {"num_steps": 50, "total_timesteps": 300}  # 200 steps, and then 100
+    run_dir = by_hand.train(reinforce, tmp_path / "run", "probe_envs:Endless-v0", **flags)
+    assert scalars(run_dir, "charts/SPS")[-1][0] == 300
+
+
+def test_reinforce_divides_by_the_environments_also_where_episodes_are_cut(tmp_path, monkeypatch):
+    forward = by_hand.spy_by_name(monkeypatch, reinforce.Agent, "forward")
+    flags = {"num_envs": 3, "num_steps": 4, "total_timesteps": 11, "gamma": 0.9, "seed": by_hand.SEED}
+    run_dir = by_hand.train(reinforce, tmp_path / "run", "by_hand:Known-v0", **flags)  # the third is cut
+    rows = by_hand.rollout(0, 4)
+    to_go = torch.zeros(4, 3, dtype=torch.float64)
+    for n, length in enumerate(by_hand.LENGTHS):
+        for t in range(min(4, length)):
+            to_go[t, n] = sum(0.9 ** (later - t) * rows.rewards[later, n] for later in range(t, min(4, length)))
+    returns = to_go[rows.is_step]
+    returns = (returns - returns.mean()) / returns.std(correction=0)
+    loss = -(forward[-1].result[0].double() * returns).sum() / 3
+    ((_, logged),) = scalars(run_dir, "losses/policy_loss")
+    assert logged == pytest.approx(loss.item(), rel=1e-4)
+
+
+TARGETS = {"reinforce": "discounted_sum", "dqn": "td_target", "a2c": "compute_gae", "ppo": "compute_gae"}
+
+
+@pytest.mark.parametrize("script", TARGETS)
+def test_atari_behind_the_name_of_its_module_trains_on_the_sign_of_rewards(script, tmp_path, monkeypatch):
+    module = importlib.import_module(script)
+    seen = spy_on(monkeypatch, module, TARGETS[script])
+    flags = {"num_envs": 2, "total_timesteps": 200, "eval_episodes": 0, "device": "cpu"}
+    flags |= {"learning_starts": 100, "buffer_size": 400} if script == "dqn" else {"num_steps": 100}
+    module.main(module.Args(env_id="ale_py:ALE/MsPacman-v5", run_dir=str(tmp_path / "run"), **flags))
+    rewards = torch.cat([arguments[0].flatten() for arguments, _ in seen])
+    assert set(rewards.tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("shape", [(3, 36, 40), (40, 36, 3)])
+def test_dqn_stores_whole_images_that_are_not_ataris(shape, tmp_path, monkeypatch):
+    shown, original = [], dqn.ReplayBuffer.add_observations
+
+    def add(self, obs):
+        shown.append(obs.copy())
+        return original(self, obs)
+
+    monkeypatch.setattr(dqn.ReplayBuffer, "add_observations", add)
+    calls = by_hand.spy_by_name(monkeypatch, dqn.ReplayBuffer, "observations")
+    gym.register("Whole-v0", entry_point=lambda: probe_envs.Image(shape), max_episode_steps=5)
+    sizes = {"num_envs": 2, "learning_starts": 20, "train_every": 4, "buffer_size": 400, "batch_size": 8}
+    run = {"run_dir": str(tmp_path / "run"), "device": "cpu", "eval_episodes": 0, "total_timesteps": 100}
+    dqn.main(dqn.Args(env_id="Whole-v0", **run, **sizes))
+    stored = np.concatenate(shown)  # row i of the ring
+    drawn = [call for call in calls if len(call.rows)]
+    assert drawn
+    for call in drawn:
+        np.testing.assert_array_equal(call.result, stored[call.rows])
+
+
+def test_dqn_takes_a_run_with_time_for_one_minibatch():
+    dqn.Args(total_timesteps=100, learning_starts=90, train_every=10)
+    with pytest.raises(ValueError, match="no time to learn"):
+        dqn.Args(total_timesteps=99, learning_starts=90, train_every=10)
+
+
+def test_dqn_logs_nothing_between_the_first_thousand_steps_and_the_first_update(tmp_path):
+    sizes = {"num_envs": 4, "learning_starts": 1500, "train_every": 4, "buffer_size": 2000, "batch_size": 16}
+    run = {"run_dir": str(tmp_path / "run"), "device": "cpu", "eval_episodes": 0, "total_timesteps": 2000}
+    dqn.main(dqn.Args(env_id="probe_envs:Endless-v0", **run, **sizes))
+    assert [step for step, _ in scalars(tmp_path / "run", "charts/epsilon")] == [1000, 1504, 2000]
+
+
+def test_environments_of_q_learning_explore_each_on_its_own():
+    torch.manual_seed(0)
+    table = q_learning.QTable(1, 1000)
+    table.q[0, 0] = 1.0
+    states = torch.zeros(100, dtype=torch.int64)
+    greedy = [(table.act(states, 0.5) == 0).sum().item() for _ in range(20)]
+    assert 30 < min(greedy) and max(greedy) < 70  # of 100 each
+
+
+def test_visited_counts_the_pairs_that_were_updated_once_or_more(tmp_path):
+    run = {"run_dir": str(tmp_path / "run"), "eval_episodes": 0}
+    q_learning.main(q_learning.Args(env_id="FrozenLake-v1", total_timesteps=24, epsilon_end=1.0, **run))
+    visits = weights(tmp_path / "run")["visits"]
+    assert (visits == 1).any()
+    assert scalars(tmp_path / "run", "charts/visited")[-1][1] == (visits > 0).sum()

@@ -290,8 +290,8 @@ def test_any_uint8_image_is_scaled_and_goes_through_the_cnn(script, shape, tmp_p
     if shape in ((36, 36, 1), (40, 36, 12)):  # channels last
         expected = expected.permute(0, 3, 1, 2)
     torch.testing.assert_close(planes, expected / 255)
-    gym.register("Image-v0", entry_point=lambda: probe_envs.Image(shape), max_episode_steps=15)
-    assert train(script, tmp_path, "Image-v0", num_envs=2, eval_episodes=2, total_timesteps=40)
+    gym.register("OneImage-v0", entry_point=lambda: probe_envs.Image(shape), max_episode_steps=15)
+    assert train(script, tmp_path, "OneImage-v0", num_envs=2, eval_episodes=2, total_timesteps=40)
 
 
 # --- observations ---
