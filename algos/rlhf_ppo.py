@@ -12,7 +12,7 @@ Four models take part: the policy; the critic, which starts from the reward mode
 Papers: Ziegler et al. 2019, arXiv 1909.08593; Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT); Schulman et al. 2017,
 arXiv 1707.06347 (PPO); Schulman et al. 2015, arXiv 1506.02438 (GAE).
 
-    python algos/rlhf_ppo.py  # the small language world: 0.91 of the possible gain
+    python algos/rlhf_ppo.py  # the small language world: 0.92 of the possible gain
     accelerate launch algos/rlhf_ppo.py --model my-sft-model --reward-model my-reward-model --dataset trl-lib/tldr \\
         --kl-coef 0.05 --total-episodes 100000 --batch-size 512 --micro-batch-size 16 --bf16 --gradient-checkpointing
 
