@@ -886,12 +886,13 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     if not args.lora_rank:
         policy.to(policy.config.dtype)
     weights = accelerator.get_state_dict(policy)
-    accelerator.end_training()  # or processes may die of their open group
+    if step == total_steps and accelerator.is_main_process:
+        save_model(policy, tokenizer, weights, args, run_dir)
+    accelerator.wait_for_everyone()  # torch may abort a process that exits right after it sent or received weights
+    accelerator.end_training()
     if step < total_steps:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
         raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__!r} --resume {str(run_dir)!r}")
-    if accelerator.is_main_process:
-        save_model(policy, tokenizer, weights, args, run_dir)
 
 
 if __name__ == "__main__":

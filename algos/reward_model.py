@@ -683,15 +683,16 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     bar.close()
     reward_model.to(reward_model.config.dtype)
     weights = accelerator.get_state_dict(reward_model)
-    accelerator.end_training()  # or processes may die of their open group
-    if step < total_steps:
-        launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__!r} --resume {str(run_dir)!r}")
-    if accelerator.is_main_process:
+    if step == total_steps and accelerator.is_main_process:
         for name in reward_model.all_tied_weights_keys:
             weights.pop(name, None)  # a model has them once; weights gathered from several processes have them twice
         reward_model.save_pretrained(run_dir / "model", state_dict=weights)
         tokenizer.save_pretrained(run_dir / "model")
+    accelerator.wait_for_everyone()  # torch may abort a process that exits right after it sent or received weights
+    accelerator.end_training()
+    if step < total_steps:
+        launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
+        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__!r} --resume {str(run_dir)!r}")
 
 
 if __name__ == "__main__":

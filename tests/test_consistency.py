@@ -29,11 +29,11 @@ NODES = {  # of syntax in all, at most; and below, per statement, which says one
     "a2c": 2420,
     "dqn": 2320,
     "ppo": 2550,
-    "sft": 2690,
-    "reward_model": 2770,
-    "dpo": 3130,
-    "grpo": 3745,
-    "rlhf_ppo": 3910,
+    "sft": 2700,
+    "reward_model": 2775,
+    "dpo": 3135,
+    "grpo": 3750,
+    "rlhf_ppo": 3915,
 }
 MEAN_NODES, P90_NODES, MAX_NODES = 8.0, 15, 25
 MAX_DENSE = 12  # comprehensions, lambdas, walruses and conditional expressions per 100 statements

@@ -424,6 +424,23 @@ def test_two_processes_compute_the_updates_of_one(finished, world, script, tmp_p
     assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
+@scripts
+def test_the_processes_wait_for_the_model_before_they_end(train, script, monkeypatch):
+    """A process that exits while its last message is being freed is aborted by torch, and takes the others along."""
+    events = []
+    for name in ("wait_for_everyone", "end_training"):
+        original = getattr(accelerate.Accelerator, name)
+        monkeypatch.setattr(
+            accelerate.Accelerator, name, lambda self, name=name, call=original: events.append(name) or call(self)
+        )
+    save = transformers.PreTrainedModel.save_pretrained
+    monkeypatch.setattr(
+        transformers.PreTrainedModel, "save_pretrained", lambda *a, **k: events.append("save") or save(*a, **k)
+    )
+    train(script, *LENGTH[script](1))
+    assert events[-3:] == ["save", "wait_for_everyone", "end_training"]
+
+
 def sharded(world, script, run_dir, **changed):
     """Run directory of a run on two processes that share the weights by FSDP2."""
     done = start(
