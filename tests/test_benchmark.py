@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import run as benchmark
 from core import pictures, references, report, runs, specs, verdict
 from cost import floor, growth, speed
-from faults import plant, table
+from faults import plant
 from peers import record_trl
 from world import ASSETS, smollm2
 
@@ -334,8 +334,8 @@ def test_the_report_is_a_readme_with_tables_and_pictures_of_what_is_recorded(ben
     capsys.readouterr()
     assert bench("alarms", "stub-*", "--seeds", 7)[0] == 0
     assert "2 repeats of 1 seeds: 2 pass, 0 inconclusive, 0 regression" in capsys.readouterr().out
-    fault = table.FAULTS[0]
-    result = {"answer": "red", "test": fault.tests, "effect": "assert 1 == 2", "seconds": 1.0}
+    fault = plant.FAULTS[0]
+    result = {"answer": "red", "test": fault.tests[0], "effect": "assert 1 == 2", "seconds": 1.0}
     specs.keep("faults", {fault.name: result})
     specs.keep("growth", {"dqn batch": {"128": {"speed": 7000.4, "gigabytes": 0.5}}})
     specs.keep("speed", {"ppo": {"peer": "P", "unit": "steps/s", "pairs": [[30, 10], [10, 5], [8, 8]]}})
@@ -357,7 +357,7 @@ def test_the_report_is_a_readme_with_tables_and_pictures_of_what_is_recorded(ben
     assert set(re.findall(r"\]\((\w+)\.md\)", text)) == pages.keys() - {"README"}
     assert "| stub-Task-v0 | 1,000 | 5 | return | 93.50 [9" in text and "| other-Task-v0 |" in text
     assert "not recorded yet" in text and "| stub-Task-v0 | 1 | 2 | 2 | 0 | 0 |" in pages["method"]
-    assert f"| {fault.name} | {fault.scripts.replace(' ', ', ')} |" in pages["faults"]
+    assert f"| {fault.name} | {', '.join(fault.scripts)} |" in pages["faults"]
     assert "`assert 1 == 2`" in pages["faults"] and "Tests noticed 1" in pages["faults"]
     assert "| dqn.py | batch (`--batch-size`) | 128: 7,000 steps/s, 0.50 GB |" in pages["growth"]
     assert "| ppo.py | P | 10 steps/s | 8 steps/s | **2.00** | 1.00 to 3.00 | 3 |" in pages["growth"]
@@ -578,16 +578,16 @@ def test_its_preferences_are_conversations_of_which_the_short_answer_is_preferre
 
 
 def test_there_are_faults_of_every_script():
-    planted = {script for fault in table.FAULTS for script in fault.scripts.split()}
-    assert planted == {path.stem for path in specs.ALGOS.glob("*.py")} and len(table.FAULTS) >= 30
-    assert len({fault.name for fault in table.FAULTS}) == len(table.FAULTS)
+    planted = {script for fault in plant.FAULTS for script in fault.scripts}
+    assert planted == {path.stem for path in specs.ALGOS.glob("*.py")} and len(plant.FAULTS) >= 30
+    assert len({fault.name for fault in plant.FAULTS}) == len(plant.FAULTS)
 
 
-@pytest.mark.parametrize("fault", table.FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", plant.FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_still_applies_and_its_tests_and_spec_exist(fault):
-    for script in fault.scripts.split():
+    for script in fault.scripts:
         ast.parse(plant.faulty(fault, script))  # has the text once, and parses with the fault
-    for test in fault.tests.split():
+    for test in fault.tests:
         file, name = test.split("::")
         assert f"def {name.partition('[')[0]}(" in (REPO / "tests" / file).read_text(), test
     assert not fault.spec or fault.spec in {spec.name for spec in specs.SPECS if "quick" in spec.seeds}
@@ -595,7 +595,7 @@ def test_a_fault_still_applies_and_its_tests_and_spec_exist(fault):
 
 def test_a_planted_fault_turns_its_test_red_in_a_copy_and_leaves_the_repository_alone(monkeypatch, capsys, tmp_path):
     before = {path.name: path.read_text() for path in specs.ALGOS.glob("*.py")}
-    fault = table.Fault("one", "ppo", "gamma: float = 0.98", "gamma: float = 0.5", "test_tiny.py::test_gamma")
+    fault = plant.Fault("one", ["ppo"], "gamma: float = 0.98", "gamma: float = 0.5", ["test_tiny.py::test_gamma"])
     answers = []
     for text in (fault.old, fault.new):
         with plant.planted(fault) as repo:

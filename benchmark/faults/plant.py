@@ -14,19 +14,46 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from core import specs, verdict
 from core.report import table
-from faults.table import FAULTS, GAPS, Fault
 from world import ASSETS
 
 REPO = specs.BENCHMARK.parent
+
+# what planting has shown of the tests
+GAPS = """Nothing noticed `rlhf-ratio-to-the-reference`, `learning-rate-not-set` and `language-gradient-not-clipped` until
+their tests were written. The test named for `prev-done-lost-between-rollouts` let it pass (another one noticed), since it
+parted the rollouts one row too late; it has been mended."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A mistake and what should notice it; table.toml says what each field is."""
+
+    name: str
+    scripts: list[str]
+    old: str
+    new: str
+    tests: list[str]
+    spec: str = ""
+
+
+def load_faults() -> list[Fault]:
+    """The faults of table.toml, in its order."""
+    rows = tomllib.loads(Path(__file__).with_name("table.toml").read_text())["fault"]
+    return [Fault(**row) for row in rows]
+
+
+FAULTS = load_faults()
 
 
 def faulty(fault: Fault, script: str, repo: Path = REPO) -> str:
@@ -46,7 +73,7 @@ def planted(fault: Fault) -> Iterator[Path]:
         shutil.copytree(REPO, copy, ignore=left_out)
         for shared in (ASSETS, specs.REFERENCE):
             (copy / shared.relative_to(REPO)).symlink_to(shared)
-        for script in fault.scripts.split():
+        for script in fault.scripts:
             (copy / "algos" / f"{script}.py").write_text(faulty(fault, script))
         yield copy
 
@@ -63,7 +90,7 @@ def effect(output: str) -> str:
 
 def run_tests(fault: Fault, repo: Path) -> dict[str, Any]:
     """Run the tests named for the fault in the copy: red, green, or what went wrong, and which test it was."""
-    tests = [f"tests/{test}" for test in fault.tests.split()]
+    tests = [f"tests/{test}" for test in fault.tests]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider", *tests]
     start = time.time()
     done = subprocess.run(command, cwd=repo, capture_output=True, text=True)
@@ -110,7 +137,7 @@ def plant_all(names: list[str], with_specs: bool, jobs: int) -> int:
             kept = results.get(fault.name, {}).get("spec")
             results[fault.name] = ({"spec": kept} if kept else {}) | found
             specs.keep("faults", dict(sorted(results.items())))
-            line = f"{found['answer']}: {found['test'] or fault.tests} ({found['effect']}), {found['seconds']:.0f} s"
+            line = f"{found['answer']}: {found['test'] or fault.tests[0]} ({found['effect']}), {found['seconds']:.0f} s"
             if "spec" in found:
                 line += f"; {fault.spec}: {found['spec']['answer']} ({found['spec']['effect']})"
             print(f"[{number}/{len(chosen)}] {fault.name}: {line}", flush=True)
@@ -127,7 +154,7 @@ def section() -> str:
     for fault in FAULTS:
         result = found.get(fault.name)
         if result is None:
-            rows.append([fault.name, fault.scripts.replace(" ", ", "), "not measured yet", "", ""])
+            rows.append([fault.name, ", ".join(fault.scripts), "not measured yet", "", ""])
             continue
         noticed = result["answer"] == "red"
         red += noticed
@@ -135,7 +162,7 @@ def section() -> str:
         spec = result.get("spec")
         curve = f"{fault.spec}: {spec['answer']} ({spec['effect']})" if spec else ""
         curves_red += [spec["answer"] == "regression" or spec["answer"] == "the run failed"] if spec else []
-        rows.append([fault.name, fault.scripts.replace(" ", ", "), f"`{test}`" if noticed else test,
+        rows.append([fault.name, ", ".join(fault.scripts), f"`{test}`" if noticed else test,
                      f"`{result['effect']}`" if noticed else "", curve])  # fmt: skip
     measured = sum(fault.name in found for fault in FAULTS)
     total = f"{measured} of {len(FAULTS)} mistakes were planted, one by one, by `run.py faults` in copies."
