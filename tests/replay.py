@@ -14,7 +14,10 @@ from transformers import GenerationConfig
 R, ROOM = 8, 8  # tokens of a response at most, and of a prompt
 STOPS = {1, 7, 12, 17}  # EOS, two of the model's generation config, and the dot, which ends the template's turns
 UPDATES, EPOCHS, MINIBATCHES = 2, 2, 2
-LEARNING_RATE, CLIP, PENALTY, BETA = 3e-3, 0.05, 0.7, 0.3
+LEARNING_RATE = 3e-3
+CLIP = 0.05
+PENALTY = 0.7
+BETA = 0.3
 REWARD = """
 def letters(prompts, completions):
     return [sum(len(word) for word in text.split() if "<" not in word) / 10 for text in completions]
@@ -58,7 +61,8 @@ def rollouts(seen, batch_size: int, prompts: list[tuple[int, ...]]) -> list[tupl
     """
     sampled = [[(tuple(x), tuple(y)) for x, y in zip(call.prompts, call.result)] for call in seen.rollouts]
     asked = Counter(prompt for rows in sampled for prompt, _ in rows)
-    assert len(sampled) == UPDATES and asked == dict.fromkeys(prompts, UPDATES * batch_size // len(prompts))
+    assert len(sampled) == UPDATES
+    assert asked == dict.fromkeys(prompts, UPDATES * batch_size // len(prompts))
     responses = [response for rows in sampled for _, response in rows]
     assert all(response[-1] in STOPS or len(response) == R for response in responses)
     assert not any(STOPS & {*response[:-1]} for response in responses)
@@ -67,7 +71,9 @@ def rollouts(seen, batch_size: int, prompts: list[tuple[int, ...]]) -> list[tupl
     for call in seen.response_logprobs:
         if call.result.requires_grad:
             trained += [(tuple(prompt), tuple(response)) for prompt, response in call.rows]
-    size, per_update, found = batch_size // MINIBATCHES, batch_size * EPOCHS, []
+    size = batch_size // MINIBATCHES
+    per_update = batch_size * EPOCHS
+    found = []
     assert len(trained) == UPDATES * per_update
     for update, rows in enumerate(sampled):
         own = trained[update * per_update : (update + 1) * per_update]
@@ -92,7 +98,8 @@ def clipped(log_ratio: Tensor, advantages: Tensor) -> Tensor:
 
 def distance(found: dict[str, Tensor], model: nn.Module, start: nn.Module) -> float:
     """How far weights are from the model's, as a share of how far these are from the start."""
-    now, before = dict(model.named_parameters()), dict(start.named_parameters())
+    now = dict(model.named_parameters())
+    before = dict(start.named_parameters())
     off, way = (
         torch.cat([(now[name] - others[name]).detach().flatten() for name in now]).norm().item()
         for others in (found, before)

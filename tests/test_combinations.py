@@ -65,7 +65,8 @@ def test_evaluation_asks_for_greedy_actions(script):
             return super().act(obs, greedy)
 
     module.evaluate(Asked(), module.make_envs("probe_envs:StaggeredGrowing-v0", 4, {}), CPU)
-    assert asked and all(asked)
+    assert asked
+    assert all(asked)
 
 
 @scripts
@@ -182,7 +183,8 @@ def test_environments_of_q_learning_explore_each_on_its_own():
     table.q[0, 0] = 1.0
     states = torch.zeros(100, dtype=torch.int64)
     greedy = [(table.act(states, 0.5) == 0).sum().item() for _ in range(20)]
-    assert 30 < min(greedy) and max(greedy) < 70  # of 100 each
+    assert 30 < min(greedy)  # of 100 each
+    assert max(greedy) < 70
 
 
 def test_visited_counts_the_pairs_that_were_updated_once_or_more(tmp_path):

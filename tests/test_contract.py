@@ -131,15 +131,18 @@ def test_a_run_leaves_arguments_events_a_checkpoint_and_a_model_with_the_users_p
     finally:
         os.umask(before)
     out = capsys.readouterr().out
-    assert out.startswith("run directory: run\n") and "over 2 greedy episodes" in out
+    assert out.startswith("run directory: run\n")
+    assert "over 2 greedy episodes" in out
     files = list(Path("run").iterdir())
     assert sorted(path.name.split(".tfevents")[0] for path in files) == sorted(
         ["args.json", "checkpoint.pt", "events.out", "model.safetensors"]
     )
     assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
     state = load("run")
-    assert state["script"] == script and WHOLE <= state["step"] < WHOLE + 100
-    assert args_of("run") == state["args"] and state["args"]["total_timesteps"] == WHOLE
+    assert state["script"] == script
+    assert WHOLE <= state["step"] < WHOLE + 100
+    assert args_of("run") == state["args"]
+    assert state["args"]["total_timesteps"] == WHOLE
     assert same(state["agent"], agent)
     for tag in (
         "charts/episodic_return",
@@ -149,9 +152,11 @@ def test_a_run_leaves_arguments_events_a_checkpoint_and_a_model_with_the_users_p
         "eval/return_std",
     ):
         points = scalars(Path("run"), tag)
-        assert points and all(math.isfinite(value) for _, value in points), tag
+        assert points, tag
+        assert all(math.isfinite(value) for _, value in points), tag
     steps = [step for step, _ in scalars(Path("run"), "charts/SPS")]
-    assert steps == sorted(set(steps)) and steps[-1] == state["step"]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == state["step"]
 
 
 @scripts
@@ -189,7 +194,8 @@ def test_args_json_is_json_for_every_reader_and_says_what_the_checkpoint_says(on
 
     run_dir = once(script, HALF)
     written = json.loads((run_dir / "args.json").read_text(), parse_constant=refuse)
-    assert written == load(run_dir)["args"] and written["total_timesteps"] == HALF
+    assert written == load(run_dir)["args"]
+    assert written["total_timesteps"] == HALF
     if script == "dqn":
         assert written["max_grad_norm"] == 0  # its default, no clip
 
@@ -198,7 +204,8 @@ def test_args_json_is_json_for_every_reader_and_says_what_the_checkpoint_says(on
 def test_the_flags_stand_in_tensorboard_as_text(once, script):
     run_dir = once(script, HALF)
     block = text(run_dir, "flags")
-    assert block.startswith("```\n") and block.endswith("\n```")
+    assert block.startswith("```\n")
+    assert block.endswith("\n```")
     assert json.loads(block.strip("`")) == args_of(run_dir)
 
 
@@ -235,8 +242,10 @@ def test_two_resumptions_of_one_checkpoint_give_the_same_weights_from_the_folder
     shutil.copytree(half, "file")
     invoke(script, "--resume=file/checkpoint.pt", "--total-timesteps", WHOLE)
     assert same(weights(Path("file")), resumed)
-    assert not same(resumed, weights(half)) and contents(half) == before  # it learnt, in its own folder
-    assert args_of("folder")["run_dir"] == "folder" and load("folder")["step"] >= WHOLE
+    assert not same(resumed, weights(half))  # it learnt, in its own folder
+    assert contents(half) == before
+    assert args_of("folder")["run_dir"] == "folder"
+    assert load("folder")["step"] >= WHOLE
 
 
 @scripts
@@ -249,7 +258,8 @@ def test_a_resumed_run_starts_from_all_that_the_checkpoint_holds(once, script):
     new = {"args", "rng", "buffer"}  # where new episodes began: the seed of the environments, their first observations
     assert all(same(load("still")[key], half[key]) for key in half.keys() - new)
     if script != "dqn":
-        assert half["agent"]["obs_norm.count"] >= HALF and half["agent"]["obs_norm.mean"].min() > 40
+        assert half["agent"]["obs_norm.count"] >= HALF
+        assert half["agent"]["obs_norm.mean"].min() > 40
     # and each part of it counts
     for key in half.keys() - {"args", "script"}:
         shutil.copytree(once(script, HALF), f"other_{key}")
@@ -303,10 +313,12 @@ def test_a_full_disk_ends_a_run_in_a_sentence_and_leaves_the_former_checkpoint_w
         fill_the_disk(patch, script, moment)
         invoke(script, "--resume", "run", "--total-timesteps", HALF + 100)
     sentence = str(stop.value)
-    assert sentence.startswith("run cannot be saved: ") and "No space left on device" in sentence
+    assert sentence.startswith("run cannot be saved: ")
+    assert "No space left on device" in sentence
     after = contents("run")
     assert "checkpoint.tmp" not in after
-    assert after["checkpoint.pt"] == before["checkpoint.pt"] and after["args.json"] == before["args.json"]
+    assert after["checkpoint.pt"] == before["checkpoint.pt"]
+    assert after["args.json"] == before["args.json"]
 
 
 @all_five
@@ -347,7 +359,8 @@ def test_a_run_killed_at_any_moment_leaves_a_checkpoint_that_loads_and_resumes(s
             invoke(script, "--resume", run_dir, "--save-every", 0)
         else:
             invoke(script, *short, "--save-every", 0, "--run-dir", run_dir)
-        assert load(run_dir)["step"] >= WHOLE and weights(run_dir)
+        assert load(run_dir)["step"] >= WHOLE
+        assert weights(run_dir)
         assert set(contents(run_dir)) >= {"args.json", "checkpoint.pt", "model.safetensors"}
 
 
@@ -401,7 +414,8 @@ GIVEN_ON_RESUME = {
 
 @scripts
 def test_every_flag_given_on_resume_counts_or_is_refused_and_args_json_says_what_ran(once, script, monkeypatch):
-    module, half = importlib.import_module(script), once(script, HALF)
+    module = importlib.import_module(script)
+    half = once(script, HALF)
     pretend_wandb(monkeypatch)
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: f)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -419,7 +433,8 @@ def test_every_flag_given_on_resume_counts_or_is_refused_and_args_json_says_what
         if effect == "refused":
             with pytest.raises(SystemExit, match=f"^{flag} cannot change when a run is resumed$"):
                 resume(script, half, folder, *given)
-            assert args_of(folder) == args_of(half) and same(load(folder), load(half)), name
+            assert args_of(folder) == args_of(half), name
+            assert same(load(folder), load(half)), name
             continue
         resume(script, half, f"with_{name}", *given)
         assert args_of(folder)[name] == load(folder)["args"][name] == value, name
@@ -466,7 +481,8 @@ def test_a_finished_run_is_only_evaluated_and_trains_on_when_more_steps_are_aske
     assert same(weights(Path("run")), weights(once(script, HALF)))
     assert len(scalars(Path("run"), "charts/SPS")) == len(scalars(once(script, HALF), "charts/SPS"))
     invoke(script, "--resume", "run", "--total-timesteps", WHOLE)
-    assert load("run")["step"] >= WHOLE and not same(weights(Path("run")), before["agent"])
+    assert load("run")["step"] >= WHOLE
+    assert not same(weights(Path("run")), before["agent"])
 
 
 @scripts
@@ -478,7 +494,8 @@ def test_events_past_the_checkpoint_are_purged_on_resume(once, script):
     shutil.copy("older.pt", "run/checkpoint.pt")  # as if the run had died after its last points were logged
     invoke(script, "--resume", "run", "--total-timesteps", HALF + 200, "--save-every", 0)
     steps = [step for step, _ in scalars(Path("run"), "charts/SPS")]
-    assert steps[-1] == load("run")["step"] < longer[-1] and steps == sorted(set(steps))
+    assert steps[-1] == load("run")["step"] < longer[-1]
+    assert steps == sorted(set(steps))
     assert not set(steps) & set(longer) - {step for step, _ in scalars(once(script, HALF), "charts/SPS")} - {steps[-1]}
 
 
@@ -513,7 +530,8 @@ def test_what_is_no_checkpoint_is_said_to_be_damaged(once, script):
             invoke(script, "--resume", folder)
         sentence = str(refusal.value)
         assert sentence.startswith(f"--resume {folder}: {folder}/checkpoint.pt is damaged or no checkpoint (")
-        assert "\n" not in sentence and contents(folder) == {"checkpoint.pt": left}
+        assert "\n" not in sentence
+        assert contents(folder) == {"checkpoint.pt": left}
 
 
 @all_five
@@ -531,7 +549,8 @@ def test_a_place_without_a_checkpoint_is_said_to_hold_no_run(script, path):
     Path("empty").mkdir()
     with pytest.raises(SystemExit, match=f"^--resume {path}: there is no run in {path}$"):
         invoke(script, "--resume", path)
-    assert not Path("nowhere").exists() and not contents("empty")
+    assert not Path("nowhere").exists()
+    assert not contents("empty")
 
 
 # --- run directories ---
@@ -593,7 +612,8 @@ def test_a_crash_before_training_leaves_a_folder_that_can_be_used_or_resumed(scr
         invoke(script, "--resume", "run", "--env-kwargs", "{}")
     else:
         train(script, "run", *flags)
-    assert load("run")["step"] >= WHOLE and weights(Path("run"))
+    assert load("run")["step"] >= WHOLE
+    assert weights(Path("run"))
 
 
 @all_five
@@ -601,7 +621,8 @@ def test_tracking_without_wandb_is_refused_before_anything_begins(script, monkey
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit) as stop:
         train(script, "run", "--track")
-    assert stop.value.code == 2 and "--track needs wandb: pip install wandb" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "--track needs wandb: pip install wandb" in capsys.readouterr().err
     assert not list(Path.cwd().iterdir())
 
 
@@ -612,7 +633,8 @@ def test_a_video_that_cannot_be_drawn_is_refused_before_the_first_step(script, m
         train(script, "run", "--env-id", "probe_envs:NoPictures-v0", "--capture-video")
     sentence = str(refusal.value)
     assert sentence.startswith("--capture-video: probe_envs:NoPictures-v0 cannot be drawn as rgb_array: ")
-    assert not step and "\n" not in sentence
+    assert not step
+    assert "\n" not in sentence
     assert train(script, "run", "--env-id", "probe_envs:NoPictures-v0", steps=200)  # the folder is free
 
 
@@ -678,13 +700,17 @@ def test_ctrl_c_saves_and_ends_with_the_command_that_goes_on(script):
         "env": environment(PATH=path, PYTHONPATH=""),
     }
     stopped = subprocess.run(command(script, *flags), **options)
-    assert stopped.returncode == 1 and "Traceback" not in stopped.stderr, stopped.stderr
+    assert stopped.returncode == 1, stopped.stderr
+    assert "Traceback" not in stopped.stderr, stopped.stderr
     last = stopped.stderr.strip().splitlines()[-1]
     said, words = re.fullmatch(r"stopped at step (\d+); to go on: (.*)", last).groups()
-    assert load("a run")["step"] == int(said) >= 4 * 130 and not Path("a run/model.safetensors").exists()
+    assert load("a run")["step"] == int(said) >= 4 * 130
+    assert not Path("a run/model.safetensors").exists()
     resumed = subprocess.run(words, shell=True, **options)
-    assert resumed.returncode == 0 and "over 2 greedy episodes" in resumed.stdout, resumed.stderr
-    assert load("a run")["step"] >= 800 and weights(Path("a run"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "over 2 greedy episodes" in resumed.stdout, resumed.stderr
+    assert load("a run")["step"] >= 800
+    assert weights(Path("a run"))
 
 
 @scripts
@@ -723,10 +749,12 @@ def test_sigterm_at_any_moment_saves_what_was_reached(script, moment, monkeypatc
 def test_a_second_signal_of_a_kind_kills_and_the_other_kind_is_still_caught(script, number, other):
     caught = importlib.import_module(script).catch_signals()
     signal.raise_signal(number)
-    assert caught == [number] and signal.getsignal(number) == signal.SIG_DFL
+    assert caught == [number]
+    assert signal.getsignal(number) == signal.SIG_DFL
     assert signal.getsignal(other) != signal.SIG_DFL
     signal.raise_signal(other)
-    assert caught == [number, other] and signal.getsignal(other) == signal.SIG_DFL
+    assert caught == [number, other]
+    assert signal.getsignal(other) == signal.SIG_DFL
 
 
 @all_five
@@ -795,7 +823,8 @@ def test_a_signal_to_a_run_and_its_environments_saves_and_leaves_no_process(scri
         assert process.wait(MAX_SECONDS) == 1
         assert group_members(process.pid) == []
     said = Path("said").read_text()
-    assert "Error" not in said and "Traceback" not in said
+    assert "Error" not in said
+    assert "Traceback" not in said
     (step,) = re.findall(r"stopped at step (\d+); to go on: ", said)
     assert load("run")["step"] == int(step) >= 100
 
@@ -804,7 +833,8 @@ def test_a_signal_to_a_run_and_its_environments_saves_and_leaves_no_process(scri
 def test_an_environment_that_fails_in_its_process_ends_the_run(script):
     kwargs = json.dumps({"vectorization_mode": "async", "fails": True})
     failed = run(script, *SHORT[script], *ASYNC, "--env-kwargs", kwargs, timeout=MAX_SECONDS)
-    assert failed.returncode == 1 and "OSError: the simulator died" in failed.stderr
+    assert failed.returncode == 1
+    assert "OSError: the simulator died" in failed.stderr
     assert load("run")["step"] < 400
 
 
@@ -829,7 +859,8 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_leaves_a_finite_checkpoin
         train(script, "run", "--env-id", "probe_envs:Trouble-v0", "--env-kwargs", kwargs, "--save-every", 1)
     assert isinstance(stop.value.code, str)  # so that Python prints it and exits with status 1
     state = load("run")
-    assert 0 < state["step"] <= 4 * 160 and all(x.isfinite().all() for x in state["agent"].values())
+    assert 0 < state["step"] <= 4 * 160
+    assert all(x.isfinite().all() for x in state["agent"].values())
     assert not Path("run/model.safetensors").exists()
 
 
@@ -837,7 +868,8 @@ def test_an_infinite_loss_ends_dqn_though_its_clipped_gradient_stays_finite():
     huber = ["--env-kwargs", '{"kind": "inf", "at": 150}', "--save-every", 1, "--loss", "huber", "--max-grad-norm", 10]
     with pytest.raises(SystemExit, match="became nan or inf"):
         train("dqn", "run", "--env-id", "probe_envs:Trouble-v0", *huber)
-    assert 0 < load("run")["step"] <= 4 * 160 and not Path("run/model.safetensors").exists()
+    assert 0 < load("run")["step"] <= 4 * 160
+    assert not Path("run/model.safetensors").exists()
 
 
 @policy_gradients
@@ -847,7 +879,8 @@ def test_an_infinite_observation_ends_a_run_that_normalises_and_leaves_a_finite_
     with pytest.raises(SystemExit, match=r"the agent became nan or inf .*run/checkpoint.pt"):
         train(script, "run", *flags)
     state = load("run")
-    assert 0 < state["step"] <= 4 * at and all(x.isfinite().all() for x in state["agent"].values())
+    assert 0 < state["step"] <= 4 * at
+    assert all(x.isfinite().all() for x in state["agent"].values())
     assert not Path("run/model.safetensors").exists()
 
 
@@ -877,7 +910,8 @@ def test_evaluation_ends_and_says_so_when_episodes_do_not(script, env_id, monkey
     train(script, "run", "--env-id", env_id, "--eval-episodes", 3, steps=300)
     out = capsys.readouterr().out
     cut = int(re.search(r"evaluation: (\d) of 3 episodes were cut after 30 steps\n", out)[1])
-    assert cut == 3 and "over 3 greedy episodes" in out
+    assert cut == 3
+    assert "over 3 greedy episodes" in out
     if env_id.startswith("probe"):
         assert "evaluation: return 30.00 ± 0.00" in out
 
@@ -894,7 +928,8 @@ def test_reinforce_cuts_training_episodes_and_stops_at_the_steps_asked_for(capsy
 
 def test_reinforce_is_stopped_within_an_episode_that_does_not_end(monkeypatch):
     agent = importlib.import_module("reinforce").Agent
-    act, calls = agent.act, itertools.count(1)
+    act = agent.act
+    calls = itertools.count(1)
 
     def interrupted(*args):
         if next(calls) == 50:
@@ -942,7 +977,9 @@ def test_bad_flags_are_refused_with_status_2_and_what_is_wrong(script, capsys, m
         with pytest.raises(SystemExit) as stop:
             invoke(script, *flags.split())
         err = capsys.readouterr().err
-        assert stop.value.code == 2 and re.search(word, err) and "Traceback" not in err, flags
+        assert stop.value.code == 2, flags
+        assert re.search(word, err), flags
+        assert "Traceback" not in err, flags
     assert not list(Path.cwd().iterdir())
 
 
@@ -961,7 +998,8 @@ def test_no_flag_may_be_nan_or_infinite(script, value, capsys, monkeypatch):
         with pytest.raises(SystemExit) as stop:
             invoke(script, f"{flag}={value}")
         err = capsys.readouterr().err
-        assert stop.value.code == 2 and "Traceback" not in err, flag
+        assert stop.value.code == 2, flag
+        assert "Traceback" not in err, flag
         assert flag[2:] in re.sub(r"[\s│]+", " ", err), flag
     assert not list(Path.cwd().iterdir())
 
@@ -971,7 +1009,8 @@ def test_bad_flags_are_refused_on_resume_too(once, script, capsys):
     before = contents(once(script, HALF))
     with pytest.raises(SystemExit) as stop:
         invoke(script, "--resume", once(script, HALF), "--gamma", 1.5)
-    assert stop.value.code == 2 and "gamma" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "gamma" in capsys.readouterr().err
     assert contents(once(script, HALF)) == before
 
 
@@ -1056,7 +1095,8 @@ def test_help_names_every_flag_with_its_meaning_and_default_and_starts_nothing(s
     with pytest.raises(SystemExit) as stop:
         invoke(script, "--help")
     lines = capsys.readouterr().out.splitlines()
-    assert stop.value.code == 0 and module.__doc__.splitlines()[0] in lines
+    assert stop.value.code == 0
+    assert module.__doc__.splitlines()[0] in lines
     shown = re.sub(r"\s+", " ", " ".join(line.strip("│ ") for line in lines))
     assert meanings(script).keys() == module.Args.__dataclass_fields__.keys()
     for name, field in module.Args.__dataclass_fields__.items():
@@ -1071,8 +1111,11 @@ def test_help_names_every_flag_with_its_meaning_and_default_and_starts_nothing(s
 def test_tracking_hands_the_arguments_to_wandb(script, monkeypatch):
     given = pretend_wandb(monkeypatch)
     train(script, "run", "--track", "--seed", 77, steps=200)
-    assert given["config"] == args_of("run") and given["config"]["seed"] == 77
-    assert given["sync_tensorboard"] and given["name"] == "run" and str(given["dir"]) == "run"
+    assert given["config"] == args_of("run")
+    assert given["config"]["seed"] == 77
+    assert given["sync_tensorboard"]
+    assert given["name"] == "run"
+    assert str(given["dir"]) == "run"
 
 
 @scripts
@@ -1081,7 +1124,8 @@ def test_a_video_of_the_trained_agent_is_written_without_complaints_of_sdl(scrip
         monkeypatch.delenv(name, raising=False)
     train(script, "run", "--env-id", "CartPole-v1", "--capture-video", steps=200)
     (video,) = Path("run/videos").glob("*.mp4")
-    assert video.stat().st_size > 1000 and "XDG" not in capfd.readouterr().err
+    assert video.stat().st_size > 1000
+    assert "XDG" not in capfd.readouterr().err
 
 
 @scripts

@@ -104,7 +104,8 @@ def test_every_finished_episode_is_logged_once(script, tmp_path, monkeypatch):
 def test_training_closes_its_environments_before_evaluation_and_an_info_may_have_any_keys(script, tmp_path):
     normalize = {} if script == "dqn" else {"normalize": True}
     run_dir = train(script, tmp_path, "Guarded-v0", num_envs=2, total_timesteps=200, eval_episodes=2, **normalize)
-    assert scalars(run_dir, "eval/return_mean")[0][1] == 10 and probe_envs.Guarded.open == 0
+    assert scalars(run_dir, "eval/return_mean")[0][1] == 10
+    assert probe_envs.Guarded.open == 0
 
 
 @all_scripts
@@ -156,9 +157,11 @@ def test_two_episodes_that_end_at_once_are_both_counted(script, tmp_path):
 @policy_gradients
 def test_reset_rows_are_not_counted_as_steps(script, tmp_path):
     if script == "reinforce":  # one episode of 4, 4, 6 and 6 steps
-        run_dir, steps = train(script, tmp_path, "Staggered-v0", total_timesteps=20), 20
+        run_dir = train(script, tmp_path, "Staggered-v0", total_timesteps=20)
+        steps = 20
     else:  # rows 5 and 10 of both environments are resets
-        run_dir, steps = train(script, tmp_path, "Staggered-v0", num_envs=2, num_steps=10, total_timesteps=16), 16
+        run_dir = train(script, tmp_path, "Staggered-v0", num_envs=2, num_steps=10, total_timesteps=16)
+        steps = 16
     assert [step for step, _ in scalars(run_dir, "charts/SPS")] == [steps]
 
 
@@ -178,7 +181,8 @@ def test_the_sampled_action_is_stored_and_the_clipped_one_executed(script, tmp_p
     calls = spy_on(monkeypatch, importlib.import_module(script).Agent, "forward")
     train(script, tmp_path, "Target-v0", total_timesteps=64)  # the environment asserts that actions are within ±1
     stored = torch.cat([actions for (_, _, actions), _ in calls])
-    assert stored.shape[1] == 2 and (stored.abs() > 1).any()
+    assert stored.shape[1] == 2
+    assert (stored.abs() > 1).any()
 
 
 @pytest.mark.parametrize("low, high", [(-2, 2), (-1000, 1000), (-0.01, 0.01), (100, 102)])
@@ -327,8 +331,10 @@ def test_an_observation_that_is_not_made_of_numbers_is_refused_with_the_wrappers
         train(script, tmp_path, **shows(kind), total_timesteps=40)
     sentence = str(refusal.value)
     assert sentence.startswith("probe_envs:Shows-v0: observations of ")
-    assert "cannot be flattened into numbers" in sentence and "\n" not in sentence
-    assert "gymnasium.wrappers.TransformObservation" in sentence and "FilterObservation" in sentence
+    assert "cannot be flattened into numbers" in sentence
+    assert "\n" not in sentence
+    assert "gymnasium.wrappers.TransformObservation" in sentence
+    assert "FilterObservation" in sentence
     assert not list(tmp_path.iterdir())
 
 
@@ -488,7 +494,8 @@ def test_the_discounted_return_ends_with_the_episode(script, tmp_path, monkeypat
     train(script, tmp_path, "OneStep-v0", normalize=True, total_timesteps=200)
     returns = [x for (norm, x), _ in updates if norm.mean.shape == ()]
     returns = torch.cat(returns)
-    assert len(returns) >= 200 and set(returns.tolist()) == {0.0, 1.0}
+    assert len(returns) >= 200
+    assert set(returns.tolist()) == {0.0, 1.0}
 
 
 # An environment of episodes of 2 steps beside one of 4. In 6 rows an actor-critic sees, where (n) is a final observation
@@ -519,7 +526,8 @@ def test_observation_statistics_are_those_of_the_steps_alone(script, tmp_path):
 def test_observation_statistics_change_after_the_update_and_those_of_returns_before(script, tmp_path, monkeypatch):
     order = []
     module = importlib.import_module(script)
-    update, clip = module.RunningNorm.update, torch.nn.utils.clip_grad_norm_
+    update = module.RunningNorm.update
+    clip = torch.nn.utils.clip_grad_norm_
 
     def updates_statistics(norm, x):
         order.append("observations" if norm.mean.ndim else "returns")
@@ -660,13 +668,17 @@ def test_atari_environments_give_raw_scores_without_sticky_actions(env_id):
     envs = ppo.make_envs(env_id, 2, {})
     assert envs.unwrapped.spec.kwargs["repeat_action_probability"] == 0
     obs, _ = envs.reset(seed=0)
-    assert obs.shape == (2, 4, 84, 84) and obs.dtype == np.uint8
-    rng, seen, info = np.random.default_rng(0), set(), {}
+    assert obs.shape == (2, 4, 84, 84)
+    assert obs.dtype == np.uint8
+    rng = np.random.default_rng(0)
+    seen = set()
+    info = {}
     while "episode_statistics" not in info:
         actions = rng.integers(9, size=2)
         _, reward, _, _, info = envs.step(actions)
         seen.update(reward.tolist())
-    assert max(seen) >= 10 and info["episode_statistics"]["r"].max() >= 100
+    assert max(seen) >= 10
+    assert info["episode_statistics"]["r"].max() >= 100
     envs.close()
 
 
@@ -744,14 +756,16 @@ def test_an_infinite_reward_after_its_episode_changes_no_greedy_return(script):
 
 def test_an_infinite_reward_after_its_episode_changes_no_return_of_q_learnings_policy():
     returns, num_cut = importlib.import_module("q_learning").play(torch.zeros(1, dtype=int), Bursts(), seed=0)
-    assert returns.tolist() == [1, 6] and num_cut == 0
+    assert returns.tolist() == [1, 6]
+    assert num_cut == 0
 
 
 @actor_critics
 def test_the_explained_variance_of_constant_returns_is_a_number(script, tmp_path):
     run_dir = train(script, tmp_path, "Endless-v0", total_timesteps=200, gamma=0.0, gae_lambda=1.0)  # 1, at each step
     logged = scalars(run_dir, "losses/explained_variance")
-    assert logged and np.isfinite(logged).all()
+    assert logged
+    assert np.isfinite(logged).all()
 
 
 @actor_critics
@@ -761,7 +775,8 @@ def test_a_rollout_in_which_one_step_counts_logs_no_nan_and_torch_does_not_warn(
         run_dir = train(script, tmp_path, "OneStep-v0", num_envs=1, num_steps=2, total_timesteps=20)
     tags = ["explained_variance", "policy_loss", "value_loss", "entropy", "grad_norm"]
     logged = [value for tag in tags for _, value in scalars(run_dir, f"losses/{tag}")]
-    assert len(logged) >= 5 and np.isfinite(logged).all()
+    assert len(logged) >= 5
+    assert np.isfinite(logged).all()
     assert all(x.isfinite().all() for x in weights(run_dir).values())
 
 

@@ -17,7 +17,8 @@ from tiny import CONFIGS, as_messages, bpe_tokenizer, make_model, preferences, w
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-LN2, CPU = math.log(2), torch.device("cpu")
+LN2 = math.log(2)
+CPU = torch.device("cpu")
 ROWS = [  # prompt, chosen, rejected: unequal in all lengths; 1 is EOS
     [[3, 4, 5], [6, 7, 1], [8, 9, 10, 11, 1]],
     [[12], [13, 14, 15, 16, 1], [17, 1]],
@@ -151,7 +152,8 @@ def test_padding_does_not_leak_even_when_its_embedding_is_nan(tmp_path):
 
 
 def test_preference_loss_equals_hand_numbers():
-    logprobs, ref = torch.tensor([[-3.0], [-5.0]]), torch.tensor([[-4.0], [-4.5]])  # h = (-3 + 4) - (-5 + 4.5) = 1.5
+    logprobs = torch.tensor([[-3.0], [-5.0]])  # h = (-3 + 4) - (-5 + 4.5) = 1.5
+    ref = torch.tensor([[-4.0], [-4.5]])
     found = dpo.preference_loss(logprobs, ref, 0.2, 0.0, "sigmoid")
     assert found["loss"].item() == pytest.approx(math.log(1 + math.exp(-0.3)), rel=1e-6)
     rewards = {"rewards/chosen": 0.2, "rewards/rejected": -0.1, "rewards/margins": 0.3, "rewards/accuracies": 1.0}
@@ -164,7 +166,8 @@ def test_preference_loss_equals_hand_numbers():
 
 
 def test_swapping_chosen_and_rejected_negates_the_margin_and_a_tie_is_half_a_success():
-    logprobs, ref = torch.randn(2, 5), torch.randn(2, 5)
+    logprobs = torch.randn(2, 5)
+    ref = torch.randn(2, 5)
     a, b = (dpo.preference_loss(*x, 0.3, 0.0, "sigmoid") for x in ((logprobs, ref), (logprobs.flip(0), ref.flip(0))))
     assert torch.equal(a["rewards/margins"], -b["rewards/margins"])
     assert dpo.preference_loss(ref, ref, 0.3, 0.0, "sigmoid")["rewards/accuracies"].tolist() == [0.5] * 5
@@ -180,7 +183,8 @@ def test_the_loss_stays_finite_and_exact_at_huge_margins():
     h = torch.tensor([1e4, -1e4, 0.0], requires_grad=True)
     found = losses(h)
     found.sum().backward()
-    assert found.tolist() == pytest.approx([0.0, 1e4, LN2]) and h.grad.tolist() == pytest.approx([0.0, -1.0, -0.5])
+    assert found.tolist() == pytest.approx([0.0, 1e4, LN2])
+    assert h.grad.tolist() == pytest.approx([0.0, -1.0, -0.5])
 
 
 class Tabular(nn.Module):
@@ -191,7 +195,8 @@ class Tabular(nn.Module):
         self.table = nn.Parameter(scale * torch.randn(1 + 6 + 36 + 216, 6, dtype=torch.float64))
 
     def forward(self, ids, logits_to_keep, use_cache):
-        code, codes = torch.zeros(len(ids), dtype=torch.long), []
+        code = torch.zeros(len(ids), dtype=torch.long)
+        codes = []
         for t in range(ids.shape[1]):
             code = code * 6 + ids[:, t] + 1 if t else code
             codes.append(code.clamp(max=len(self.table) - 1))
@@ -205,7 +210,8 @@ def test_on_an_enumerable_world_all_bradley_terry_pairs_lead_to_the_exact_optimu
     texts = ended + [list(words) for words in itertools.product(range(1, 6), repeat=4)]  # 781, of 1 to 4 tokens
     texts.append(texts[0])  # an even number, in rows of two
     rows = [[[3], a, b] for a, b in zip(texts[::2], texts[1::2])]
-    beta, reward = 0.5, 2 * torch.rand(len(texts) - 1, dtype=torch.float64) - 1
+    beta = 0.5
+    reward = 2 * torch.rand(len(texts) - 1, dtype=torch.float64) - 1
     policy = Tabular(scale=0.5)
 
     def log_policy():
@@ -225,7 +231,8 @@ def test_on_an_enumerable_world_all_bradley_terry_pairs_lead_to_the_exact_optimu
         (weights * losses(h[:, None] - h, beta)).sum().backward()
         optimizer.step()
     x = log_policy().detach()
-    assert start > 0.3 and (x.exp() * (x - log_optimum)).sum().item() < 0.01
+    assert start > 0.3
+    assert (x.exp() * (x - log_optimum)).sum().item() < 0.01
 
 
 # --- runs ---
@@ -265,7 +272,8 @@ def test_dropout_is_off_so_that_policy_and_reference_agree_at_first(world, tmp_p
 def test_training_raises_the_margin_and_logs_the_first_update_and_every_tenth(world):
     args = world(max_steps=12, eval_every=4, micro_batch_size=4)
     run(args)
-    assert list(metric(args, "loss")) == [1, 10, 12] and list(metric(args, "eval/loss")) == [0, 4, 8, 12]
+    assert list(metric(args, "loss")) == [1, 10, 12]
+    assert list(metric(args, "eval/loss")) == [0, 4, 8, 12]
     assert metric(args, "eval/rewards/margins")[12] > 0.1
     assert json.loads((dpo.Path(args.run_dir) / "args.json").read_text())["max_steps"] == 12
     rates = [1e-3 * min((s + 1) / 2, (1 + math.cos(math.pi * max(0, s - 2) / 10)) / 2) for s in (0, 9, 11)]
@@ -284,7 +292,8 @@ def test_logged_losses_are_means_over_the_interval(world):
 def test_the_gradient_is_clipped_to_norm_one(world):
     args = world(max_steps=1, beta=20.0)
     norm = torch.cat([gradient.flatten() for gradient in first_gradient(args).values()]).norm().item()
-    assert norm == pytest.approx(1, rel=1e-3) and metric(args, "grad_norm")[1] > 2
+    assert norm == pytest.approx(1, rel=1e-3)
+    assert metric(args, "grad_norm")[1] > 2
 
 
 @pytest.mark.parametrize("flags", [{}, {"micro_batch_size": 4}], ids=str)
@@ -309,7 +318,8 @@ def test_the_loss_of_a_run_is_the_one_that_the_flags_name(world, monkeypatch, fl
     (logprobs, ref_logprobs, *_), result = calls[-1]
     h = (logprobs[0] - ref_logprobs[0]) - (logprobs[1] - ref_logprobs[1])
     expected = losses(h, args.beta, args.label_smoothing, args.loss)
-    assert torch.allclose(result["loss"], expected) and result["loss"].shape == h.shape
+    assert torch.allclose(result["loss"], expected)
+    assert result["loss"].shape == h.shape
 
 
 def test_every_pair_has_the_log_probabilities_of_the_reference_also_in_later_epochs(world, monkeypatch, tmp_path):
@@ -351,11 +361,13 @@ def test_an_implicit_prompt_gives_the_token_ids_of_an_explicit_one(tokenizer, ch
         assert [prompt + ids for ids in texts] == [explicit_prompt + ids for ids in explicit_texts]
         assert prompt[: len(explicit_prompt)] == explicit_prompt
         assert texts[0][0] != texts[1][0] or prompt == explicit_prompt  # texts part where they differ, chats at a turn
-    assert expected[0][1][-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in expected[0][1][:-1]
+    assert expected[0][1][-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in expected[0][1][:-1]
 
 
 def test_a_text_prompt_before_conversations_is_the_users_turn_as_in_ultrafeedback_binarized(tmp_path):
-    user, says = {"role": "user", "content": "review of plot :"}, lambda text: {"role": "assistant", "content": text}
+    user = {"role": "user", "content": "review of plot :"}
+    says = lambda text: {"role": "assistant", "content": text}
     tokenizer = word_tokenizer()
     plain = {"prompt": [user], "chosen": [says("great .")], "rejected": [says("dull .")]}
     h4 = {

@@ -25,7 +25,8 @@ CHAIN_NEXT = np.array([[0, 1], [0, -1]])  # -1: terminated
 class Chain(gym.Env):
     """Two states and actions with the tables above; starts in a random state."""
 
-    observation_space, action_space = Discrete(2), Discrete(2)
+    observation_space = Discrete(2)
+    action_space = Discrete(2)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -145,7 +146,8 @@ def test_huber_is_half_the_square_up_to_1_and_its_gradient_is_the_clipped_error(
     assert values.grad.tolist() == [0.0, 0.5, -0.5, 1.0, 1.0, -1.0]
 
 
-VECTOR, COLUMN = torch.zeros(3), torch.zeros(3, 1)
+VECTOR = torch.zeros(3)
+COLUMN = torch.zeros(3, 1)
 
 
 @pytest.mark.parametrize("values, targets", [(VECTOR, COLUMN), (COLUMN, VECTOR), (COLUMN, COLUMN)])
@@ -718,7 +720,9 @@ def test_the_target_network_lags_until_it_is_copied(tmp_path):
         run_dir = tmp_path / f"{target_every}"
         return load(train(run_dir, "Chain-v0", total_timesteps=390, learning_rate=0.01, target_every=target_every))
 
-    never, always, late = checkpoint(10**6), checkpoint(1), checkpoint(200)
+    never = checkpoint(10**6)
+    always = checkpoint(1)
+    late = checkpoint(200)
     torch.manual_seed(1)
     initial = dqn.QNetwork(Box(-1, 1, (2,)), Discrete(2))
     assert same(never["target_network"], initial.state_dict())

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from world import ASSETS, evaluate_policy
 
-SFT, REWARD = ASSETS / "sft", ASSETS / "reward"
+SFT = ASSETS / "sft"
+REWARD = ASSETS / "reward"
 PROMPT = "review of silent river , a drama , on acting and music :"
 RESPONSES = [("the acting was good . i loved the superb music .", True), ("the acting was", False)]
 
@@ -22,7 +23,8 @@ def command(*args):
 
 
 def test_log_probabilities_are_those_of_each_response_alone_with_its_end_if_it_has_one():
-    tokenizer, model = AutoTokenizer.from_pretrained(SFT), AutoModelForCausalLM.from_pretrained(SFT).eval()
+    tokenizer = AutoTokenizer.from_pretrained(SFT)
+    model = AutoModelForCausalLM.from_pretrained(SFT).eval()
     by_hand = []
     for text, finished in RESPONSES:
         prompt = tokenizer(PROMPT).input_ids
@@ -40,7 +42,8 @@ def test_proxy_scores_are_those_of_each_text_alone():
     responses = [*RESPONSES, ("the acting was awful . i hated the dreadful music .", True)]
     all_three = evaluate_policy.proxy_scores(scorer, tokenizer, [PROMPT] * 3, responses)
     alone = [evaluate_policy.proxy_scores(scorer, tokenizer, [PROMPT], [response])[0] for response in responses]
-    assert all_three == pytest.approx(alone, abs=1e-5) and all_three[0] > all_three[2] + 1
+    assert all_three == pytest.approx(alone, abs=1e-5)
+    assert all_three[0] > all_three[2] + 1
 
 
 @pytest.mark.parametrize(
@@ -66,11 +69,14 @@ def test_the_reference_reaches_no_share_at_no_kl(tmp_path):
     done = command(run, *flags, "--json", tmp_path / "figures.json", "--picture", tmp_path / "picture.png")
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "figures.json").read_text())
-    assert (row["script"], row["beta"]) == ("rlhf_ppo", 0.5) and row["kl"] == 0
-    assert row["share"] == pytest.approx(0, abs=0.25) and row["proxy"] == pytest.approx(0, abs=0.3)
+    assert (row["script"], row["beta"]) == ("rlhf_ppo", 0.5)
+    assert row["kl"] == 0
+    assert row["share"] == pytest.approx(0, abs=0.25)
+    assert row["proxy"] == pytest.approx(0, abs=0.3)
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     again = command(SFT, *flags, "--beta", 0.5)  # a model folder, with stored reference samples
-    assert again.stdout.count("share") == 1 and "samples of the policy" in again.stderr  # a bar
+    assert again.stdout.count("share") == 1  # a bar
+    assert "samples of the policy" in again.stderr
     known = ["--golds", tmp_path / "golds.json", "--json", tmp_path / "figures.json"]
     drawn = command(*known, "--picture", tmp_path / "again.png")  # nothing is evaluated
     assert drawn.stdout == f"wrote {tmp_path / 'again.png'}\n", drawn.stderr
@@ -79,9 +85,12 @@ def test_the_reference_reaches_no_share_at_no_kl(tmp_path):
 
 def test_a_model_without_beta_is_refused_in_one_line():
     done = command(SFT)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "give --beta" in done.stderr
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "give --beta" in done.stderr
 
 
 def test_without_policies_or_figures_there_is_nothing_to_do():
     done = command()
-    assert done.returncode == 2 and done.stderr.startswith("error: name policies to evaluate")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: name policies to evaluate")

@@ -26,9 +26,12 @@ def test_a_gif_shows_the_greedy_agent_of_a_run_in_motion(module, args, tmp_path,
     module.main(args)
     assert benchmark.main(["gif", args.run_dir, "--out", str(tmp_path), "--seconds", "2"]) == 0
     path = tmp_path / f"{module.__name__}_{args.env_id}.gif"
-    assert f"wrote {path}" in capsys.readouterr().out and path.stat().st_size < 300_000
+    assert f"wrote {path}" in capsys.readouterr().out
+    assert path.stat().st_size < 300_000
     with Image.open(path) as gif:
-        assert gif.n_frames > 5 and gif.width == 300 and gif.info["loop"] == 0
+        assert gif.n_frames > 5
+        assert gif.width == 300
+        assert gif.info["loop"] == 0
 
 
 def test_a_gif_above_the_limit_is_made_smaller(tmp_path):
@@ -37,7 +40,8 @@ def test_a_gif_above_the_limit_is_made_smaller(tmp_path):
     for width in gifs.WIDTHS:
         gifs.write(tmp_path / "noise.gif", list(noise), width)
         sizes.append((tmp_path / "noise.gif").stat().st_size)
-    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0] / 4
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0] / 4
 
 
 def test_runs_that_are_not_finished_or_not_of_networks_are_refused_in_one_line(tmp_path, capsys):

@@ -81,7 +81,8 @@ def test_the_penalty_over_draws_of_the_old_policy_is_the_exact_kl_to_the_referen
     logits.requires_grad_()
     old, reference, policy = (x.log_softmax(-1) for x in (old, reference, logits))
     penalty = grpo.kl_penalty(policy, old, reference)
-    exact, other = (policy.exp() * (policy - reference)).sum(), (reference.exp() * (reference - policy)).sum()
+    exact = (policy.exp() * (policy - reference)).sum()
+    other = (reference.exp() * (reference - policy)).sum()
     assert (penalty >= 0).all()
     assert abs(exact - other) > 0.02
     mean = (old.exp() * penalty).sum()
@@ -117,7 +118,8 @@ def test_with_the_kl_in_the_reward_the_expected_gradient_is_the_exact_one_of_the
     reward = torch.randn(7, generator=generator, dtype=torch.float64)
     beta = 0.7
     logits.requires_grad_()
-    logprobs, ref_logprobs = enumerable_logprobs(logits), enumerable_logprobs(reference)
+    logprobs = enumerable_logprobs(logits)
+    ref_logprobs = enumerable_logprobs(reference)
     p = logprobs.sum(1).exp()
     assert p.sum().item() == pytest.approx(1)
     objective = (p * (reward - beta * (logprobs - ref_logprobs).sum(1))).sum()
@@ -322,7 +324,8 @@ def plain_grpo(policy, updates, leave_one_out, by_std, kl_in):
             tokens = sum(len(response) for _, response in minibatch)
             for row in minibatch:
                 now = replay.logprobs(policy, *row)
-                log_ratio, to_ref = now - old[row], ref[row] - now
+                log_ratio = now - old[row]
+                to_ref = ref[row] - now
                 gain = replay.clipped(log_ratio, advantages[row])
                 kl = log_ratio.exp() * (to_ref.exp() - to_ref - 1)
                 beta = replay.BETA if kl_in == "loss" else 0

@@ -75,7 +75,8 @@ def world(tmp_path_factory):
     reward_model.save_pretrained(folder / "reward")
     tiny.word_tokenizer().save_pretrained(folder / "reward")
     for script in SCRIPTS:
-        rows, count = ROWS.get(script, tiny.preferences), 13 if script == "grpo" else 26  # each prompt is asked twice
+        rows = ROWS.get(script, tiny.preferences)  # each prompt is asked twice
+        count = 13 if script == "grpo" else 26
         tiny.write_jsonl(folder / script / "train.jsonl", rows(count))
         tiny.write_jsonl(folder / script / "test.jsonl", rows(7))
     return folder
@@ -158,7 +159,8 @@ def test_a_run_leaves_arguments_events_a_checkpoint_and_a_model_that_transformer
     run_dir = finished(script)
     assert {path.name.split(".")[0] for path in run_dir.iterdir()} == {"args", "checkpoint", "model", "events"}
     assert json.loads((run_dir / "args.json").read_text())["seed"] == 1
-    assert state(run_dir)["script"] == script and state(run_dir)["step"] == 6
+    assert state(run_dir)["script"] == script
+    assert state(run_dir)["step"] == 6
     assert {path.name for path in (run_dir / "checkpoint").iterdir()} == {"6", "state.json"}
     model, info = LOADERS[script].from_pretrained(run_dir / "model", output_loading_info=True)
     assert not info["missing_keys"] | info["unexpected_keys"]
@@ -166,7 +168,8 @@ def test_a_run_leaves_arguments_events_a_checkpoint_and_a_model_that_transformer
     kept = load_file(run_dir / "checkpoint" / "6" / "model.safetensors")
     kept = {name.removeprefix("policy."): tensor for name, tensor in kept.items()}  # beside the critic in rlhf_ppo
     names = model.state_dict().keys() & kept.keys()
-    assert len(names) > 10 and all(torch.equal(model.state_dict()[name], kept[name]) for name in names)
+    assert len(names) > 10
+    assert all(torch.equal(model.state_dict()[name], kept[name]) for name in names)
     assert [step for step, _ in scalars(run_dir, LOSS[script])] == logged(script, 6)
     if script != "rlhf_ppo":  # it holds no data out
         steps = [step for step, _ in scalars(run_dir, TAGS[script].split()[0 if script in ROWS else -1])]
@@ -179,17 +182,21 @@ def test_samples_are_logged_at_every_evaluation(train, script):
         logs = spy_on(patch, accelerate.Accelerator, "log")
         train(script, save_every=4)  # which is how often rollouts are evaluated
     samples = {step: values["samples"] for ((_, values, step), _) in logs if "samples" in values}
-    assert list(samples) == [0, 4, 6] and all("review of" in text for text in samples.values())
+    assert list(samples) == [0, 4, 6]
+    assert all("review of" in text for text in samples.values())
 
 
 @scripts
 def test_help_names_every_flag_with_its_meaning(script, capsys):
     with pytest.raises(SystemExit) as stop:
         call(script, "--help")
-    text, module = capsys.readouterr().out, importlib.import_module(script)
-    assert stop.value.code == 0 and module.__doc__.splitlines()[0][:40] in text
+    text = capsys.readouterr().out
+    module = importlib.import_module(script)
+    assert stop.value.code == 0
+    assert module.__doc__.splitlines()[0][:40] in text
     assert all(f"--{name.replace('_', '-')}" in text for name in vars(module.Args()))
-    assert "Seed of the order of" in text and "Arguments of the chat template, as a JSON object." in text
+    assert "Seed of the order of" in text
+    assert "Arguments of the chat template, as a JSON object." in text
 
 
 @scripts
@@ -210,7 +217,8 @@ def test_off_the_small_world_the_default_learning_rate_is_one_for_pretrained_mod
 
 @scripts
 def test_default_run_directories_of_one_second_differ(world, script, tmp_path, monkeypatch):
-    module, given = importlib.import_module(script), iter(range(9))
+    module = importlib.import_module(script)
+    given = iter(range(9))
 
     class Clock(module.datetime):
         @classmethod
@@ -275,15 +283,18 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights_bit_for_bit(worl
     whole = train(script, *length, run_dir="whole")
     assert same(weights(tmp_path / "run"), weights(whole))
     found, expected = (dict(scalars(folder, TAGS[script].split()[0])) for folder in (tmp_path / "run", whole))
-    assert found.items() <= expected.items() and 60 in found  # a kill may take the events of its last second
+    assert found.items() <= expected.items()  # a kill may take the events of its last second
+    assert 60 in found
 
 
 def stopped(script, run_dir, said):
     """Hold what a stopped run says last to its checkpoint; returns the step and the flags to go on."""
     step = state(run_dir)["step"]
-    assert step > 0 and said.startswith(f"stopped at update {step}; to go on: ")
+    assert step > 0
+    assert said.startswith(f"stopped at update {step}; to go on: ")
     python, file, *flags = shlex.split(said.partition("to go on: ")[2])
-    assert (python, Path(file)) == ("python", ALGOS / f"{script}.py") and flags == ["--resume", str(run_dir)]
+    assert (python, Path(file)) == ("python", ALGOS / f"{script}.py")
+    assert flags == ["--resume", str(run_dir)]
     return step, flags
 
 
@@ -296,16 +307,19 @@ def test_ctrl_c_saves_first_and_the_printed_command_goes_on(world, script, tmp_p
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=100)
-    assert process.returncode == 1 and "Traceback" not in err
+    assert process.returncode == 1
+    assert "Traceback" not in err
     step, flags = stopped(script, run_dir, err.strip().splitlines()[-1])
     call(script, *flags, *LENGTH[script](step + 2))
-    assert state(run_dir)["step"] == step + 2 and (run_dir / "model").exists()
+    assert state(run_dir)["step"] == step + 2
+    assert (run_dir / "model").exists()
 
 
 @scripts
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_stopped_by_a_signal_in_an_epoch_goes_on_to_the_same_weights(finished, train, script, number, tmp_path):
-    module, run_dir = importlib.import_module(script), tmp_path / "run"
+    module = importlib.import_module(script)
+    run_dir = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         closed = spy_on(patch, accelerate.Accelerator, "end_training")  # of the processes' group
         batch_at, steps = module.batch_at, []
@@ -315,7 +329,9 @@ def test_a_run_stopped_by_a_signal_in_an_epoch_goes_on_to_the_same_weights(finis
         with pytest.raises(SystemExit) as stop:
             train(script)
         step, flags = stopped(script, run_dir, stop.value.code)
-        assert step == 4 and not (run_dir / "model").exists() and len(closed) == 1
+        assert step == 4
+        assert not (run_dir / "model").exists()
+        assert len(closed) == 1
         call(script, *flags)
         assert len(closed) == 2
     assert same(weights(run_dir), weights(finished(script)))
@@ -331,12 +347,14 @@ def test_run_folder_and_checkpoint_folder_resume_and_flags_given_then_count(fini
         loads, load = [], torch.load
         patch.setattr(torch, "load", lambda *a, **k: loads.append(k.get("weights_only")) or load(*a, **k))
         call(script, "--resume", tmp_path / "run")  # a finished run: nothing to train
-    assert loads and all(loads)  # no code of a checkpoint runs
+    assert loads  # no code of a checkpoint runs
+    assert all(loads)
     assert same(weights(tmp_path / "run"), weights(finished(script)))
     assert [step for step, _ in scalars(tmp_path / "run", LOSS[script])] == logged(script, 6)
     call(script, "--resume", tmp_path / "run" / "checkpoint", *LENGTH[script](8), "--learning-rate", 1e-2)
     ran = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert ran["learning_rate"] == 1e-2 and ran == state(tmp_path / "run")["args"]
+    assert ran["learning_rate"] == 1e-2
+    assert ran == state(tmp_path / "run")["args"]
     steps = [step for step, _ in scalars(tmp_path / "run", LOSS[script])]
     assert steps == sorted({*logged(script, 6), *logged(script, 8)})
     assert not same(weights(tmp_path / "run"), weights(finished(script)))
@@ -374,10 +392,12 @@ def test_a_run_with_adapters_that_dies_resumes_bit_for_bit_from_a_checkpoint_of_
         train(script, lora_rank=2, save_every=1)
     checkpoints = (tmp_path / "run" / "checkpoint" / "2").glob("*.safetensors")
     names = [name for file in checkpoints for name in load_file(file)]
-    assert names and all("lora_" in name or name == "model.score.weight" for name in names)
+    assert names
+    assert all("lora_" in name or name == "model.score.weight" for name in names)
     call(script, "--resume", tmp_path / "run")
     resumed, expected = (load_file(run_dir / ADAPTER) for run_dir in (tmp_path / "run", whole))
-    assert same(resumed, expected) and any(tensor.any() for name, tensor in resumed.items() if "lora_B" in name)
+    assert same(resumed, expected)
+    assert any(tensor.any() for name, tensor in resumed.items() if "lora_B" in name)
     assert same(weights(tmp_path / "run"), weights(whole))
 
 
@@ -419,9 +439,12 @@ def test_two_processes_compute_the_updates_of_one(finished, world, script, tmp_p
     assert done.returncode == 0, done.stderr
     for tag in (LOSS[script], "grad_norm", *TAGS[script].split()):
         one, two = (dict(scalars(run_dir, tag)) for run_dir in (finished(script), tmp_path / "two"))
-        assert one and two == pytest.approx(one, rel=1e-3, abs=1e-5), tag
-    one, two = weights(finished(script)), weights(tmp_path / "two")
-    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+        assert one, tag
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-5), tag
+    one = weights(finished(script))
+    two = weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
 @scripts
@@ -457,19 +480,24 @@ def sharded(world, script, run_dir, **changed):
 
 @scripts
 def test_two_processes_that_share_the_weights_by_fsdp2_compute_the_updates_of_one(finished, world, script, tmp_path):
-    one, two = finished(script), sharded(world, script, tmp_path / "two")
+    one = finished(script)
+    two = sharded(world, script, tmp_path / "two")
     for tag in (LOSS[script], "grad_norm", *TAGS[script].split()):
         expected, found = (dict(scalars(run_dir, tag)) for run_dir in (one, two))
-        assert 6 in found and found == pytest.approx(expected, rel=1e-3, abs=1e-5), tag
-    one, two = weights(one), weights(two)
-    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+        assert 6 in found, tag
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5), tag
+    one = weights(one)
+    two = weights(two)
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
 @pytest.mark.parametrize("script", ["reward_model", "dpo", "rlhf_ppo"])
 def test_bfloat16_under_fsdp2_stays_near_float32(finished, world, script, tmp_path):
     two = sharded(world, script, tmp_path / "two", bf16=True)
     expected, found = (dict(scalars(run_dir, LOSS[script]))[6] for run_dir in (finished(script), two))
-    assert found == pytest.approx(expected, rel=0.1, abs=0.1) and found != pytest.approx(expected, rel=1e-6)
+    assert found == pytest.approx(expected, rel=0.1, abs=0.1)
+    assert found != pytest.approx(expected, rel=1e-6)
     assert {tensor.dtype for tensor in weights(two).values()} == {torch.float32}
 
 
@@ -477,8 +505,10 @@ def test_bfloat16_under_fsdp2_stays_near_float32(finished, world, script, tmp_pa
 def test_adapters_under_fsdp2_equal_those_of_one_process(world, train, script, tmp_path):
     one = train(script, lora_rank=2, gradient_checkpointing=True)
     two = sharded(world, script, tmp_path / "two", lora_rank=2, gradient_checkpointing=True)
-    one, two = load_file(one / ADAPTER), load_file(two / ADAPTER)
-    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    one = load_file(one / ADAPTER)
+    two = load_file(two / ADAPTER)
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
 @row_scripts
@@ -488,7 +518,8 @@ def test_micro_batches_of_unequal_lengths_give_the_update_of_the_whole_batch(tra
     files = [run_dir / "checkpoint" / "1" / "optimizer.bin" for run_dir in runs]
     whole, parts = (torch.load(file, weights_only=True)["state"] for file in files)
     for name in whole:
-        a, b = whole[name]["exp_avg"], parts[name]["exp_avg"]
+        a = whole[name]["exp_avg"]
+        b = parts[name]["exp_avg"]
         assert (a - b).norm() <= 1e-4 * a.norm() + 1e-7, name
     for tag in ("loss", "grad_norm"):  # before clipping
         assert scalars(runs[1], tag)[0][1] == pytest.approx(scalars(runs[0], tag)[0][1], rel=1e-4)
@@ -499,7 +530,9 @@ def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(finished, tr
     def curve(run_dir):
         return [value for tag in (LOSS[script], "grad_norm") for _, value in scalars(run_dir, tag)]
 
-    plain, passes, module = curve(finished(script)), [], importlib.import_module(script)
+    plain = curve(finished(script))
+    passes = []
+    module = importlib.import_module(script)
     if script in SAMPLERS:  # what the first run drew, since one other token makes another rollout
         sample, drawn = module.sample, {}
         monkeypatch.setattr(module, "sample", lambda model, *x: drawn.setdefault(str(x), sample(model, *x)))
@@ -520,7 +553,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(train,
     shutil.copytree(finished(script), tmp_path / "run", ignore=shutil.ignore_patterns("model"))
     with pytest.raises(SystemExit, match=r"became nan or inf before update \d+; .*run/checkpoint is older"):
         call(script, "--resume", tmp_path / "run", *LENGTH[script](12), "--learning-rate", 1e30)
-    assert state(tmp_path / "run")["step"] == 6 and not (tmp_path / "run" / "model").exists()
+    assert state(tmp_path / "run")["step"] == 6
+    assert not (tmp_path / "run" / "model").exists()
     tensors = load_file(tmp_path / "run" / "checkpoint" / "6" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
@@ -609,7 +643,8 @@ def test_noise_of_training_is_off_whatever_it_is_called(script, tmp_path):
     moe = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 4}
     noise = {"input_jitter_noise": 0.1, "router_jitter_noise": 0.1, "attention_dropout": 0.1}
     of_config("Phimoe", **moe, **noise)(tmp_path / "moe")
-    model, ids = loads(script, tmp_path / "moe")[0], torch.arange(4, 20)[None]
+    model = loads(script, tmp_path / "moe")[0]
+    ids = torch.arange(4, 20)[None]
     with torch.no_grad():
         assert torch.equal(model.eval()(ids).logits, model.train()(ids).logits)
 
@@ -624,7 +659,8 @@ def test_every_causal_architecture_trains(train, script, arch, tmp_path):
 
 def make_adapter(folder, model, **lora):
     """Save an adapter of a language model that adds nothing yet."""
-    model, lora = AutoModelForCausalLM.from_pretrained(model), peft.LoraConfig(target_modules="all-linear", **lora)
+    model = AutoModelForCausalLM.from_pretrained(model)
+    lora = peft.LoraConfig(target_modules="all-linear", **lora)
     peft.get_peft_model(model, lora).save_pretrained(folder)
     tiny.word_tokenizer().save_pretrained(folder)
 
@@ -645,7 +681,8 @@ def test_adapters_on_an_adapter_are_merged_with_it_and_not_saved_alone(train, wo
     run_dir = train(script, "--lora-rank=2", model=tmp_path / "first", learning_rate=1e-5)
     after = weights(run_dir)
     assert all(torch.allclose(after[name], first[name], atol=1e-3) for name in after)
-    assert not same(after, {name: first[name] for name in after}) and not (run_dir / "adapter").exists()
+    assert not same(after, {name: first[name] for name in after})
+    assert not (run_dir / "adapter").exists()
 
 
 @lora_scripts
@@ -726,7 +763,8 @@ def test_bfloat16_rounds_no_score(train, script, place, monkeypatch):
         script, "--bf16"
     )
     for (numbers, *_), _ in calls[1:] + values[4:]:  # a critic begins at 0
-        assert numbers.dtype == torch.float32 and not torch.equal(numbers, numbers.bfloat16().float())
+        assert numbers.dtype == torch.float32
+        assert not torch.equal(numbers, numbers.bfloat16().float())
 
 
 @pytest.mark.parametrize("script", ["sft", "dpo"])
@@ -745,7 +783,8 @@ def test_samples_stay_within_the_positions_of_the_model(train, script, tmp_path)
 @pytest.mark.parametrize("form", ["text", "chat"])
 def test_rows_of_a_run_begin_once_and_end_once_whatever_the_tokenizer(train, script, name, form, tmp_path):
     make, turn_end = tiny.TOKENIZERS[name]
-    tokenizer, module = make(), importlib.import_module(script)
+    tokenizer = make()
+    module = importlib.import_module(script)
     tiny.make_model(tmp_path / "model", tokenizer=tokenizer)
     rows = ROWS[script](8) if form == "text" else [tiny.as_messages(row) for row in ROWS[script](8)]
     tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -757,10 +796,13 @@ def test_rows_of_a_run_begin_once_and_end_once_whatever_the_tokenizer(train, scr
     stop, eos = tokenizer.convert_tokens_to_ids([turn_end if form == "chat" else eos, eos])
     begin = [i for i in (tokenizer.bos_token_id, tokenizer.cls_token_id) if i is not None]
     for prompt, *texts in loads[0][1]:
-        assert prompt and (eos not in prompt if form == "text" else prompt[-1] != eos or turn_end == "[SEP]")
+        assert prompt
+        assert eos not in prompt if form == "text" else prompt[-1] != eos or turn_end == "[SEP]"
         assert sum(map(prompt.count, begin)) <= 1
         for text in texts:
-            assert text[-1] == stop and text.count(stop) == 1 and eos not in text[:-1]
+            assert text[-1] == stop
+            assert text.count(stop) == 1
+            assert eos not in text[:-1]
             assert not set(begin) & set(text)
     if script == "reward_model":
         assert AutoTokenizer.from_pretrained(run_dir / "model").pad_token_id not in (stop, eos, None)
@@ -772,7 +814,8 @@ def test_rows_of_a_run_begin_once_and_end_once_whatever_the_tokenizer(train, scr
 # --- data ---
 
 
-CHAT, HALF = [{"role": "assistant", "content": "a"}], '\n{"prompt": "half a\n'
+CHAT = [{"role": "assistant", "content": "a"}]
+HALF = '\n{"prompt": "half a\n'
 
 
 def cells(*values):
@@ -847,7 +890,8 @@ def test_messages_that_csv_lost_are_refused_however_they_are_written(train, scri
 
 @row_scripts
 def test_a_row_without_room_or_text_is_left_out_with_a_count_and_a_long_completion_cut(script, tmp_path, capsys):
-    rows, module = ROWS[script](5), importlib.import_module(script)
+    rows = ROWS[script](5)
+    module = importlib.import_module(script)
     rows[1]["prompt"] = "review " * 10
     rows[2][COLUMNS[script][-1]] = "  "
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -856,13 +900,17 @@ def test_a_row_without_room_or_text_is_left_out_with_a_count_and_a_long_completi
     assert "train: 1 of 5 rows are left out: the prompt alone fills --max-length" in said
     assert "train: 1 of 5 rows are left out: an answer is empty" in said
     cut = [row for row in kept if any(text[-1] != 1 for text in row[1:])]
-    assert f"train: {len(cut)} of 5 rows are cut to --max-length, and so have no end" in said and cut
-    assert len(kept) == 3 and all(len(prompt) + len(text) <= 10 and text for prompt, *texts in kept for text in texts)
+    assert f"train: {len(cut)} of 5 rows are cut to --max-length, and so have no end" in said
+    assert cut
+    assert len(kept) == 3
+    assert all(len(prompt) + len(text) <= 10 and text for prompt, *texts in kept for text in texts)
 
 
 @row_scripts
 def test_files_and_slices_of_splits_give_the_rows_of_a_folder(world, script, tmp_path):
-    module, rows, tokenizer = importlib.import_module(script), ROWS[script](26), tiny.word_tokenizer()
+    module = importlib.import_module(script)
+    rows = ROWS[script](26)
+    tokenizer = tiny.word_tokenizer()
     expected = module.load_rows(str(world / script), "train", tokenizer, 64)
     (tmp_path / "rows.json").write_text(json.dumps([row | {"score": 3} for row in rows]))
     (tmp_path / "rows.csv").write_text("\n".join([",".join(rows[0]), *(",".join(row.values()) for row in rows)]))
@@ -870,7 +918,8 @@ def test_files_and_slices_of_splits_give_the_rows_of_a_folder(world, script, tmp
         begin, end = (
             module.load_rows(str(tmp_path / file), f"train[{part}]", tokenizer, 64) for part in (":60%", "60%:")
         )
-        assert begin + end == expected and 0 < len(begin) < 26
+        assert begin + end == expected
+        assert 0 < len(begin) < 26
 
 
 @row_scripts
@@ -881,7 +930,8 @@ def test_flags_that_cannot_work_are_refused(train, script, flags, capsys):
     with pytest.raises(SystemExit) as stop:
         train(script, **flags)
     said = capsys.readouterr()
-    assert stop.value.code == 2 and "must be" in said.out + said.err
+    assert stop.value.code == 2
+    assert "must be" in said.out + said.err
 
 
 @row_scripts
@@ -914,9 +964,8 @@ def test_the_first_row_is_shown_as_it_is_trained_on_and_the_processes_are_counte
     assert said[0] == "1 process(es) on cpu"
     (shown,) = [line for line in said if line.startswith(("first row: ", "first prompt: "))]
     parts = shown.partition(": ")[2].split(" | ")
-    assert parts[0] == ROWS.get(script, tiny.preferences)(1)[0]["prompt"] and len(parts) == (
-        1 if script in SAMPLERS else len(COLUMNS[script])
-    )
+    assert parts[0] == ROWS.get(script, tiny.preferences)(1)[0]["prompt"]
+    assert len(parts) == (1 if script in SAMPLERS else len(COLUMNS[script]))
     assert all(part.endswith("<eos>") for part in parts[1:])
 
 
@@ -999,7 +1048,8 @@ def test_compressed_files_and_configurations_of_data_sets_are_read(train, world,
     expected = weights(train(script, *LENGTH[script](1), dataset=world / script, run_dir="folder"))
     packed = train(script, *LENGTH[script](1), dataset=tmp_path / "rows.jsonl.gz", run_dir="packed")
     configured = train(script, *LENGTH[script](1), dataset=folder, dataset_config="one", run_dir="configured")
-    assert same(weights(packed), expected) and same(weights(configured), expected)
+    assert same(weights(packed), expected)
+    assert same(weights(configured), expected)
 
 
 @scripts
@@ -1043,7 +1093,8 @@ def test_answers_that_share_no_beginning_hold_no_prompt(script, change, tmp_path
 def test_a_text_prompt_is_the_last_turn_of_the_user_that_the_chats_share(script, tmp_path):
     before = chat("review of film :", "great .")
     turn = {"role": "user", "content": "review of plot :"}
-    good, bad = chat("was great .", first="assistant"), chat("was dull .", first="assistant")
+    good = chat("was great .", first="assistant")
+    bad = chat("was dull .", first="assistant")
     explicit = [{"prompt": [*before, turn], "chosen": good, "rejected": bad}]
     beside = [{"prompt": turn["content"], "chosen": [*before, turn, *good], "rejected": [*before, turn, *bad]}]
     implicit = [{"chosen": [*before, turn, *good], "rejected": [*before, turn, *bad]}]
@@ -1064,7 +1115,8 @@ def test_a_prompt_that_one_answer_alone_repeats_is_refused(script, tmp_path):
 def learnt(script, answer):
     """A row of chats in each layout of a script that ends in an answer."""
     question = chat("review of plot :")
-    reply, other = chat(answer, first="assistant"), chat("was dull .", first="assistant")
+    reply = chat(answer, first="assistant")
+    other = chat("was dull .", first="assistant")
     if script == "sft":
         return [{"messages": question + reply}, {"prompt": question, "completion": reply}]
     wholes = {"chosen": question + reply, "rejected": question + other}
@@ -1086,7 +1138,8 @@ def test_a_template_that_leaves_out_a_part_of_an_answer_is_refused_and_one_that_
     with pytest.raises(SystemExit, match="leaves out a part of the answer '<think>dull</think>great'"):
         load(script, tmp_path, [learnt(script, "<think>dull</think>great")[layout]], tokenizer)
     ((prompt, answer, *_),) = load(script, tmp_path, [learnt(script, "great")[layout]], tokenizer)
-    assert "great" in tokenizer.decode(answer) and "think" not in tokenizer.decode(prompt + answer)
+    assert "great" in tokenizer.decode(answer)
+    assert "think" not in tokenizer.decode(prompt + answer)
 
 
 @row_scripts
@@ -1129,7 +1182,8 @@ def test_the_prompt_is_cut_off_answers_that_repeat_it_unless_few_do(script, tmp_
 
 @row_scripts
 def test_a_prompt_of_messages_behind_a_system_text_is_used_once(script, tmp_path):
-    asked, system = chat("review of plot :"), {"role": "system", "content": "great"}
+    asked = chat("review of plot :")
+    system = {"role": "system", "content": "great"}
     answers = {
         column: chat(f"was {word} .", first="assistant") for column, word in zip(COLUMNS[script][1:], ("great", "dull"))
     }
@@ -1148,13 +1202,16 @@ def test_an_answer_that_asks_the_prompt_again_keeps_all_its_turns(script, tmp_pa
     row = {"prompt": asked} | dict(zip(COLUMNS[script][1:], (again, other)))
     ((prompt, answer, *_),) = load(script, tmp_path, [row])
     text = tiny.word_tokenizer().decode(prompt + answer)
-    assert text.count("review of plot :") == 2 and "was great ." in text and "was dull ." in text
+    assert text.count("review of plot :") == 2
+    assert "was great ." in text
+    assert "was dull ." in text
 
 
 @pytest.mark.parametrize("script", SAMPLERS)
 @pytest.mark.parametrize("column", ["messages", "chosen", "completion"])
 def test_a_data_set_that_the_others_read_as_chats_is_asked_as_one(script, column, tmp_path):
-    module, tokenizer = importlib.import_module(script), tiny.word_tokenizer()
+    module = importlib.import_module(script)
+    tokenizer = tiny.word_tokenizer()
     first = {"role": "user", "content": "great"}
     turns = [first, *chat("review of plot :", "the plot was great .")]
     rows = [{"prompt": "review of plot :", column: turns}, {"prompt": "review of film :", column: turns}]
@@ -1187,7 +1244,8 @@ def test_the_seed_draws_the_responses(train, script):
             calls = spy_on(patch, importlib.import_module(script), "sample")
             train(script, *LENGTH[script](1), seed=seed, run_dir=f"{seed}{len(drawn)}")
         drawn.append([uniform.sum().item() for (_, _, uniform), _ in calls])
-    assert drawn[0] == drawn[2] and not set(drawn[0]) & set(drawn[1])
+    assert drawn[0] == drawn[2]
+    assert not set(drawn[0]) & set(drawn[1])
 
 
 @scripts

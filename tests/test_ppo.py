@@ -18,7 +18,8 @@ from torch.testing import assert_close
 
 three_scripts = pytest.mark.parametrize("script", [reinforce, a2c, ppo])
 actor_critics = pytest.mark.parametrize("script", [a2c, ppo])
-OBS, BOX = Box(-1, 1, (3,)), Box(-1, 1, (2,))
+OBS = Box(-1, 1, (3,))
+BOX = Box(-1, 1, (2,))
 
 # --- advantages ---
 
@@ -31,7 +32,8 @@ def test_gae_equals_its_definition_with_terminations_and_truncations(lam, name):
     rewards, values, next_values = torch.randn(3, 20, 5, generator=g, dtype=torch.float64)
     terminated = (torch.rand(20, 5, generator=g) < 0.15).double()
     truncated = (torch.rand(20, 5, generator=g) < 0.15).double()
-    assert terminated.any() and (truncated > terminated).any()
+    assert terminated.any()
+    assert (truncated > terminated).any()
     arguments = (rewards, values, next_values, terminated, torch.maximum(terminated, truncated), 0.9, lam)
     assert_close(script.compute_gae(*arguments), by_hand.gae_by_definition(*arguments))
 
@@ -111,7 +113,12 @@ def test_the_value_loss_of_rlhf_ppo_takes_the_worse_of_clipped_and_plain():
 
 T = 7  # rows of a rollout, in which some episodes end and others go on
 EPOCHS, MINIBATCHES = 2, 3
-GAMMA, LAM, CLIP, VF_COEF, ENT_COEF, LOG_STD = 0.9, 0.8, 0.05, 0.02, 0.3, -0.7
+GAMMA = 0.9
+LAM = 0.8
+CLIP = 0.05
+VF_COEF = 0.02
+ENT_COEF = 0.3
+LOG_STD = -0.7
 
 
 def plain_update(plain, rows, actions, orders, first, learning_rate):
@@ -192,7 +199,8 @@ def test_three_updates_are_those_of_a_plain_second_version(
         plain_update(plain, rows, actions, orders[:EPOCHS], i * T, rate)
         del orders[:EPOCHS]
         step += sizes[i]
-    assert max(plain.norms) > 0.55 and (box or min(plain.norms) < 0.45)
+    assert max(plain.norms) > 0.55
+    assert box or min(plain.norms) < 0.45
     assert not orders
     plain.compare(run_dir, sizes)
 
@@ -274,7 +282,8 @@ def test_target_kl_ends_an_update_after_the_epoch_whose_last_minibatch_exceeds_i
     free, _ = kls_of_updates(tmp_path / "free", target_kl=0.0)
     mean = np.mean(free[:3])
     last = free[2]
-    assert last < 0.7 * mean and free[1] > mean  # so neither the mean nor another minibatch of the epoch counts
+    assert last < 0.7 * mean  # so neither the mean nor another minibatch of the epoch counts
+    assert free[1] > mean
     lower, _ = kls_of_updates(tmp_path / "lower", target_kl=0.8 * last)
     assert lower == pytest.approx(free[:3])
     between, second = kls_of_updates(tmp_path / "between", target_kl=0.5 * (last + mean))

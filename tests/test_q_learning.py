@@ -332,7 +332,8 @@ def test_q_comes_close_to_the_optimum_of_a_random_mdp(tmp_path):
 
 def matrices(P):
     """Mean rewards (S, A) and probabilities of going on (S, A, S)."""
-    S, A = len(P), len(P[0])
+    S = len(P)
+    A = len(P[0])
     rewards = np.zeros((S, A))
     moves = np.zeros((S, A, S))
     for s, actions in P.items():
@@ -438,7 +439,9 @@ def test_the_published_transitions_are_what_the_environment_does(env_id, kwargs)
         next_state, reward, terminated, _, _ = env.step(action)
         seen[state, action][next_state, reward, terminated] += 1
         state = env.reset()[0] if terminated else next_state
-    found, expected, variance = Counter(), Counter(), Counter()  # by probability
+    found = Counter()  # by probability
+    expected = Counter()
+    variance = Counter()
     for (s, a), counts in seen.items():
         probs = Counter()
         for p, *outcome in env.P[s][a]:

@@ -58,14 +58,16 @@ def shell(clone, command):
 
 def test_it_is_short():
     lines = README.splitlines()
-    assert len(lines) <= 170 and [line for line in lines if len(line) > 120] == []
+    assert len(lines) <= 170
+    assert [line for line in lines if len(line) > 120] == []
 
 
 def test_its_sentences_have_twenty_words_on_average_at_most():
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     prose = " ".join(line for line in prose.splitlines() if line[:1] not in ("|", "#", "!"))
     sentences = [sentence.split() for sentence in re.split(r"(?<=[.:])\s+", prose)]
-    assert len(sentences) > 40 and np.mean([len(words) for words in sentences]) <= 20
+    assert len(sentences) > 40
+    assert np.mean([len(words) for words in sentences]) <= 20
 
 
 # --- what it says ---
@@ -78,7 +80,8 @@ def test_the_loss_that_it_shows_is_that_of_the_scripts():
 
 def test_its_links_lead_somewhere():
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert len(links) > 12 and [link for link in links if not (REPO / link).exists()] == []
+    assert len(links) > 12
+    assert [link for link in links if not (REPO / link).exists()] == []
 
 
 def rows(first):
@@ -166,7 +169,8 @@ def test_the_second_command_is_what_ci_runs():
     ci = (REPO / ".ci" / "run").read_text()
     (pattern,) = re.findall(r"sed -n '(s/.*/p)'", ci)
     printed = subprocess.run(["sed", "-n", pattern, REPO / "README.md"], capture_output=True, text=True).stdout
-    assert printed.startswith("python -m pytest -n 2 tests") and len(printed.splitlines()) == 1
+    assert printed.startswith("python -m pytest -n 2 tests")
+    assert len(printed.splitlines()) == 1
 
 
 def test_its_environment_trains(clone):
@@ -211,7 +215,8 @@ def test_its_runs_are_compared_and_the_last_one_is_watched(clone):
     shorter = block.replace("; done", f" {SHORTER['control']}; done")
     said = shell(clone, shorter)
     assert (clone / "compare.png").stat().st_size > 10_000
-    assert "a2c" in said and "ppo" in said
+    assert "a2c" in said
+    assert "ppo" in said
     (watch,) = commands("python algos/ppo.py --resume")
     shell(clone, watch)
     assert list((clone / "runs" / "ppo-1" / "videos").glob("*.mp4"))

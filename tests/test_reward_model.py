@@ -106,7 +106,8 @@ def alone(model, ids):
 def test_the_loss_is_minus_log_sigmoid_of_the_difference():
     found = reward_loss(torch.tensor([[2.0, 1.0, 1.0], [1.0, 2.0, 1.0]]), 0.0)
     assert found["loss"].tolist() == pytest.approx([0.31326169, 1.31326169, math.log(2)])  # ln(1 + e^-1), ln(1 + e)
-    assert found["accuracy"].tolist() == [1, 0, 0.5] and found["margin"].tolist() == [1, -1, 0]
+    assert found["accuracy"].tolist() == [1, 0, 0.5]
+    assert found["margin"].tolist() == [1, -1, 0]
 
 
 def test_centering_adds_the_squared_sum():
@@ -125,7 +126,8 @@ def test_extreme_rewards_stay_finite():
     pair = torch.tensor([[1e4, -1e4], [-1e4, 1e4]], requires_grad=True)
     losses = reward_loss(pair, 0.0)["loss"]
     losses.sum().backward()
-    assert losses.tolist() == [0.0, 2e4] and pair.grad.isfinite().all()
+    assert losses.tolist() == [0.0, 2e4]
+    assert pair.grad.isfinite().all()
 
 
 # --- where the reward is read ---
@@ -144,7 +146,8 @@ def test_the_reward_is_that_of_the_last_real_token_whatever_pads(arch, tmp_path)
         changed = text_rewards(model, [[prompt, [*text[:-1], 9]] for prompt, text in rows], pad, CPU)  # where EOS was
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(longer, expected, atol=1e-5, rtol=1e-5)
-    assert len({len(prompt + text) for prompt, text in rows}) > 2 and (changed - found).abs().min() > 1e-3
+    assert len({len(prompt + text) for prompt, text in rows}) > 2
+    assert (changed - found).abs().min() > 1e-3
 
 
 @pytest.mark.parametrize("name", tiny.TOKENIZERS)
@@ -156,9 +159,11 @@ def test_plain_transformers_reads_the_rewards_of_training_on_a_padded_batch(name
     rows = [[row[0], row[i]] for row in rows_of(tokenizer, pairs) for i in (1, 2)]
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
-    tokenizer, model = AutoTokenizer.from_pretrained(tmp_path / "saved"), LOADER.from_pretrained(tmp_path / "saved")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    model = LOADER.from_pretrained(tmp_path / "saved")
     batch = tokenizer.pad({"input_ids": [prompt + text for prompt, text in rows]}, return_tensors="pt")
-    assert batch.attention_mask.min() == 0 and tokenizer.pad_token_id == model.config.pad_token_id == pad
+    assert batch.attention_mask.min() == 0
+    assert tokenizer.pad_token_id == model.config.pad_token_id == pad
     with torch.no_grad():
         expected = torch.stack([alone(model, prompt + text) for prompt, text in rows])
         torch.testing.assert_close(model(**batch).logits[:, 0], expected, atol=1e-5, rtol=1e-5)
@@ -189,8 +194,10 @@ def test_the_pad_token_is_kept_unless_it_is_missing_or_ends_texts(pad, tmp_path)
     tiny.make_model(tmp_path / "bytes", tokenizer=tiny.gemma_like())  # no unknown token; the pad ends turns
     before = AutoTokenizer.from_pretrained(tmp_path / "bytes").get_vocab()
     model, tokenizer, found = load(tmp_path / "bytes")
-    assert tokenizer.get_vocab() == before | {"<pad>": len(before)} and found == len(before)  # no word of a text
-    assert model.config.pad_token_id == found and model.get_input_embeddings().num_embeddings == found + 1
+    assert tokenizer.get_vocab() == before | {"<pad>": len(before)}  # no word of a text
+    assert found == len(before)
+    assert model.config.pad_token_id == found
+    assert model.get_input_embeddings().num_embeddings == found + 1
 
 
 # --- the head ---
@@ -200,7 +207,8 @@ def test_a_new_head_has_the_std_of_the_paper_and_an_old_one_is_kept(world, tmp_p
     tiny.make_model(tmp_path / "wide", hidden_size=512)
     args = world("new", max_steps=1, learning_rate=1e-12, model=str(tmp_path / "wide"))
     first = run(args)["score.weight"]
-    assert first.std().item() == pytest.approx(1 / math.sqrt(513), rel=0.1) and first.shape == (1, 512)
+    assert first.std().item() == pytest.approx(1 / math.sqrt(513), rel=0.1)
+    assert first.shape == (1, 512)
     old = world("old", max_steps=1, learning_rate=1e-12, seed=2, model=f"{args.run_dir}/model")
     torch.testing.assert_close(run(old)["score.weight"], first, atol=1e-9, rtol=0)
 
@@ -357,7 +365,8 @@ def test_a_copied_script_says_which_flags_it_needs(tmp_path):
     rows = str(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.preferences(2)))
     for flags, needed in (["--dataset", rows], "--model"), (["--model", "x"], "--dataset"):
         done = subprocess.run([sys.executable, "reward_model.py", *flags], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 1 and done.stderr.startswith(f"{needed} is needed: the small language world")
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"{needed} is needed: the small language world")
 
 
 def test_gzipped_files_are_read_and_nothing_is_held_out_of_a_lone_file(world, tmp_path, capsys):
@@ -366,10 +375,12 @@ def test_gzipped_files_are_read_and_nothing_is_held_out_of_a_lone_file(world, tm
         file.writelines(json.dumps(row) + "\n" for row in rows)
     assert reward_model.Args().eval_split == "auto"
     args = world(dataset=str(tmp_path / "rows.jsonl.gz"))
-    plain, packed = run(world("plain", eval_split="")), run(args)
+    plain = run(world("plain", eval_split=""))
+    packed = run(args)
     assert f"{args.dataset} has no split test or validation: nothing is held out" in capsys.readouterr().out
     assert all(torch.equal(plain[name], packed[name]) for name in plain)  # the same 24 pairs
-    assert metric(args, "eval/loss") == {} and len(metric(args, "loss")) == 2
+    assert metric(args, "eval/loss") == {}
+    assert len(metric(args, "loss")) == 2
 
 
 def test_main_reads_the_configuration_and_the_arguments_of_the_template_for_both_splits(world, tmp_path, monkeypatch):
@@ -388,7 +399,8 @@ def test_main_reads_the_configuration_and_the_arguments_of_the_template_for_both
     run(world(max_steps=1, **flags))
     assert [given[1] for given, _ in loads] == ["train", "test"]
     for _, rows in loads:
-        assert len(rows) == 8 and tokenizer.decode(rows[0][0]) == "not dull : user : review of plot : assistant :"
+        assert len(rows) == 8
+        assert tokenizer.decode(rows[0][0]) == "not dull : user : review of plot : assistant :"
     with pytest.raises(ValueError, match="must be a JSON object"):
         world(chat_template_kwargs="[1]")
 
@@ -407,7 +419,8 @@ def test_the_first_loss_logged_is_that_of_the_model_at_the_start_and_an_easy_set
         expected = reward_loss(pair_rewards(model, first, pad, CPU), 0.0)["loss"].mean().item()
     assert metric(args, "loss")[1] == pytest.approx(expected, rel=1e-5)
     assert metric(args, "accuracy")[20] == metric(args, "eval/accuracy")[20] == 1
-    assert metric(args, "eval/margin")[20] > 2 and metric(args, "eval/loss")[20] < 0.1
+    assert metric(args, "eval/margin")[20] > 2
+    assert metric(args, "eval/loss")[20] < 0.1
 
 
 def first_batch(args):
@@ -450,7 +463,8 @@ def test_the_first_gradient_is_that_of_the_mean_over_pairs_clipped_to_norm_one(w
     loop_loss(model, rows, centering=1.0).backward()
     expected = [parameter.grad for parameter in model.parameters()]
     norm = torch.cat([gradient.flatten() for gradient in expected]).norm().item()
-    assert norm > 1.1 and metric(args, "grad_norm")[1] == pytest.approx(norm, rel=1e-4)
+    assert norm > 1.1
+    assert metric(args, "grad_norm")[1] == pytest.approx(norm, rel=1e-4)
     state = torch.load(f"{args.run_dir}/checkpoint/1/optimizer.bin", weights_only=True)["state"]
     for gradient, moments in zip(expected, state.values(), strict=True):
         torch.testing.assert_close(moments["exp_avg"] * 10, gradient / norm, rtol=1e-4, atol=1e-6)
@@ -468,7 +482,8 @@ def test_the_learning_rate_of_each_update_rises_in_a_line_and_falls_by_a_cosine(
     run(args)
     root = math.sqrt(3) / 2  # of 60°
     expected = [5e-4, 1e-3, 1e-3, 1e-3 * (1 + root) / 2, 7.5e-4, 5e-4, 2.5e-4, 1e-3 * (1 - root) / 2]
-    assert used == pytest.approx(expected) and list(metric(args, "learning_rate").values()) == pytest.approx(expected)
+    assert used == pytest.approx(expected)
+    assert list(metric(args, "learning_rate").values()) == pytest.approx(expected)
     used.clear()
     run(world("without", max_steps=2, warmup=0.0))
     assert used == pytest.approx([1e-3, 5e-4])
@@ -486,7 +501,8 @@ def test_epochs_are_passes_over_the_pairs_where_there_are_no_max_steps(world, mo
     args = world(epochs=2, max_steps=0, batch_size=7)  # 3 of 24 pairs are left out of an epoch
     run(args)
     seen = [batch for _, batch in batches]
-    assert len(seen) == 6 and list(metric(args, "loss")) == [1, 6]
+    assert len(seen) == 6
+    assert list(metric(args, "loss")) == [1, 6]
     for epoch in (seen[:3], seen[3:]):
         assert len({i for batch in epoch for i in batch}) == 21
     batches.clear()
@@ -527,7 +543,8 @@ def test_samples_show_both_texts_of_a_pair_with_their_rewards(world):
         logs = spy_on(patch, reward_model.Accelerator, "log")
         run(args)
     samples = {step: values["samples"] for ((_, values, step), _) in logs if "samples" in values}
-    assert list(samples) == [0, 2, 3] and len(set(samples.values())) == 3
+    assert list(samples) == [0, 2, 3]
+    assert len(set(samples.values())) == 3
     model, tokenizer, pad = load(f"{args.run_dir}/model")
     with torch.no_grad():
         scores = pair_rewards(model, rows_of(tokenizer, tiny.preferences(4)), pad, CPU).T.flatten().tolist()
@@ -549,4 +566,5 @@ def test_a_run_on_a_reward_model_resumes_bit_for_bit(world, monkeypatch, tmp_pat
     path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 1}))
     monkeypatch.setattr(sys, "argv", ["reward_model.py", "--resume", str(tmp_path / "parts")])
     resumed = run(*reward_model.parse_args())
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -131,7 +131,8 @@ def test_ppo_reaches_the_optimum_of_a_world_that_can_be_enumerated():
     masks = torch.tensor([[1.0] * len(row) + [0.0] * (R - len(row)) for row in responses])
     reward = torch.randn(len(responses), generator=generator)
     reference = torch.randn(len(contexts), V, generator=generator)
-    logits, values = reference.clone().requires_grad_(), torch.zeros(len(contexts), requires_grad=True)
+    logits = reference.clone().requires_grad_()
+    values = torch.zeros(len(contexts), requires_grad=True)
 
     def logprobs_of(logits, rows):
         return logits.log_softmax(-1)[of_token[rows], tokens[rows]]  # (b, R)
@@ -148,12 +149,14 @@ def test_ppo_reaches_the_optimum_of_a_world_that_can_be_enumerated():
             rows = torch.multinomial(p, 2048, replacement=True, generator=generator)
             mask = masks[rows]
             last = mask - pad(mask[:, 1:], (0, 1))
-            old, old_values = logprobs_of(logits, rows) * mask, values[of_token[rows]] * mask
+            old = logprobs_of(logits, rows) * mask
+            old_values = values[of_token[rows]] * mask
             ref = logprobs_of(reference, rows) * mask
             rewards = rlhf_ppo.kl_penalised_rewards(reward[rows], old, ref, last, beta)
             following = pad(old_values[:, 1:], (0, 1))
             advantages = rlhf_ppo.compute_gae(rewards.T, old_values.T, following.T, last.T, last.T, 1.0, 0.95).T
-            returns, n = advantages + old_values, mask > 0
+            returns = advantages + old_values
+            n = mask > 0
             advantages = (advantages - advantages[n].mean()) / advantages[n].std(correction=0)
         for _ in range(4):
             log_ratio = (logprobs_of(logits, rows) - old)[n]
@@ -163,7 +166,8 @@ def test_ppo_reaches_the_optimum_of_a_world_that_can_be_enumerated():
             loss.backward()
             optimizer.step()
     found = (logprobs_of(logits.detach(), everything) * masks).sum(1)
-    kl, kl_at_start = (found.exp() * (found - best)).sum(), (start.exp() * (start - best)).sum()
+    kl = (found.exp() * (found - best)).sum()
+    kl_at_start = (start.exp() * (start - best)).sum()
     assert kl_at_start > 0.5
     assert 0 <= kl < 0.01
 
@@ -294,7 +298,9 @@ def values_of(critic, prompt, response):
 
 def plain_ppo(policy, critic, updates, lam):
     """PPO over the rows of each update and its minibatches, one response at a time; what each update logs."""
-    reference, logged, trained = copy.deepcopy(policy), [], [*policy.parameters(), *critic.parameters()]
+    reference = copy.deepcopy(policy)
+    logged = []
+    trained = [*policy.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(trained)
     for step, (rows, minibatches) in enumerate(updates):
         old, ref = ({row: replay.logprobs(model, *row).detach() for row in rows} for model in (policy, reference))
@@ -302,7 +308,8 @@ def plain_ppo(policy, critic, updates, lam):
         scores = [replay.score(response) for _, response in rows]
         advantages, returns = {}, {}
         for row, score in zip(rows, scores):
-            rewards, values = replay.BETA * (ref[row] - old[row]), old_values[row]
+            rewards = replay.BETA * (ref[row] - old[row])
+            values = old_values[row]
             rewards[-1] += score
             deltas = rewards + torch.cat([values[1:], torch.zeros(1)]) - values  # nothing follows the last token
             n = range(len(deltas))
@@ -321,9 +328,11 @@ def plain_ppo(policy, critic, updates, lam):
         optimizer.param_groups[0]["lr"] = log["lr"]
         sums = Counter()
         for minibatch in minibatches:
-            loss, tokens = 0, sum(len(response) for _, response in minibatch)
+            loss = 0
+            tokens = sum(len(response) for _, response in minibatch)
             for row in minibatch:
-                log_ratio, values = replay.logprobs(policy, *row) - old[row], values_of(critic, *row)
+                log_ratio = replay.logprobs(policy, *row) - old[row]
+                values = values_of(critic, *row)
                 gain = replay.clipped(log_ratio, (advantages[row] - every.mean()) / every.std(correction=0))
                 near = old_values[row] + (values - old_values[row]).clamp(-replay.CLIP, replay.CLIP)
                 errors = torch.maximum((values - returns[row]) ** 2, (near - returns[row]) ** 2) / 2
@@ -349,7 +358,8 @@ def test_two_updates_are_those_of_a_plain_second_version(train, tmp_path, lam):
     start = AutoModelForCausalLM.from_pretrained(tmp_path / "model").double()
     critic = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1).double()
     torch.nn.init.zeros_(critic.score.weight)
-    policy, untrained = copy.deepcopy(start), copy.deepcopy(critic)
+    policy = copy.deepcopy(start)
+    untrained = copy.deepcopy(critic)
     logged = plain_ppo(policy, critic, replay.rollouts(seen, 8, prompts), lam)
     for name in logged[0]:
         values = [value for _, value in scalars(tmp_path / "run", name)]

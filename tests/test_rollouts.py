@@ -73,8 +73,10 @@ def draw(module, model, prompts, uniform, stops):
 
 @archs
 def test_samples_have_the_probabilities_of_the_training_forward_pass(module, arch, tmp_path):
-    model, n = tiny.make_model(tmp_path, arch), 4000
-    short, long = [5, 6], [4, 5, 6, 7, 8]  # padded on the left
+    model = tiny.make_model(tmp_path, arch)
+    n = 4000
+    short = [5, 6]  # padded on the left
+    long = [4, 5, 6, 7, 8]
     uniform = noise(2 * n, 2)
     uniform[:, 0] = 0.5  # the same first token everywhere
     uniform[:n, 1] = uniform[n:, 1] = (torch.arange(n) + 0.5) / n  # numbers that fill [0, 1) evenly
@@ -579,7 +581,8 @@ def test_prompts_without_room_for_a_response_are_left_out_with_a_count_and_the_f
 
 
 def test_unknown_words_are_counted_and_a_set_that_mostly_holds_them_is_refused(module, tmp_path, capsys):
-    known, unknown = {"prompt": "review of plot :"}, {"prompt": "revue of plot :"}
+    known = {"prompt": "review of plot :"}
+    unknown = {"prompt": "revue of plot :"}
     assert len(rollouts.load_prompts(module, tmp_path, [known, unknown], tiny.word_tokenizer())) == 2
     assert "1 of 2 prompts hold words that --model does not know" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="most prompts hold <unk>, a word that --model does not know"):
@@ -747,7 +750,8 @@ def test_the_learning_rate_falls_in_a_line_to_0_over_the_run(monkeypatch, script
 def test_weights_that_have_no_gradient_do_not_decay(monkeypatch, script, world, tmp_path):
     models = {"model": str(world / "gpt2"), "reward_model": str(world / "gpt2-reward")}
     train(monkeypatch, script, rollouts.flags_of(world, script, tmp_path, **models))
-    after, before = rollouts.final(tmp_path), load_file(world / "gpt2" / "model.safetensors")
+    after = rollouts.final(tmp_path)
+    before = load_file(world / "gpt2" / "model.safetensors")
     (name,) = [name for name in before if name.endswith("wpe.weight")]
     assert torch.equal(after[name][64:], before[name][64:])  # positions beyond --max-length
     assert not torch.equal(after[name][:8], before[name][:8])

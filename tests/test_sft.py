@@ -26,7 +26,8 @@ PAIRS = [
     {"prompt": "the film :", "completion": " the plot was bad ."},
     {"prompt": "review :", "completion": f" {SENTENCE} {SENTENCE}"},
 ]
-USER, ANSWER = {"role": "user", "content": "review of plot :"}, {"role": "assistant", "content": "the plot was great ."}
+USER = {"role": "user", "content": "review of plot :"}
+ANSWER = {"role": "assistant", "content": "the plot was great ."}
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +110,8 @@ def test_a_model_that_knows_nothing_has_a_loss_of_ln_v(tmp_path):
 
 def test_tokens_of_the_prompt_have_no_gradient_and_the_eos_has_one_even_where_it_pads(tmp_path):
     tokenizer = tiny.word_tokenizer(pad="<eos>")
-    model, kept = tiny.make_model(tmp_path, tokenizer=tokenizer), []
+    model = tiny.make_model(tmp_path, tokenizer=tokenizer)
+    kept = []
     model.register_forward_hook(lambda _, __, output: (output.logits.retain_grad(), kept.append(output.logits))[0])
     rows = rows_of(tokenizer, PAIRS)
     loss_of(model, rows).backward()
@@ -122,7 +124,8 @@ def test_tokens_of_the_prompt_have_no_gradient_and_the_eos_has_one_even_where_it
 
 @pytest.mark.parametrize("arch", tiny.CONFIGS)
 def test_a_batch_is_the_sum_of_its_rows(tmp_path, arch):
-    model, rows = tiny.make_model(tmp_path, arch), rows_of(tiny.word_tokenizer(), PAIRS)
+    model = tiny.make_model(tmp_path, arch)
+    rows = rows_of(tiny.word_tokenizer(), PAIRS)
     alone = sum(loss_of(model, [row]).item() * len(row[1]) for row in rows)
     assert loss_of(model, rows).item() * sum(len(completion) for _, completion in rows) == pytest.approx(
         alone, rel=1e-5
@@ -132,7 +135,8 @@ def test_a_batch_is_the_sum_of_its_rows(tmp_path, arch):
 def test_text_without_a_prompt_has_a_loss_on_every_token_but_the_first(tmp_path):
     (row,) = rows_of(tiny.word_tokenizer(), [{"text": SENTENCE}])
     _, mask = sft.completion_logprobs(tiny.make_model(tmp_path), [row], CPU)
-    assert row[0] == [] and mask.tolist() == [[True] * 6]
+    assert row[0] == []
+    assert mask.tolist() == [[True] * 6]
 
 
 # --- from text to tokens ---
@@ -158,17 +162,20 @@ def test_a_chat_completion_ends_once_in_the_token_at_which_generation_stops(name
 def test_a_text_completion_ends_in_eos_and_its_prompt_does_not(name):
     tokenizer = tiny.TOKENIZERS[name][0]()
     ((prompt, completion),) = rows_of(tokenizer, PAIRS[:1])
-    assert completion.count(tokenizer.eos_token_id) == 1 and completion[-1] == tokenizer.eos_token_id
+    assert completion.count(tokenizer.eos_token_id) == 1
+    assert completion[-1] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in prompt
     has_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-    assert prompt.count(tokenizer.bos_token_id) == int(has_bos) and (not has_bos or prompt[0] == tokenizer.bos_token_id)
+    assert prompt.count(tokenizer.bos_token_id) == int(has_bos)
+    assert not has_bos or prompt[0] == tokenizer.bos_token_id
 
 
 def test_texts_that_were_rendered_beforehand_get_no_second_bos_or_stop():
     tokenizer = tiny.bpe_tokenizer(bos=True, template=tiny.LLAMA_STYLE)
     row = {"prompt": "<s>[user] plot :", "completion": f" {SENTENCE}</s>\n"}
     ((prompt, completion),) = rows_of(tokenizer, [row])
-    assert prompt.count(0) == 1 and completion.count(tokenizer.eos_token_id) == 1
+    assert prompt.count(0) == 1
+    assert completion.count(tokenizer.eos_token_id) == 1
     assert completion[-1] == tokenizer.eos_token_id
     row = {"prompt": "<turn>user plot", "completion": f" {SENTENCE}<|im_end|>\n"}
     ((_, completion),) = rows_of(tiny.gemma_like(), [row])
@@ -189,7 +196,8 @@ def test_the_first_of_several_stop_tokens_ends_an_answer_and_one_within_it_does_
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_prompt_ids_are_a_prefix_and_all_ids_spell_the_text_wherever_it_is_parted(bos):
-    tokenizer, rng = tiny.bpe_tokenizer(bos), random.Random(1)
+    tokenizer = tiny.bpe_tokenizer(bos)
+    rng = random.Random(1)
     texts = [SENTENCE, "Question: what? Answer: 42 is right.", "the acting was great . the  plot\nwas not dull ."]
     pairs = [(text[:i], text[i:]) for text in texts for i in range(1, len(text))]
     rng.shuffle(pairs)
@@ -199,7 +207,8 @@ def test_prompt_ids_are_a_prefix_and_all_ids_spell_the_text_wherever_it_is_parte
         alone = tokenizer(prompt).input_ids
         assert prompt_ids == alone[: len(prompt_ids)]
         assert tokenizer.decode(prompt_ids[bos:] + ids[:-1]) == prompt + completion
-        assert ids[-1] == tokenizer.eos_token_id and len(ids) > 1
+        assert ids[-1] == tokenizer.eos_token_id
+        assert len(ids) > 1
         merged += prompt_ids != alone
     assert 0 < merged < len(pairs)  # both cases came up
 
@@ -237,7 +246,8 @@ def test_a_template_that_leaves_out_a_part_of_an_answer_is_refused_in_every_layo
 
 
 def test_columns_of_each_layout_are_read_and_completions_may_repeat_their_prompt():
-    tokenizer, rows = tiny.word_tokenizer(), tiny.completions(4)
+    tokenizer = tiny.word_tokenizer()
+    rows = tiny.completions(4)
     expected = rows_of(tokenizer, rows)
     assert rows_of(tokenizer, [row | {"completion": row["prompt"] + row["completion"]} for row in rows]) == expected
     texts = rows_of(tokenizer, [{"text": row["prompt"] + row["completion"]} for row in rows])
@@ -335,14 +345,16 @@ def test_a_copied_script_says_which_flags_it_needs(tmp_path):
     rows = str(tiny.write_jsonl(tmp_path / "rows.jsonl", PAIRS))
     for flags, needed in (["--dataset", rows], "--model"), (["--model", "x"], "--dataset"):
         done = subprocess.run([sys.executable, "sft.py", *flags], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 1 and done.stderr.startswith(f"{needed} is needed: the small language world")
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"{needed} is needed: the small language world")
 
 
 # --- files ---
 
 
 def test_gzipped_files_and_configurations_of_a_folder_are_read(tmp_path):
-    tokenizer, rows = tiny.word_tokenizer(), tiny.completions(6)
+    tokenizer = tiny.word_tokenizer()
+    rows = tiny.completions(6)
     expected = rows_of(tokenizer, rows)
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -371,7 +383,8 @@ def test_main_reads_the_configuration_and_the_arguments_of_the_template_for_both
     run(world(max_steps=1, **flags))
     assert [given[1] for given, _ in loads] == ["train", "test"]
     for _, rows in loads:
-        assert len(rows) == 8 and tokenizer.decode(rows[0][1]).startswith("not dull : user : review")
+        assert len(rows) == 8
+        assert tokenizer.decode(rows[0][1]).startswith("not dull : user : review")
     with pytest.raises(ValueError, match="must be a JSON object"):
         world(chat_template_kwargs="[1]")
 
@@ -389,7 +402,8 @@ def test_rows_are_held_out_where_there_is_a_split_test_or_validation(world, tmp_
     assert sft.Args().eval_split == "auto"
     run(args)
     assert f"{path} has no split test or validation: nothing is held out" in capsys.readouterr().out
-    assert metric(args, "eval/loss") == {} and len(metric(args, "loss")) == 1
+    assert metric(args, "eval/loss") == {}
+    assert len(metric(args, "loss")) == 1
 
 
 # --- batches ---
@@ -399,7 +413,8 @@ def test_each_epoch_is_another_permutation_of_the_rows():
     epochs = [[i for step in range(3 * e, 3 * e + 3) for i in sft.batch_at(10, step, 3, seed=1)] for e in range(3)]
     assert all(len(set(epoch)) == 9 and set(epoch) <= set(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert sft.batch_at(10, 4, 3, seed=1) == epochs[1][3:6] and sft.batch_at(10, 4, 3, seed=2) != epochs[1][3:6]
+    assert sft.batch_at(10, 4, 3, seed=1) == epochs[1][3:6]
+    assert sft.batch_at(10, 4, 3, seed=2) != epochs[1][3:6]
 
 
 @pytest.mark.parametrize("count,size", [(10, 4), (11, 2), (3, 64), (9, 4), (0, 4), (8, 4)])
@@ -409,8 +424,10 @@ def test_micro_batches_hold_each_row_once_and_rows_of_like_length_meet(count, si
     parts = sft.micro_batches(rows, indices, size)
     together = [i for part in parts for i in part]
     lengths = [len(rows[i][0] + rows[i][1]) for i in together]
-    assert sorted(together) == sorted(indices) and lengths == sorted(lengths)
-    assert all(0 < len(part) < 2 * size for part in parts) and (len(parts) == count // size or count < size)
+    assert sorted(together) == sorted(indices)
+    assert lengths == sorted(lengths)
+    assert all(0 < len(part) < 2 * size for part in parts)
+    assert len(parts) == count // size or count < size
 
 
 # --- runs ---
@@ -455,7 +472,8 @@ def test_the_first_gradient_is_that_of_the_mean_over_all_tokens_clipped_to_norm_
     loop_loss(model, rows).backward()
     expected = [parameter.grad for parameter in model.parameters()]
     norm = torch.cat([gradient.flatten() for gradient in expected]).norm().item()
-    assert norm > 1.1 and metric(args, "grad_norm")[1] == pytest.approx(norm, rel=1e-4)
+    assert norm > 1.1
+    assert metric(args, "grad_norm")[1] == pytest.approx(norm, rel=1e-4)
     state = torch.load(f"{args.run_dir}/checkpoint/1/optimizer.bin", weights_only=True)["state"]
     for gradient, moments in zip(expected, state.values(), strict=True):
         torch.testing.assert_close(moments["exp_avg"] * 10, gradient / norm, rtol=1e-4, atol=1e-6)
@@ -473,7 +491,8 @@ def test_the_learning_rate_of_each_update_rises_in_a_line_and_falls_by_a_cosine(
     run(args)
     root = math.sqrt(3) / 2  # of 60°
     expected = [5e-4, 1e-3, 1e-3, 1e-3 * (1 + root) / 2, 7.5e-4, 5e-4, 2.5e-4, 1e-3 * (1 - root) / 2]
-    assert used == pytest.approx(expected) and list(metric(args, "learning_rate").values()) == pytest.approx(expected)
+    assert used == pytest.approx(expected)
+    assert list(metric(args, "learning_rate").values()) == pytest.approx(expected)
     used.clear()
     run(world("without", max_steps=2, warmup=0.0))
     assert used == pytest.approx([1e-3, 5e-4])
@@ -491,7 +510,8 @@ def test_epochs_are_passes_over_the_rows_where_there_are_no_max_steps(world, mon
     args = world(epochs=3, max_steps=0, batch_size=10)  # 2 of 32 rows are left out of an epoch
     run(args)
     seen = [batch for _, batch in batches]
-    assert len(seen) == 9 and list(metric(args, "loss")) == [1, 9]
+    assert len(seen) == 9
+    assert list(metric(args, "loss")) == [1, 9]
     for epoch in (seen[:3], seen[3:6], seen[6:]):
         assert len({i for batch in epoch for i in batch}) == 30
     batches.clear()
@@ -504,5 +524,7 @@ def test_a_published_generation_config_with_a_temperature_alone_is_kept(world, t
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(published))
     run(world(max_steps=1))
     saved = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
-    assert saved["temperature"] == 0.9 and saved["top_p"] == 0.6 and saved["do_sample"]
+    assert saved["temperature"] == 0.9
+    assert saved["top_p"] == 0.6
+    assert saved["do_sample"]
     assert saved["eos_token_id"] == [1, 7]  # <eos>, at which rows end, and the model's own

@@ -51,7 +51,8 @@ def test_a_model_with_merged_adapters_keeps_its_generation_config_and_all_stops(
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(published))
     run_dir = train(script, *LENGTH[script](1), model=tmp_path / "model", lora_rank=2)
     saved = json.loads((run_dir / "model" / "generation_config.json").read_text())
-    assert set(saved["eos_token_id"]) == {0, 1, 7} and saved["temperature"] == 0.6
+    assert set(saved["eos_token_id"]) == {0, 1, 7}
+    assert saved["temperature"] == 0.6
 
 
 @lora_scripts
@@ -89,7 +90,8 @@ def test_the_speed_of_a_resumed_run_is_its_own(finished, script, tmp_path, monke
 @scripts
 def test_the_last_update_is_saved_and_logged_where_the_interval_does_not_divide(train, script):
     run_dir = train(script, save_every=4)
-    assert state(run_dir)["step"] == 6 and scalars(run_dir, LOSS[script])[-1][0] == 6
+    assert state(run_dir)["step"] == 6
+    assert scalars(run_dir, LOSS[script])[-1][0] == 6
 
 
 @row_scripts
@@ -165,7 +167,8 @@ def test_samples_are_of_held_out_rows(train, script, tmp_path):
         logs = spy_on(patch, accelerate.Accelerator, "log")
         train(script, *LENGTH[script](1), dataset=tmp_path / "data")
     texts = [values["samples"].split("\n\n") for (_, values, *_), _ in logs if "samples" in values]
-    assert len(texts) == 2 and all("user :" in text for group in texts for text in group)
+    assert len(texts) == 2
+    assert all("user :" in text for group in texts for text in group)
 
 
 @samplers
@@ -174,7 +177,8 @@ def test_every_evaluation_draws_the_same_numbers(train, script):
         calls = spy_on(patch, importlib.import_module(script), "sample")
         train(script, *LENGTH[script](2), save_every=1)
     evaluations = [uniform for (_, prompts, uniform), _ in calls if len(prompts) < 8]
-    assert len(evaluations) == 3 and all(torch.equal(uniform, evaluations[0]) for uniform in evaluations)
+    assert len(evaluations) == 3
+    assert all(torch.equal(uniform, evaluations[0]) for uniform in evaluations)
 
 
 @samplers
@@ -186,9 +190,11 @@ def test_samples_show_each_response_with_its_own_score(train, world, script):
     model = AutoModelForSequenceClassification.from_pretrained(world / "reward")
     shown = next(values["samples"] for (_, values, *_), _ in logs if "samples" in values).split("\n\n")
     (_, prompts, _), responses = calls[0]
-    assert len(shown) == 4 and len({*shown}) == 4
+    assert len(shown) == 4
+    assert len({*shown}) == 4
     for text, prompt, response in zip(shown, prompts, responses):
         with torch.no_grad():
             score = model(torch.tensor([prompt + response])).logits[0, 0].item()
         words = tiny.word_tokenizer().decode(prompt + response)
-        assert text.startswith(words) and float(text[len(words) :].strip(" ()")) == pytest.approx(score, abs=0.006)
+        assert text.startswith(words)
+        assert float(text[len(words) :].strip(" ()")) == pytest.approx(score, abs=0.006)

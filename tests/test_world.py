@@ -46,7 +46,9 @@ def assert_is_mean(exact, values):
 
 
 def test_a_sampled_response_has_the_probability_of_the_choices_that_made_it(monkeypatch):
-    chosen, draw, pick = [], world.draw, world.pick
+    chosen = []
+    draw = world.draw
+    pick = world.pick
 
     def recording_draw(probabilities, rng):
         key = draw(probabilities, rng)
@@ -78,7 +80,8 @@ def test_either_kind_of_rng_reproduces_its_samples(rng):
 
 def test_the_samples_use_exactly_the_vocabulary_with_single_spaces():
     words = {word for sample in samples() for word in " ".join(sample).split(" ")}
-    assert sorted(words) == world.vocabulary() and 150 <= len(words) <= 300
+    assert sorted(words) == world.vocabulary()
+    assert 150 <= len(words) <= 300
     assert len({prompt for prompt, _ in samples()}) > 3900
 
 
@@ -92,7 +95,8 @@ def test_no_word_has_two_meanings():
 def test_the_longest_response_has_max_length_tokens_with_eos():
     side = "not very good but not very dull"
     longest = " ".join(f"the {aspect} was {side} ." for aspect in ("acting", "music", "script", "mood"))
-    assert world.log_prob(PROMPT, longest) > -math.inf and len(longest.split()) + 1 == world.max_length() == 45
+    assert world.log_prob(PROMPT, longest) > -math.inf
+    assert len(longest.split()) + 1 == world.max_length() == 45
     assert max(len(response.split()) for _, response in samples()) < 45
 
 
@@ -155,7 +159,8 @@ def test_points_need_no_rounding_and_reach_exactly_1():
         assert world.phrases()[words][0] == pytest.approx(sides[words], abs=1e-9)
     for first, second in product(set(sides.values()), repeat=2):
         assert world.contrast_points(first, second) == pytest.approx(0.3 * first + 0.7 * second, abs=1e-9)
-    assert max(world.sentence_points(1)) == 1000 and min(world.sentence_points(-1)) == -1000
+    assert max(world.sentence_points(1)) == 1000
+    assert min(world.sentence_points(-1)) == -1000
 
 
 @pytest.mark.parametrize(
@@ -204,11 +209,14 @@ def test_gold_reward_of_good_and_bad_texts_by_hand(response, gold):
 def test_problems_are_named():
     text = "i loved the superb music . the plot was river . the moon . i loved the superb mood . i hated the awful mood . i"
     problems = [sentence.problem for sentence in world.parse(PROMPT, text)]
-    assert problems[0] == "off topic: acting" and problems[1] == "'river' means nothing here"
-    assert problems[2] == "has no form of this grammar" and problems[3] == ""
+    assert problems[0] == "off topic: acting"
+    assert problems[1] == "'river' means nothing here"
+    assert problems[2] == "has no form of this grammar"
+    assert problems[3] == ""
     assert problems[4:] == ["more than 4 sentences"] * 2
     before, unfinished = world.parse(PROMPT, ASKED + " i loved the superb acting . i loved")[2:]
-    assert before.problem == "acting was reviewed before" and unfinished.problem == "does not end in a full stop"
+    assert before.problem == "acting was reviewed before"
+    assert unfinished.problem == "does not end in a full stop"
 
 
 def test_any_text_is_parsed_and_rewarded_within_bounds():
@@ -216,7 +224,8 @@ def test_any_text_is_parsed_and_rewarded_within_bounds():
     words = [*world.vocabulary(), ".", ".", ".", "the", "i", "<eos>", "ünknown", "\n", "\x00", "😀"]
     texts = [" ".join(rng.choices(words, k=rng.randrange(60))) for _ in range(2000)]
     for _, response in samples()[:1000]:  # near misses: one word changed, dropped or doubled
-        near, place = response.split(), rng.randrange(10)
+        near = response.split()
+        place = rng.randrange(10)
         near[place : place + 1] = rng.choice([[rng.choice(words)], [], near[place : place + 1] * 2])
         texts.append(" ".join(near))
     texts += ["the acting was " + "very " * 20_000 + "good .", "i loved the superb acting . " * 5_000, "." * 100_000]
@@ -261,7 +270,8 @@ def candidate_sentences(aspect):
 
 
 # P(+) or P(-) · feeling · loved or hated · strong ..., then whether to go on and one of 8 aspects
-LOVED, HATED = 0.3 * 0.6 * 0.7, 0.3 * 0.6 * 0.7
+LOVED = 0.3 * 0.6 * 0.7
+HATED = 0.3 * 0.6 * 0.7
 
 
 @pytest.mark.parametrize(
@@ -337,7 +347,8 @@ def test_the_weights_are_distributions():
     tables += [table(sign) for table in (world.adjective_probabilities, world.phrase_probabilities) for sign in (1, -1)]
     tables += [world.of_polarity(world.FEELINGS, sign) for sign in (1, -1)]
     for table in tables:
-        assert math.fsum(table.values()) == pytest.approx(1) and min(table.values()) > 0
+        assert math.fsum(table.values()) == pytest.approx(1)
+        assert min(table.values()) > 0
 
 
 def test_log_prob_and_entropy_by_hand():
@@ -362,8 +373,10 @@ def test_entropy_and_length_agree_with_simulation():
 
 def test_the_reward_distribution_is_that_of_the_samples():
     golds, p = distribution()
-    assert math.fsum(p) == pytest.approx(1, abs=1e-12) and (np.diff(golds) > 0).all()
-    assert golds[0] == -1 and golds[-1] == 1
+    assert math.fsum(p) == pytest.approx(1, abs=1e-12)
+    assert (np.diff(golds) > 0).all()
+    assert golds[0] == -1
+    assert golds[-1] == 1
     assert set(sampled_golds()) <= set(golds)  # equal as floats, not only nearly
     for power in (1, 2, 3):
         assert_is_mean(p @ golds**power, sampled_golds() ** power)
@@ -384,10 +397,13 @@ def test_the_optimum_is_that_of_brute_force_and_no_other_policy_beats_it(beta, s
     policy = p * np.exp(scale * golds / beta)
     policy /= policy.sum()
     reward, kl = objective(policy)
-    assert best.j_star == pytest.approx(reward - beta * kl) and best.kl_star == pytest.approx(kl)
-    assert best.gold_star == pytest.approx(policy @ golds) and best.j_ref == pytest.approx(scale * (p @ golds))
+    assert best.j_star == pytest.approx(reward - beta * kl)
+    assert best.kl_star == pytest.approx(kl)
+    assert best.gold_star == pytest.approx(policy @ golds)
+    assert best.j_ref == pytest.approx(scale * (p @ golds))
     assert best.j_star == pytest.approx(beta * math.log(p @ np.exp(scale * golds / beta)))
-    assert best.reliable and best.standard_error == 0
+    assert best.reliable
+    assert best.standard_error == 0
     others = [p * np.exp(scale * golds / (beta * factor)) for factor in (0.5, 0.9, 1.1, 2)]
     noise = np.random.default_rng(1)
     others += [policy * np.exp(0.1 * noise.normal(size=len(p))) for _ in range(5)]
@@ -399,13 +415,16 @@ def test_the_optimum_is_that_of_brute_force_and_no_other_policy_beats_it(beta, s
 def test_a_very_small_beta_does_not_overflow():
     best = world.optimum(1e-4)
     top = list(world.reward_distribution().values())[-1]  # the best policy takes gold 1 only
-    assert best.gold_star == pytest.approx(1) and best.kl_star == pytest.approx(-math.log(top))
+    assert best.gold_star == pytest.approx(1)
+    assert best.kl_star == pytest.approx(-math.log(top))
 
 
 def test_the_optimum_from_samples_agrees_within_its_error():
     for beta in (0.3, 0.75, 1.5):
-        estimate, exact = world.optimum_from_samples(sampled_golds(), beta), world.optimum(beta)
-        assert estimate.reliable and abs(estimate.j_star - exact.j_star) < 4 * estimate.standard_error
+        estimate = world.optimum_from_samples(sampled_golds(), beta)
+        exact = world.optimum(beta)
+        assert estimate.reliable
+        assert abs(estimate.j_star - exact.j_star) < 4 * estimate.standard_error
         assert estimate.kl_star == pytest.approx(exact.kl_star, abs=0.2)
     golds, p = distribution()
     draws = np.random.default_rng(2).choice(golds, p=p, size=(300, 1000))
@@ -416,7 +435,8 @@ def test_the_optimum_from_samples_agrees_within_its_error():
 
 def test_too_few_effective_samples_are_reported():
     few = world.optimum_from_samples(sampled_golds()[:500], 0.05)
-    assert few.effective_samples < 100 and not few.reliable
+    assert few.effective_samples < 100
+    assert not few.reliable
     assert world.optimum_from_samples([0.5] * 99, 0.5).effective_samples == pytest.approx(99)
     assert world.optimum_from_samples([0.5] * 101, 0.5).reliable
 
@@ -457,10 +477,13 @@ def test_senseless_arguments_are_refused(call):
 
 def test_the_weights_keep_the_world_learnable_and_its_optimum_measurable():
     golds, p = distribution()
-    assert -0.1 < p @ golds < 0.1 and 0.5 < math.sqrt(p @ golds**2 - (p @ golds) ** 2) < 0.6
+    assert -0.1 < p @ golds < 0.1
+    assert 0.5 < math.sqrt(p @ golds**2 - (p @ golds) ** 2) < 0.6
     assert 0.75 < world.expected_bayes_accuracy() < 0.8
-    assert world.optimum(0.1).kl_star < 6 and 1 < world.optimum(0.5).kl_star < 2
-    assert 18 < world.expected_length() < 28 and 0.8 < world.entropy_per_token() < 1.4
+    assert world.optimum(0.1).kl_star < 6
+    assert 1 < world.optimum(0.5).kl_star < 2
+    assert 18 < world.expected_length() < 28
+    assert 0.8 < world.entropy_per_token() < 1.4
 
 
 def test_the_command_prints_reviews_and_figures_without_heavy_imports():
@@ -468,7 +491,8 @@ def test_the_command_prints_reviews_and_figures_without_heavy_imports():
     command = [sys.executable, "-c", code, "world", "--samples", "2"]
     done = subprocess.run(command, cwd=REPO / "benchmark", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("review of") == 2 and f"{world.entropy_per_token():.4f} per token" in done.stdout
+    assert done.stdout.count("review of") == 2
+    assert f"{world.entropy_per_token():.4f} per token" in done.stdout
 
 
 def test_the_example_reward_is_1_where_every_aspect_asked_for_has_a_sentence_on_feelings():

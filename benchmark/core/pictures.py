@@ -33,7 +33,8 @@ def draw_curve(axes: Any, curves: np.ndarray, total_steps: int, is_sparse: bool,
     steps = (np.arange(curves.shape[1]) + 0.5) * total_steps / curves.shape[1]
     if is_sparse:
         logged = new_bins(curves)
-        steps, curves = steps[logged], curves[:, logged]
+        steps = steps[logged]
+        curves = curves[:, logged]
     if len(steps) < 20:
         style["marker"] = "o"
     axes.plot(steps, curves.mean(0), markersize=4, **style)

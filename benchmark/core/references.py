@@ -46,7 +46,8 @@ def peer(spec: Spec) -> Reference | None:
     path = specs.REFERENCE / "peers" / spec.peer
     if not path.is_file():
         return None
-    record, seeds = json.loads(path.read_text()), {}
+    record = json.loads(path.read_text())
+    seeds = {}
     for seed, data in record["seeds"].items():
         if "return" in data:
             episodes = curves.episodes_of(data)

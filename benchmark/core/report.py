@@ -146,7 +146,8 @@ def results() -> str:
     """Final levels and areas of ours and of peers, beside optima."""
     rows = []
     for spec in specs.SPECS:
-        ours, peer = references.ours(spec), references.peer(spec)
+        ours = references.ours(spec)
+        peer = references.peer(spec)
         for measure in spec.measures:
             first = [spec.name, f"{ours.steps:,}", str(len(ours.seeds))] if ours else [spec.name, "", ""]
             cells = two_cells(measure, ours) if ours else ["not recorded yet", ""]
@@ -183,7 +184,8 @@ def published() -> str:
     """Ours beside the numbers of others: how far apart where they can be compared, and why not where they cannot."""
     rows, others, lower = [], [], []
     for spec in specs.SPECS:
-        ours, measure = references.ours(spec), spec.measures[0]
+        ours = references.ours(spec)
+        measure = spec.measures[0]
         for number in references.published(spec, ours.steps) if ours else ():
             ours_then, low, high = level_at(ours, measure, number.steps)
             level = "{} [{}, {}]".format(*map(shown, (ours_then, low, high)))
@@ -253,7 +255,8 @@ def against_peers() -> str:
     """Answers of the recorded runs against their peers."""
     rows = []
     for spec in specs.SPECS:
-        ours, peer = references.ours(spec), references.peer(spec)
+        ours = references.ours(spec)
+        peer = references.peer(spec)
         for row in compare(spec, ours.seeds, peer) if ours and peer else ():
             cells = [as_text(row[x]).replace("-", "−") if x in row else "" for x in ("area", "final")]
             rows.append(

@@ -111,7 +111,8 @@ class Run:
     def begin(self) -> None:
         """Start the script anew, or from the checkpoint of a run that was cut off."""
         self.dir.parent.mkdir(parents=True, exist_ok=True)
-        script, saved = specs.ALGOS / f"{self.spec.script}.py", ("checkpoint.pt", "checkpoint/state.json")
+        script = specs.ALGOS / f"{self.spec.script}.py"
+        saved = ("checkpoint.pt", "checkpoint/state.json")
         self.continued = any((self.dir / name).exists() for name in saved)  # control, language
         self.evaluated, self.start = not self.spec.evaluation, time.time()
         if self.continued:
@@ -210,7 +211,8 @@ def run_all(todo: list[Run], jobs: int) -> dict[str, str]:
                 if fault is None:
                     continue
                 active.remove(run)
-                done, seconds = done + 1, time.time() - run.start
+                done = done + 1
+                seconds = time.time() - run.start
                 if fault:
                     failed[str(run)] = fault
                 elif not run.continued:

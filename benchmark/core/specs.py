@@ -19,7 +19,9 @@ import numpy as np
 from world import ASSETS, grammar
 
 BENCHMARK = Path(__file__).resolve().parent.parent
-ALGOS, REFERENCE, RESULTS = BENCHMARK.parent / "algos", BENCHMARK / "reference", BENCHMARK / "results"
+ALGOS = BENCHMARK.parent / "algos"
+REFERENCE = BENCHMARK / "reference"
+RESULTS = BENCHMARK / "results"
 TIERS = ("quick", "full", "mujoco", "atari")  # about 10, 90 and 110 minutes on two cores; Atari is not measured
 
 

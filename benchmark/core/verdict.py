@@ -36,8 +36,10 @@ def expanded(seeds: int, freedom: int) -> float:
 
 def difference(ours: Sequence[float], reference: Sequence[float]) -> tuple[float, float, float]:
     """Mean of ours (n,) less mean of the reference (m,), and the ends of its 95 % interval."""
-    a, b = np.asarray(ours, float), np.asarray(reference, float)
-    n, m = len(a), len(b)
+    a = np.asarray(ours, float)
+    b = np.asarray(reference, float)
+    n = len(a)
+    m = len(b)
     gap = float(a.mean() - b.mean())
     if min(n, m) >= ENOUGH:
         found = bootstrap(
@@ -111,7 +113,8 @@ def compare(spec: Spec, ours: dict[int, Figures], reference: Reference) -> list[
     for measure in spec.measures:
         row: dict[str, Any] = {"spec": spec.name, "measure": measure.name, "reference": reference.name, "answers": {}}
         for statistic in ("area", "final"):
-            a, b = values_of(measure, ours, statistic), values_of(measure, reference.seeds, statistic)
+            a = values_of(measure, ours, statistic)
+            b = values_of(measure, reference.seeds, statistic)
             if not a or not b:
                 continue
             unit = unit_of(measure, reference, statistic) * (1 if measure.higher else -1)
@@ -130,7 +133,9 @@ def check(chosen: list[tuple[Spec, int]], runs: Path, failed: dict[str, str]) ->
     line = "{:25} {:22} {:24} {:7} {:24} {:24} {}"
     print("differences as shares of |reference - start| with 95 % intervals; above 0 is better than the reference")
     print(line.format("spec", "measure", "reference", "seeds", "area", "final level", "answer"))
-    rows, faults, unreferenced = [], [f"{run}: {fault}" for run, fault in failed.items()], []
+    rows = []
+    faults = [f"{run}: {fault}" for run, fault in failed.items()]
+    unreferenced = []
     for spec, number in chosen:
         wanted = {spec.seed(i) for i in range(number)}
         notes = {seed: note for seed, note in finished(spec, runs).items() if seed in wanted}

@@ -102,7 +102,8 @@ def measure(script: str, flags: list[str]) -> None:
         torch.set_num_threads(1)
         sys.argv = [f"{script}.py", *flags_of(script, flags, Path(folder) / "recorded")]
         sys.path.insert(0, str(ALGOS))
-        module, recorder = importlib.import_module(script), Recorder()
+        module = importlib.import_module(script)
+        recorder = Recorder()
         with recorder, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             module.main(*module.parse_args())
     times = {kind: recorder.counts[kind] * seconds(*call) for kind, call in recorder.calls.items()}

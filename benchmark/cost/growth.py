@@ -81,7 +81,8 @@ def strung(words: Iterator[str], tokens: int) -> str:
 def long_data(script: str, tokens: int, folder: Path) -> Path:
     """Data of the script's kind whose rows have about `tokens` tokens."""
     reviews = [json.loads(line)["completion"] for line in (ASSETS / "reviews" / "test.jsonl").open()]
-    words, number = itertools.cycle(" ".join(reviews).split()), 64 * UPDATES
+    words = itertools.cycle(" ".join(reviews).split())
+    number = 64 * UPDATES
     if script == "sft":
         return write_rows(folder / "data.jsonl", [{"text": strung(words, tokens)} for _ in range(number)])
     prompt = "the plot was dull ."
@@ -96,7 +97,8 @@ def wide_model(source: Path, tokens: int, folder: Path) -> Path:
 
     logging.disable_progress_bar()
     kind = AutoModelForSequenceClassification if source.name == "reward" else AutoModelForCausalLM
-    model, tokenizer = kind.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    model = kind.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.add_tokens([f"word{i}" for i in range(tokens - len(tokenizer))])
     model.resize_token_embeddings(tokens, mean_resizing=False)
     model.save_pretrained(folder / source.name)

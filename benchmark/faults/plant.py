@@ -150,7 +150,10 @@ def plant_all(names: list[str], with_specs: bool, jobs: int) -> int:
 
 def section() -> str:
     """Which test or spec noticed each planted fault, and by how much, for the report."""
-    found, rows, red, curves_red = specs.results("faults"), [], 0, []
+    found = specs.results("faults")
+    rows = []
+    red = 0
+    curves_red = []
     for fault in FAULTS:
         result = found.get(fault.name)
         if result is None:

@@ -54,7 +54,8 @@ def policy_figures(spec: specs.Spec, row: dict[str, Any]) -> Figures:
     for tag, name in LOGGED.get(spec.script, {}).items():
         log = (folder.parent if folder.name == "model" else folder) / "log.jsonl"
         values = np.array([line[name] for line in map(json.loads, log.open()) if name in line])
-        steps, ones = np.arange(1, len(values) + 1), np.ones(len(values))
+        steps = np.arange(1, len(values) + 1)
+        ones = np.ones(len(values))
         found[tag] = figures_of(steps, values, ones, len(values), 4)
     return found
 

@@ -79,7 +79,8 @@ def equal(args: argparse.Namespace) -> None:
             parameter.data.mul_(1 + 0.05 * torch.randn_like(parameter))
         with tempfile.TemporaryDirectory() as out:
             trainer = make_trainer(args, policy, out, loss_type=[loss_type])
-        policy, reference = trainer.model.eval(), trainer.ref_model.eval()
+        policy = trainer.model.eval()
+        reference = trainer.ref_model.eval()
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
         read = [ids[seen].tolist() for ids, seen in zip(batch["input_ids"], batch["attention_mask"].bool())]
         assert read == [row[0] + row[i] for i in (1, 2) for row in rows], "TRL reads other tokens"
@@ -123,7 +124,8 @@ def train(args: argparse.Namespace) -> None:
 
 def speed(args: argparse.Namespace) -> None:
     """Time default runs of both in turn: reference and updates, without loading, tokenising, samples and saving."""
-    number, ratios = args.steps * args.batch_size, []
+    number = args.steps * args.batch_size
+    ratios = []
     args.split = f"train[:{number}]"
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as out:

@@ -44,7 +44,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "algos"))
 import grpo
 import reward_model
 
-DEFAULTS, CPU = grpo.Args(), torch.device("cpu")
+DEFAULTS = grpo.Args()
+CPU = torch.device("cpu")
 STEPS = DEFAULTS.num_minibatches * DEFAULTS.num_epochs  # of TRL, for one update of grpo.py
 DR_GRPO = {"normalize_by_std": False}, {"loss_type": "dr_grpo", "scale_rewards": "none"}  # our flags, TRL's settings
 
@@ -167,7 +168,8 @@ def differences(args: argparse.Namespace, flags: dict[str, object], config: dict
         trainer = make_trainer(args, out, 1, Log(), **config)
     *_, (prompts, responses), _ = seen["sample"]  # the last call answers held-out prompts
     *_, (rollout, *_), _, (weights, our_loss, our_gradient) = seen["steps"]
-    policy, ours = trainer.model.train(), AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    policy = trainer.model.train()
+    ours = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
 
     @torch.no_grad()
     def logprobs(weights: Tensor | None = None) -> Tensor:
@@ -176,13 +178,16 @@ def differences(args: argparse.Namespace, flags: dict[str, object], config: dict
         found, mask = grpo.completion_logprobs(ours, list(zip(prompts, responses)), CPU)
         return found[mask]
 
-    ref, old, new = logprobs(), logprobs(rollout), logprobs(weights)
+    ref = logprobs()
+    old = logprobs(rollout)
+    new = logprobs(weights)
     trainer.current_gradient_accumulation_steps = 1  # which its loop sets
     trainer._generate_single_turn = lambda *_: (responses, None)
     vector_to_parameters(rollout, policy.parameters())
     batch = trainer._generate_and_score_completions([{"prompt": trainer._tokenizer.decode(x)} for x in prompts])
-    read, mask = ([row[there.bool()].tolist() for row, there in zip(batch[f"{part}_ids"], batch[f"{part}_mask"])]
-                  for part in ("prompt", "completion")), batch["completion_mask"].bool()  # fmt: skip
+    read = ([row[there.bool()].tolist() for row, there in zip(batch[f"{part}_ids"], batch[f"{part}_mask"])]
+                  for part in ("prompt", "completion"))  # fmt: skip
+    mask = batch["completion_mask"].bool()
     assert [*read] == [prompts, responses], "TRL reads other tokens"
     vector_to_parameters(weights, policy.parameters())
     loss = trainer._compute_loss(policy, batch)
@@ -194,7 +199,8 @@ def differences(args: argparse.Namespace, flags: dict[str, object], config: dict
         "loss": (torch.tensor(our_loss), loss.detach()),
         "gradient": (our_gradient, parameters_to_vector(p.grad for p in policy.parameters())),
     }
-    outside, kl = ((new - old).expm1().abs() > DEFAULTS.clip_coef).float().mean(), (old - ref).sum() / len(prompts)
+    outside = ((new - old).expm1().abs() > DEFAULTS.clip_coef).float().mean()
+    kl = (old - ref).sum() / len(prompts)
     print(f"{len(prompts)} responses, {len(old)} tokens, {outside:.1%} of the ratios outside the clip range, KL of the "
           f"rollout {kl:.2f}, loss {our_loss:.6f}")  # fmt: skip
     return {name: ((a - b).norm() / b.norm()).item() for name, (a, b) in pairs.items()}
@@ -217,7 +223,8 @@ def train(args: argparse.Namespace) -> None:
     trainer.train()
     trainer.save_model(args.out)
     Path(args.out, "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log.rows))
-    first, last = log.rows[0], log.rows[-1]
+    first = log.rows[0]
+    last = log.rows[-1]
     print(f"reward {first['reward']:.3f} to {last['reward']:.3f}, {last['seconds']:.0f} s")
 
 

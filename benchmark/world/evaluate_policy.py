@@ -62,7 +62,8 @@ def encoded(tokenizer: PreTrainedTokenizerFast, prompts: list[str], responses: l
 
     A finished response has its end-of-sequence token.
     """
-    asked, texts = tokenizer(prompts).input_ids, tokenizer([text for text, _ in responses]).input_ids
+    asked = tokenizer(prompts).input_ids
+    texts = tokenizer([text for text, _ in responses]).input_ids
     rows = [
         prompt + ids + [tokenizer.eos_token_id] * finished
         for prompt, ids, (_, finished) in zip(asked, texts, responses)

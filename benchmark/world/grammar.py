@@ -160,7 +160,8 @@ def pick(items: Sequence[str], rng) -> str:
 def sample_prompt(rng) -> str:
     """A prompt, uniform over titles, genres and ordered pairs of different aspects."""
     title = " ".join(pick(words.split(), rng) for words in TITLES)
-    genre, first = pick(GENRES, rng), pick(ASPECTS, rng)
+    genre = pick(GENRES, rng)
+    first = pick(ASPECTS, rng)
     second = pick([aspect for aspect in ASPECTS if aspect != first], rng)
     return f"review of {title} , a {genre} , on {first} and {second} :"
 
@@ -247,7 +248,8 @@ def read_sentence(words: Sequence[str]) -> Sentence:
             if unknown or len(sides) > 2:
                 return Sentence(text, f"{(unknown or sides)[-1]!r} means nothing here", aspect)
             *first, (points, p) = (phrases()[side] for side in sides)
-            polarity, probability = 1 if points > 0 else -1, VERBS[verb] * p
+            polarity = 1 if points > 0 else -1
+            probability = VERBS[verb] * p
             if not first:
                 return Sentence(text, "", aspect, points, polarity, FORMS["plain"] * probability)
             ((other, q),) = first
@@ -262,7 +264,10 @@ def parse(prompt: str, response: str) -> list[Sentence]:
     A problem is also an aspect that was not asked for or does not belong there, one reviewed before, or a fifth sentence.
     Whitespace of any kind separates words. Never fails on a response; ValueError when the prompt is not of this world.
     """
-    possible, reviewed, sentences, start = possible_aspects(asked_aspects(prompt)), set(), [], 0
+    possible = possible_aspects(asked_aspects(prompt))
+    reviewed = set()
+    sentences = []
+    start = 0
     words = response.split()
     ends = [i + 1 for i, word in enumerate(words) if word == "."]
     if words and words[-1] != ".":
@@ -287,7 +292,9 @@ def log_prob(prompt: str, response: str) -> float:
     sentences = parse(prompt, response)
     if len(sentences) < MIN_SENTENCES or any(sentence.problem or not sentence.probability for sentence in sentences):
         return -math.inf
-    total, polarities, possible = 0.0, START, possible_aspects(asked_aspects(prompt))
+    total = 0.0
+    polarities = START
+    possible = possible_aspects(asked_aspects(prompt))
     for number, sentence in enumerate(sentences, start=1):
         stop = STOP[number] if number == len(sentences) else 1 - STOP[number]
         total += math.log(polarities[sentence.polarity] * sentence.probability / len(possible[number - 1]) * stop)
@@ -333,7 +340,9 @@ def sentence_length(polarity: int) -> float:
     length = {
         sign: sum(p * len(phrase.split()) for phrase, p in phrase_probabilities(sign).items()) for sign in (1, -1)
     }
-    plain, feeling, contrast = 4 + length[polarity], 6, 5 + length[polarity] + length[-polarity]
+    plain = 4 + length[polarity]
+    feeling = 6
+    contrast = 5 + length[polarity] + length[-polarity]
     return FORMS["plain"] * plain + FORMS["feeling"] * feeling + FORMS["contrast"] * contrast
 
 
