@@ -85,13 +85,13 @@ class Args:
     max_grad_norm: float = 0.0  # Clip the norm of the gradient to this; 0 does not clip.
     batch_size: int = 128  # Number B of steps in a minibatch.
     train_every: int = 10  # Environment steps per minibatch.
-    learning_starts: int = 10_000  # Environment steps before the first minibatch.
+    learning_starts: int = 1_000  # Environment steps before the first minibatch.
     gamma: float = 0.99  # Discount factor γ.
     loss: Literal["mse", "huber"] = "mse"  # Loss of the error: its square (Eq. 2), or linear beyond ±1 (Nature).
     buffer_size: int = 10_000  # Rows of the replay buffer: one per step, and one more for each final observation.
     target_every: int = 500  # Environment steps between copies of the network to θ⁻ (Nature Algorithm 1).
     epsilon_end: float = 0.05  # Share ε of random actions in the end; it starts at 1.
-    exploration_fraction: float = 0.5  # Share of total_timesteps in which ε falls linearly.
+    exploration_fraction: float = 0.1  # Share of total_timesteps in which ε falls linearly.
 
     def __post_init__(self) -> None:
         if type(json.loads(self.env_kwargs)) is not dict:
