@@ -13,7 +13,7 @@ import pytest
 import q_learning
 import reinforce
 import torch
-from helpers import scalars, spy_on, weights
+from helpers import run, scalars, spy_on, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_contract import HALF, WHOLE, as_a_user, invoke, load, once, policy_gradients, same, scripts, train
 from test_control import CPU, Still
@@ -193,3 +193,86 @@ def test_visited_counts_the_pairs_that_were_updated_once_or_more(tmp_path):
     visits = weights(tmp_path / "run")["visits"]
     assert (visits == 1).any()
     assert scalars(tmp_path / "run", "charts/visited")[-1][1] == (visits > 0).sum()
+
+
+DEFAULTS = {  # what the recorded runs of CartPole-v1 and Taxi-v4 were made with
+    "q_learning": {"gamma": 0.99, "alpha_decay": 0.6, "epsilon_end": 0.1, "exploration_fraction": 0.5},
+    "dqn": {
+        "gamma": 0.99,
+        "learning_rate": 2.5e-4,
+        "batch_size": 128,
+        "train_every": 10,
+        "target_every": 500,
+        "learning_starts": 1000,
+        "buffer_size": 10_000,
+        "epsilon_end": 0.05,
+        "exploration_fraction": 0.1,
+        "loss": "mse",
+        "max_grad_norm": 0.0,
+    },
+    "reinforce": {"gamma": 0.99, "learning_rate": 2e-3, "anneal_lr": True, "num_envs": 8},
+    "a2c": {
+        "gamma": 0.99,
+        "gae_lambda": 1.0,
+        "learning_rate": 1e-3,
+        "anneal_lr": False,
+        "num_steps": 5,
+        "num_envs": 16,
+        "ent_coef": 0.0,
+        "vf_coef": 1.0,
+    },
+    "ppo": {
+        "gamma": 0.98,
+        "gae_lambda": 0.95,
+        "learning_rate": 1e-3,
+        "anneal_lr": True,
+        "num_steps": 32,
+        "num_envs": 16,
+        "num_minibatches": 2,
+        "num_epochs": 4,
+        "clip_coef": 0.2,
+        "ent_coef": 0.01,
+        "vf_coef": 0.5,
+        "target_kl": 0.0,
+    },
+}
+
+
+@pytest.mark.parametrize("script", DEFAULTS)
+def test_the_defaults_are_those_of_the_recorded_runs(script):
+    args = vars(importlib.import_module(script).Args())
+    assert {name: args[name] for name in DEFAULTS[script]} == DEFAULTS[script]
+
+
+@scripts
+def test_the_progress_line_shows_the_mean_return_since_the_last_log(script, monkeypatch):
+    lines = []
+
+    def note(bar, text, refresh):
+        lines.append(text)
+
+    monkeypatch.setattr(importlib.import_module(script).tqdm, "set_postfix_str", note)
+    train(script, "run", steps=WHOLE)
+    logged = [value for _, value in scalars(Path("run"), "charts/episodic_return")]
+    assert len(logged) > 1
+    assert lines == [f"return {value:.1f}" for value in logged]
+
+
+@policy_gradients
+def test_the_normaliser_still_counts_after_more_rows_than_float32_can_count(script):
+    norm = importlib.import_module(script).RunningNorm(1)
+    norm.count.fill_(2**24)
+    norm.update(torch.zeros(1, 1))
+    assert norm.count == 2**24 + 1
+
+
+def test_q_learning_finds_an_environment_in_the_users_folder(tmp_path):
+    lines = [
+        "import gymnasium as gym",
+        "from gymnasium.envs.toy_text import TaxiEnv",
+        "gym.register('Mine-v0', entry_point=TaxiEnv, max_episode_steps=20)",
+    ]
+    (tmp_path / "my_taxi.py").write_text("\n".join(lines))
+    flags = ["--env-id", "my_taxi:Mine-v0", "--total-timesteps", 1000, "--eval-episodes", 2, "--run-dir", "run"]
+    done = run("q_learning", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

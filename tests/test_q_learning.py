@@ -115,6 +115,15 @@ class Counts(gym.Env):
         return 0, float(self.number), True, False, {}
 
 
+class Spaces(Tabular):
+    """Has other spaces than its table."""
+
+    def __init__(self, states, actions):
+        super().__init__(CHAIN, publish=False)
+        self.observation_space = states
+        self.action_space = actions
+
+
 class Strays(Tabular):
     """Shows state -1 after ten steps."""
 
@@ -196,6 +205,8 @@ register("ForkUntold", Fork)
 register("Lasts", Lasts)
 register("Counts", Counts)
 register("Strays", Strays, P=CHAIN, publish=False)
+register("StatesFromOne", Spaces, states=Discrete(2, start=1), actions=Discrete(2))
+register("ActionsFromOne", Spaces, states=Discrete(2), actions=Discrete(2, start=1))
 register("Matrix", claims, P=np.eye(3))
 register("None", claims, P=None)
 register("Double", doubled_chain)
@@ -596,6 +607,11 @@ def test_returns_are_means_since_the_last_log(tmp_path, monkeypatch):
     assert returns == [(1, 1.0), (3, 2.5), (6, 5.0), (8, 7.5)]  # of 1, of 2 and 3, of 4, 5 and 6, of 7 and 8
 
 
+def test_all_of_the_many_episodes_since_the_last_log_are_in_the_mean(tmp_path):
+    run_dir = train(tmp_path / "run", "QCounts-v0", num_envs=1, total_timesteps=900)
+    assert scalars(run_dir, "charts/episodic_return")[-1] == (900, pytest.approx((2 + 900) / 2))
+
+
 # --- evaluation ---
 
 
@@ -818,7 +834,7 @@ def test_a_negative_state_is_an_error_instead_of_the_last_state(tmp_path):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("env_id", ["probe_envs:Probe-v0", "probe_envs:ActionsFromOne-v0", "CartPole-v1"])
+@pytest.mark.parametrize("env_id", ["probe_envs:Probe-v0", "QStatesFromOne-v0", "QActionsFromOne-v0", "CartPole-v1"])
 def test_other_spaces_than_discrete_ones_from_0_are_refused_in_one_sentence(tmp_path, env_id):
     with pytest.raises(SystemExit, match="observations and actions must be Discrete from 0, not") as refusal:
         train(tmp_path / "run", env_id)
