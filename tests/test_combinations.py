@@ -13,7 +13,7 @@ import pytest
 import q_learning
 import reinforce
 import torch
-from helpers import run, scalars, spy_on, weights
+from helpers import environment, run, scalars, spy_on, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_contract import HALF, WHOLE, as_a_user, invoke, load, once, policy_gradients, same, scripts, train
 from test_control import CPU, Still
@@ -263,7 +263,7 @@ def test_the_normaliser_still_counts_after_more_rows_than_float32_can_count(scri
     norm = importlib.import_module(script).RunningNorm(1)
     norm.count.fill_(2**24)
     norm.update(torch.zeros(1, 1))
-    assert norm.count == 2**24 + 1
+    assert norm.count.item() == 2**24 + 1
 
 
 def test_q_learning_finds_an_environment_in_the_users_folder(tmp_path):
@@ -274,5 +274,5 @@ def test_q_learning_finds_an_environment_in_the_users_folder(tmp_path):
     ]
     (tmp_path / "my_taxi.py").write_text("\n".join(lines))
     flags = ["--env-id", "my_taxi:Mine-v0", "--total-timesteps", 1000, "--eval-episodes", 2, "--run-dir", "run"]
-    done = run("q_learning", *flags, cwd=tmp_path)
+    done = run("q_learning", *flags, cwd=tmp_path, env=environment(PYTHONPATH=""))
     assert done.returncode == 0, done.stderr
