@@ -191,8 +191,8 @@ class ReplayBuffer:
 
     def sample(self, number: int) -> np.ndarray:
         """Rows (number,) that are steps, drawn uniformly with replacement."""
-        newest = int(self.count) - self.N
-        oldest = max(0, newest - self.size + self.stack * self.N)  # earlier rows have lost frames of their stacks
+        newest = int(self.count) - self.N  # rows from here on have no step yet
+        oldest = max(0, newest - self.size + self.stack * self.N)  # rows before it have lost frames
         rows = np.zeros(number, np.int64)
         rejected = np.ones(number, bool)
         while rejected.any():
@@ -207,7 +207,7 @@ class ReplayBuffer:
         stacks = (rows[:, None] + self.N * ages) % self.size  # (B, stack)
         frames = self.frames[stacks]
         for i in range(1, self.stack):
-            began = ~self.is_step[stacks[:, i - 1]]  # with frame i
+            began = ~self.is_step[stacks[:, i - 1]]  # frame i is an episode's first, those before it are another's
             frames[began, :i] = 0
         return frames.reshape(-1, self.stack * self.channels, *frames.shape[3:])
 
@@ -279,9 +279,10 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.Vector
     is_atari = "ALE/" in env_id
     if is_atari:
         env_id = "ale_py:" + env_id.split(":")[-1]
-        kwargs = {"repeat_action_probability": 0.0} | kwargs
+        kwargs.setdefault("repeat_action_probability", 0.0)
     if is_atari and "render_mode" not in kwargs:
-        kwargs = {"use_fire_reset": False} | kwargs | {"reward_clipping": False}  # main takes the sign
+        kwargs.setdefault("use_fire_reset", False)
+        kwargs["reward_clipping"] = False  # main takes the sign
     elif is_atari:  # the native vector environment cannot be rendered
         wrappers = [AtariPreprocessing, lambda env: FrameStackObservation(env, 4, padding_type="zero")]
         kwargs |= {"vectorization_mode": "sync", "frameskip": 1, "wrappers": wrappers}
@@ -540,14 +541,14 @@ def main(args: Args, saved: dict | None = None) -> None:
             numbers += metrics.get("losses/td_loss", [])  # an infinite Huber loss has a finite gradient
             if not torch.cat([x.flatten() for x in numbers]).isfinite().all():
                 raise SystemExit(f"\nthe agent became nan or inf before step {step}; {run_dir}/checkpoint.pt is older")
-            returns = metrics.get("charts/episodic_return")
-            if returns:
-                metrics["charts/episodes"] = [len(returns)]
-                bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
+            episode_returns = metrics.get("charts/episodic_return")
+            if episode_returns:
+                metrics["charts/episodes"] = [len(episode_returns)]
+                bar.set_postfix_str(f"return {np.mean(episode_returns):.1f}", refresh=False)
             metrics["charts/SPS"] = [(step - bar.initial) / bar.format_dict["elapsed"]]
             metrics["charts/epsilon"] = [epsilon]
-            for name, values in metrics.items():
-                writer.add_scalar(name, sum(map(float, values)) / len(values), step)
+            for name, entries in metrics.items():
+                writer.add_scalar(name, sum(map(float, entries)) / len(entries), step)
             metrics.clear()
         if save_now:
             save_checkpoint(run_dir, args, step, **parts)

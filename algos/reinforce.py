@@ -225,9 +225,10 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.Vector
     is_atari = "ALE/" in env_id
     if is_atari:
         env_id = "ale_py:" + env_id.split(":")[-1]
-        kwargs = {"repeat_action_probability": 0.0} | kwargs
+        kwargs.setdefault("repeat_action_probability", 0.0)
     if is_atari and "render_mode" not in kwargs:
-        kwargs = {"use_fire_reset": False} | kwargs | {"reward_clipping": False}  # main takes the sign
+        kwargs.setdefault("use_fire_reset", False)
+        kwargs["reward_clipping"] = False  # main takes the sign
     elif is_atari:  # the native vector environment cannot be rendered
         wrappers = [AtariPreprocessing, lambda env: FrameStackObservation(env, 4, padding_type="zero")]
         kwargs |= {"vectorization_mode": "sync", "frameskip": 1, "wrappers": wrappers}
@@ -404,7 +405,7 @@ def main(args: Args, saved: dict | None = None) -> None:
     # The rollout: T rows of N steps, and one more observation.
     T, N = args.num_steps, args.num_envs
     obs = np.zeros((T + 1, N, *obs_space.shape), np.uint8 if agent.is_image else np.float32)
-    actions = np.zeros((T + 1, N, *envs.single_action_space.shape), np.float32)  # the last row stays 0
+    actions = np.zeros((T + 1, N, *envs.single_action_space.shape), np.float32)  # 0 for the last observation
     rewards = np.zeros((T, N), np.float32)
     terminated = np.zeros((T, N), np.float32)
     done = np.zeros((T, N), np.float32)
@@ -480,14 +481,14 @@ def main(args: Args, saved: dict | None = None) -> None:
         if save_now or step_before == 0 or crossed(LOG_EVERY, step_before, step):
             if not all(x.isfinite().all() for x in agent.state_dict().values()):
                 raise SystemExit(f"\nthe agent became nan or inf before step {step}; {run_dir}/checkpoint.pt is older")
-            returns = metrics.get("charts/episodic_return")
-            if returns:
-                metrics["charts/episodes"] = [len(returns)]
-                bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
+            episode_returns = metrics.get("charts/episodic_return")
+            if episode_returns:
+                metrics["charts/episodes"] = [len(episode_returns)]
+                bar.set_postfix_str(f"return {np.mean(episode_returns):.1f}", refresh=False)
             metrics["charts/SPS"] = [(step - bar.initial) / bar.format_dict["elapsed"]]
             metrics["charts/learning_rate"] = [learning_rate]
-            for name, values in metrics.items():
-                writer.add_scalar(name, sum(map(float, values)) / len(values), step)
+            for name, entries in metrics.items():
+                writer.add_scalar(name, sum(map(float, entries)) / len(entries), step)
             metrics.clear()
         if save_now:
             save_checkpoint(run_dir, args, step, agent=agent, optimizer=optimizer)
