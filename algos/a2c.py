@@ -16,7 +16,7 @@ Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 15
         --learning-rate 1.5e-3 --anneal-lr --gamma 0.9 --gae-lambda 0.9  # -170
 
 Environments reset one step after an episode has ended (gymnasium's NEXT_STEP). So the observation that comes with
-`done` is the true final one, and the next row's value is its value. That next row is the reset: its action is ignored,
+`done` is the true final one, and its value is that of the next row. This next row is the reset: its action is ignored,
 and it is not counted as a step. Logged values are means since the last log. Returns are those of the environment.
 
 Differs from the paper:
@@ -65,7 +65,7 @@ class Args:
     seed: int = 1  # Seed of all random numbers, environments included.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # Where the networks run; auto takes a GPU when there is one.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue, with its flags where none are given.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
     save_every: int = 100_000  # Steps between checkpoints; 0 saves at the start and the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     compile: bool = False  # Compile the networks with torch.compile.

@@ -5,7 +5,7 @@
 # ///
 """Direct preference optimisation (DPO): learn from preferences between two completions, without a reward model.
 
-RLHF's best policy is π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β). Read backwards, each policy is the best one for some reward:
+RLHF's best policy is π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β). Solved for r, each policy is the best for some reward:
 β·log π(y|x)/π_ref(y|x), plus a function of x. Put into the Bradley-Terry likelihood of the pairs, σ(r(x, y_w) -
 r(x, y_l)), this reward gives a loss on π itself.
 Papers: Rafailov et al. 2023, arXiv 2305.18290 (DPO); Azar et al. 2023, arXiv 2310.12036 (IPO); Mitchell 2023, "A note
@@ -64,7 +64,7 @@ class Args:
     seed: int = 1  # Seed of the order of pairs and of LoRA's first weights.
     device: Literal["auto", "cpu"] = "auto"  # Where the model runs; auto takes GPUs when there are some.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue, with its flags where none are given.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
     save_every: int = 200  # Updates between checkpoints; 0 saves at the end only.
     eval_every: int = 200  # Updates between evaluations; 0 evaluates before and after training only.
     track: bool = False  # Send the logs to Weights & Biases too.
@@ -84,7 +84,7 @@ class Args:
     bf16: bool = False  # Compute in bfloat16; weights and log-probabilities stay in float32.
     gradient_checkpointing: bool = False  # Compute activations twice: less memory, about a third slower.
     lora_rank: int = 0  # Train low-rank adapters of this rank in all linear layers, with α = 2·rank; 0 trains all.
-    beta: float = 0.5  # Price β of the divergence from π_ref (DPO Eq. 3).
+    beta: float = 0.5  # Weight β of the divergence from π_ref (DPO Eq. 3).
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # Loss of DPO (Eq. 7) or of IPO (Eq. 17, with τ = β).
     label_smoothing: float = 0.0  # Share ε of the pairs whose label is taken to be wrong (cDPO).
 

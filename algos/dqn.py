@@ -10,16 +10,16 @@ of the next state. Random replay breaks the correlation of successive steps; a l
 Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (target network, clipped error, CNN).
 
     python algos/dqn.py                                           # CartPole-v1, which the defaults are made for: 492
-    python algos/dqn.py --env-id LunarLander-v3 --buffer-size 100000 --train-every 4 --target-every 1000 \\
-        --learning-rate 6.3e-4 --loss huber --max-grad-norm 10  # 231
+    python algos/dqn.py --env-id LunarLander-v3 --buffer-size 100000 --train-every 4 --target-every 1000 --loss huber \\
+        --learning-rate 6.3e-4 --max-grad-norm 10 --learning-starts 10000 --exploration-fraction 0.5  # 231
     python algos/dqn.py --env-id MountainCar-v0 --env-kwargs '{"max_episode_steps": 1000}' --num-envs 16 \\
-        --train-every 4 --buffer-size 100000 --learning-rate 1e-3 --learning-starts 1000 --target-every 600  # -135
+        --train-every 4 --buffer-size 100000 --learning-rate 1e-3 --target-every 600 --exploration-fraction 0.5  # -135
     python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --learning-rate 1e-4 --batch-size 32 \\
         --num-envs 8 --train-every 4 --buffer-size 1000000 --learning-starts 80000 --target-every 1000 \\
         --epsilon-end 0.01 --exploration-fraction 0.1 --save-every 2000000      # 7 GB of memory, 14 of disk
 
 Environments reset one step after an episode has ended (gymnasium's NEXT_STEP). So the observation that comes with
-`done` is the true final one, and the next observation of a step is always that of the next row. The row after `done` is
+`done` is the true final one, and the next observation of a step is always in the next row. The row after `done` is
 the reset: its action is ignored, it is not counted as a step, and it is never drawn. Logged values are means since the
 last log. Returns are those of the environment, q_values are Q(s, a) of the replayed steps.
 
@@ -28,7 +28,7 @@ Differs from the paper:
  2. N environments are stepped side by side. All intervals count their steps together, that of the target network too.
  3. A truncated episode continues with the Q of its final observation; only a termination ends the return.
  4. Vectors: an MLP of 120 and 84 units. Atari: no sticky actions, whole games, rewards clipped to their sign.
- 5. A run that is lengthened by --resume spreads ε over the new total, and prints a line where ε rises by that.
+ 5. A run that is lengthened by --resume stretches the fall of ε over the new total, and says so where ε goes up.
 """
 
 import argparse
@@ -71,7 +71,7 @@ class Args:
     seed: int = 1  # Seed of all random numbers, environments included.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # Where the networks run; auto takes a GPU when there is one.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue, with its flags where none are given.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
     save_every: int = 100_000  # Steps between checkpoints; 0 saves at the start and the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     compile: bool = False  # Compile the networks with torch.compile.

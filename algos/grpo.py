@@ -11,7 +11,7 @@ Papers: Shao et al. 2024, arXiv 2402.03300 (GRPO); Liu et al. 2025, arXiv 2503.2
 arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
 
     python algos/grpo.py  # the small language world: 0.81 of the possible gain
-    python algos/grpo.py --kl-coef 0.05 --reward-model benchmark/world/own_feelings.py:reward  # 0.06 to 0.99 of answers
+    python algos/grpo.py --kl-coef 0.05 --reward-model benchmark/world/own_feelings.py:reward  # 6 % right, then 99 %
     accelerate launch algos/grpo.py --model Qwen/Qwen3-0.6B --dataset my.jsonl --reward-model my_rewards.py:correct \\
         --chat-template-kwargs '{"enable_thinking": false}' --response-length 256 --max-length 1024 --kl-coef 0.05 \\
         --total-episodes 100000 --batch-size 512 --bf16 --gradient-checkpointing
@@ -22,7 +22,7 @@ micro-batch, R tokens of a response, L of a whole row, V words of the vocabulary
 sums over a response of log π/π_ref and -log π; frac_reward_zero_std is the share of groups of equal scores.
 Differs from the paper:
  1. The reference is the policy at the start throughout; no new reward model is trained (Algorithm 1's outer loop).
- 2. The KL term is weighed by the ratio (DeepSeek-V3.2, 2512.02556): only so is its gradient that of KL(π || π_ref).
+ 2. The KL term is multiplied by π/π_old (DeepSeek-V3.2, 2512.02556). Without it the gradient is not that of the KL.
  3. AdamW without weight decay, a learning rate that falls linearly to 0, the gradient's norm clipped to 1, no dropout.
 """
 
@@ -68,7 +68,7 @@ class Args:
     seed: int = 1  # Seed of the order of prompts, of sampling and of minibatches.
     device: Literal["auto", "cpu"] = "auto"  # Where the models run; auto takes GPUs when there are some.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue, with its flags where none are given.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
     save_every: int = 20  # Updates between checkpoints, and evaluations; 0 saves at the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     model: str = str(ASSETS / "sft")  # Policy to start from, which is π_ref: a hub id, folder or peft adapter.

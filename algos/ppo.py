@@ -5,8 +5,8 @@
 # ///
 """Proximal Policy Optimization (PPO): a policy gradient that may use its data several times.
 
-A plain policy gradient holds for one step only, because the data came from the policy before that step. PPO takes
-several epochs of steps on one rollout. It clips the ratio π/π_old, so that moving it beyond 1 ± ε gains nothing.
+A plain policy gradient is right for one step only: after that, the data is from an older policy. PPO takes several
+epochs of steps on one rollout. It clips the ratio π/π_old, so that moving it beyond 1 ± ε gains nothing.
 Papers: Schulman et al. 2017, arXiv 1707.06347 (PPO); Schulman et al. 2015, arXiv 1506.02438 (GAE).
 
     python algos/ppo.py                                           # CartPole-v1, which the defaults are made for: 500
@@ -18,14 +18,14 @@ Papers: Schulman et al. 2017, arXiv 1707.06347 (PPO); Schulman et al. 2015, arXi
         --num-minibatches 32 --num-epochs 10 --learning-rate 3e-4 --ent-coef 0 --gamma 0.99  # 1718
 
 Environments reset one step after an episode has ended (gymnasium's NEXT_STEP). So the observation that comes with
-`done` is the true final one, and the next row's value is its value. That next row is the reset: its action is ignored,
+`done` is the true final one, and its value is that of the next row. This next row is the reset: its action is ignored,
 and it is not counted as a step. Logged values are means since the last log. Returns are those of the environment.
 
 Differs from the paper:
  1. Vectors: separate networks for actor and critic. Images: one CNN (Mnih et al. 2015) for both. Orthogonal weights.
  2. Advantages are normalised per minibatch, the gradient's norm is clipped to 0.5, the learning rate falls to 0.
  3. A truncated episode continues with the value of its final observation; only a termination ends the return.
- 4. Box actions: a Gaussian with one learnt standard deviation per dimension, where ±1 are the environment's bounds.
+ 4. Box actions: a Gaussian with one learnt standard deviation per dimension; ±1 stands for the environment's bounds.
  5. Atari: no sticky actions, episodes are whole games, and the rewards trained on are clipped to their sign.
 """
 
@@ -68,7 +68,7 @@ class Args:
     seed: int = 1  # Seed of all random numbers, environments included.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # Where the networks run; auto takes a GPU when there is one.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue, with its flags where none are given.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
     save_every: int = 100_000  # Steps between checkpoints; 0 saves at the start and the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     compile: bool = False  # Compile the networks with torch.compile.

@@ -12,15 +12,15 @@ value iteration finds Q* first, and two exact errors are logged. Both are 0 when
  - charts/q_error is the mean of |Q - Q*| over all pairs (s, a) that can be reached, where Q is 0 until a first visit.
  - charts/regret is V*(s₀) - V^π(s₀), what the greedy policy π loses to the optimal one from the mean start state s₀.
 
-    python algos/q_learning.py    # Taxi-v4: regret 0, q_error 4.7; and 0 with --alpha-decay 0 --epsilon-end 0.5
+    python algos/q_learning.py    # Taxi-v4: regret 0, q_error 4.7 (0 with --alpha-decay 0 --epsilon-end 0.5)
     python algos/q_learning.py --env-id FrozenLake-v1 --total-timesteps 500000  # regret 0, q_error 0.013
-    python algos/q_learning.py --env-id CliffWalking-v1 --alpha-decay 0 --total-timesteps 100000  # -13; both errors 0
+    python algos/q_learning.py --env-id CliffWalking-v1 --alpha-decay 0 --total-timesteps 100000  # regret 0, q_error 0
 
 Differs from the paper:
- 1. N environments side by side, which update one after another, with targets from the table before all of them.
+ 1. N environments side by side, which update one after another, with targets from the table before these updates.
  2. The step size is α = 1 / n^ω at the n-th visit of a pair; ω > 1/2 averages chance out (Even-Dar & Mansour 2003).
  3. A truncated episode continues with the Q of its final observation; only a termination ends the return.
- 4. A run that is lengthened by --resume spreads ε over the new total, and prints a line where ε rises by that.
+ 4. A run that is lengthened by --resume stretches the fall of ε over the new total, and says so where ε goes up.
 """
 
 import argparse
@@ -53,7 +53,7 @@ MAX_EVAL_STEPS = 27_000  # an evaluation episode is cut there
 class Args:
     seed: int = 1  # Seed of all random numbers, environments included.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue, with its flags where none are given.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
     save_every: int = 100_000  # Steps between checkpoints; 0 saves at the start and the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     eval_episodes: int = 100  # Episodes of the greedy policy after training; 0 leaves them out.

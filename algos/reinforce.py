@@ -59,7 +59,7 @@ class Args:
     seed: int = 1  # Seed of all random numbers, environments included.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # Where the networks run; auto takes a GPU when there is one.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue, with its flags where none are given.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
     save_every: int = 100_000  # Steps between checkpoints; 0 saves at the start and the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     compile: bool = False  # Compile the networks with torch.compile.

@@ -5,7 +5,7 @@
 # ///
 """Reward model: a scalar score of whole texts that agrees with people's preferences.
 
-The second of RLHF's three steps. The fine-tuned language model loses its vocabulary head for one output r(x, y), and
+The second of RLHF's three steps. The fine-tuned language model swaps its vocabulary head for one output r(x, y), and
 learns from pairs of completions to one prompt that the preferred one, y_w, should score above the other, y_l. RLHF
 then raises this score in place of asking people.
 Paper: Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT), step 2 in section 3.5.
@@ -64,7 +64,7 @@ class Args:
     seed: int = 1  # Seed of the order of pairs, and of a new head's first weights.
     device: Literal["auto", "cpu"] = "auto"  # Where the model runs; auto takes GPUs when there are some.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue, with its flags where none are given.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
     save_every: int = 200  # Updates between checkpoints; 0 saves at the end only.
     eval_every: int = 200  # Updates between evaluations; 0 evaluates before and after training only.
     track: bool = False  # Send the logs to Weights & Biases too.

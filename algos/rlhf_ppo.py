@@ -26,7 +26,7 @@ Differs from the papers:
  1. Policy and critic are two models, as in InstructGPT, and both learning rates fall linearly to 0.
  2. No dropout, so that π_old is π before the first step. β is constant: no controller (Ziegler 2.2).
  3. A response without a stop token is scored as it is, less a penalty. Ziegler gives it a fixed reward of -1.
- 4. Advantages are normalised over the rollout, the gradient's norm is clipped to 1, values to ± clip-coef.
+ 4. Advantages are normalised over the rollout, gradients are clipped to norm 1, a value's change to ± clip-coef.
  5. No pretraining gradients (InstructGPT Eq. 2 with γ = 0).
 """
 
@@ -73,7 +73,7 @@ class Args:
     seed: int = 1  # Seed of the order of prompts, of sampling and of minibatches.
     device: Literal["auto", "cpu"] = "auto"  # Where the models run; auto takes GPUs when there are some.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue, with its flags where none are given.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
     save_every: int = 20  # Updates between checkpoints, and evaluations; 0 saves at the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     model: str = str(ASSETS / "sft")  # Policy to start from, which is π_ref: a hub id, folder or peft adapter.

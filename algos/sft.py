@@ -8,7 +8,7 @@
 The first of RLHF's three steps: maximum likelihood of the completions, token by token. Its result is the policy π_ref
 that RLHF and DPO start from and are held to. Paper: Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT), section 3.5.
 
-    python algos/sft.py  # the small language world: to 1.13 nats per held-out token, 1.117 of them the grammar's own
+    python algos/sft.py  # the small language world: to 1.124 nats per held-out token, where 1.117 is the best possible
     accelerate launch algos/sft.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --bf16 --gradient-checkpointing
 
 Data: columns `prompt` and `completion`, of which only the completion gets a loss; or `messages` or `text`, which get
@@ -59,7 +59,7 @@ class Args:
     seed: int = 1  # Seed of the order of rows.
     device: Literal["auto", "cpu"] = "auto"  # Where the model runs; auto takes GPUs when there are some.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue, with its flags where none are given.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
     save_every: int = 200  # Updates between checkpoints; 0 saves at the end only.
     eval_every: int = 200  # Updates between evaluations; 0 evaluates before and after training only.
     track: bool = False  # Send the logs to Weights & Biases too.

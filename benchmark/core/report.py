@@ -56,8 +56,8 @@ to learn.
 | --- | --- |
 | ![Pong on a CPU](../pictures/pong_on_a_cpu.png) | ![Pong on a GPU](../pictures/pong_on_a_gpu.png) |
 
-- Two cores, in pieces by `--resume`: 330 steps per second where nothing else ran, 159 minutes by the clock with much
-  that did: `OMP_NUM_THREADS=2 python algos/ppo.py
+- Two cores, in pieces by `--resume`: 330 steps per second on an idle machine, 159 minutes in all beside other jobs:
+  `OMP_NUM_THREADS=2 python algos/ppo.py
   --env-id ALE/Pong-v5 --seed 1000 --total-timesteps 2000000 --num-envs 16 --num-steps 128 --num-minibatches 4
   --clip-coef 0.1 --learning-rate 3e-4 --gamma 0.99`. The mean of the last 50 episodes is above 0 after 1,498,000 steps.
 - One H200 and five cores: `python algos/ppo.py --env-id ALE/Pong-v5 --seed 2 --num-envs 32 --num-steps 128
@@ -244,8 +244,8 @@ def policies() -> str:
         "others.\n\n"
         f"{picture}The figures are of a final policy's samples for 3,000 prompts, mean ± standard deviation over "
         "seeds. Gold is the true reward, proxy the reward model's score. A share of 0 is the SFT model, 1 the "
-        "best policy there is at this β; – where J* is not known well enough. Specs take the first 1,000 of "
-        "these prompts, where every trainer's share is 0.01 to 0.05 higher: compare within a table "
+        "best policy there is at this β; – where J* is not known well enough. The tables above are of the first 1,000 "
+        "of these prompts, where every trainer's share is 0.01 to 0.05 higher: compare within a table "
         "only.\n\n"
         f"{table(header, rows)}"
     )
