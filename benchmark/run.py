@@ -70,11 +70,12 @@ def choose(args: argparse.Namespace) -> list[tuple[Spec, int]]:
     tier = args.tier or ("quick" if not args.specs else None)
     found = []
     for spec in specs.SPECS:
-        named = any(fnmatch.fnmatchcase(spec.name, pattern) for pattern in args.specs)
+        named = specs.is_named(spec.name, args.specs)
         if (args.specs and not named) or (tier and tier not in spec.seeds):
             continue
         found.append((spec, args.seeds or (spec.seeds[tier] if tier else spec.recorded_seeds)))
-    unknown = [x for x in args.specs if not any(fnmatch.fnmatchcase(spec.name, x) for spec in specs.SPECS)]
+    names = [spec.name for spec in specs.SPECS]
+    unknown = [pattern for pattern in args.specs if not fnmatch.filter(names, pattern)]
     if unknown:
         raise SystemExit(f"error: no spec is called {unknown[0]}: run.py list names all")
     if not found:
@@ -119,7 +120,8 @@ def run_command(args: argparse.Namespace) -> int:
     todo = []
     for spec, number in chosen:
         done = runs.finished(spec, args.runs)
-        todo += [runs.Run(spec, spec.seed(i), args.runs) for i in range(number) if spec.seed(i) not in done]
+        seeds = [spec.seed(i) for i in range(number)]
+        todo += [runs.Run(spec, seed, args.runs) for seed in seeds if seed not in done]
     print(f"{sum(number for _, number in chosen)} runs, {len(todo)} still to do, {args.jobs} at a time", flush=True)
     return answer(args, runs.run_all(todo, args.jobs))
 

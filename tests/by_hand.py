@@ -5,6 +5,7 @@ reach the weights that the script reaches.
 """
 
 import inspect
+import json
 import math
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -36,14 +37,12 @@ def row(k: int, n: int) -> SimpleNamespace:
     episode, time = divmod(k, LENGTHS[n] + 1)
     is_step = time < LENGTHS[n]
     done = time == LENGTHS[n] - 1
-    return SimpleNamespace(
-        obs=[time / 4, n - 1.0, 0.5 * episode],
-        reward=0.1 * 3**episode * (1 + n + time) if is_step else 1000.0,
-        is_step=is_step,
-        done=done,
-        terminated=done and n != 1,
-        episode_began=k - time,
-    )
+    here = SimpleNamespace(is_step=is_step, done=done)
+    here.obs = [time / 4, n - 1.0, 0.5 * episode]
+    here.reward = 0.1 * 3**episode * (1 + n + time) if is_step else 1000.0
+    here.terminated = done and n != 1
+    here.episode_began = k - time
+    return here
 
 
 class Known(VectorEnv):
@@ -83,18 +82,20 @@ gym.register("Known-v0", vector_entry_point=Known)
 
 def rollout(first: int, T: int) -> SimpleNamespace:
     """Tensors (T, N) of rows first … first + T - 1; obs has one row more."""
-    rows = [[row(k, n) for n in range(N)] for k in range(first, first + T + 1)]
+    rows = []
+    for k in range(first, first + T + 1):
+        rows.append([row(k, n) for n in range(N)])
 
     def tensor(name: str) -> Tensor:
-        return torch.tensor([[float(getattr(here, name)) for here in line] for line in rows[:T]], dtype=torch.float64)
+        values = [[getattr(here, name) for here in line] for line in rows]
+        return torch.tensor(values, dtype=torch.float64)
 
-    return SimpleNamespace(
-        obs=torch.tensor([[here.obs for here in line] for line in rows], dtype=torch.float64),
-        rewards=tensor("reward"),
-        terminated=tensor("terminated"),
-        done=tensor("done"),
-        is_step=tensor("is_step") > 0,
-    )
+    found = SimpleNamespace(obs=tensor("obs"))
+    found.rewards = tensor("reward")[:T]
+    found.terminated = tensor("terminated")[:T]
+    found.done = tensor("done")[:T]
+    found.is_step = tensor("is_step")[:T] > 0
+    return found
 
 
 def actions_of(acts: list[SimpleNamespace], first: int, T: int) -> Tensor:
@@ -120,6 +121,12 @@ def train(script: ModuleType, run_dir: Path, env_id: str, **flags: object) -> Pa
         defaults["num_minibatches"] = 1
     script.main(script.Args(**{"env_id": env_id, **defaults, **flags}))
     return run_dir
+
+
+def train_on_known(script: ModuleType, run_dir: Path, box: bool, **flags: object) -> Path:
+    """A run on the world of `row`, with actions of a Box or of three kinds."""
+    of_world = {"env_kwargs": json.dumps({"box": box}), "seed": SEED, "num_envs": N}
+    return train(script, run_dir, "by_hand:Known-v0", **of_world, **flags)
 
 
 def kept(value: object) -> object:
@@ -181,7 +188,9 @@ class Updates:
         torch.manual_seed(SEED)  # so it starts at the weights of the run
         agent = script.Agent(spaces.single_observation_space, spaces.single_action_space, normalize, log_std_init)
         self.agent = agent.double()
-        self.box, self.normalize, self.optimizer = box, normalize, optimizer
+        self.box = box
+        self.normalize = normalize
+        self.optimizer = optimizer
         self.seen = []  # observations (S, 3) of the steps of each update so far
         self.count = 0  # of steps down
         self.moments = {name: (0.0, 0.0) for name, _ in agent.named_parameters()}
@@ -192,7 +201,8 @@ class Updates:
         if not (self.normalize and self.seen):
             return obs
         seen = torch.cat(self.seen)
-        return ((obs - seen.mean(0)) / seen.std(0, correction=0).clamp(min=1e-4)).clamp(-10, 10)
+        deviation = seen.std(0, correction=0).clamp(min=1e-4)
+        return ((obs - seen.mean(0)) / deviation).clamp(-10, 10)
 
     def policy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """log π(a|s) and entropy, (B,) each."""
@@ -245,7 +255,10 @@ class Updates:
 
     def log(self, **values: object) -> None:
         """Keep what an update reports: a number each, or the mean of several."""
-        self.logged.append({name: float(torch.as_tensor(value).detach().mean()) for name, value in values.items()})
+        means = {}
+        for name, value in values.items():
+            means[name] = float(torch.as_tensor(value).detach().mean())
+        self.logged.append(means)
 
     def compare(self, run_dir: Path, sizes: list[int]) -> None:
         """The run has these weights; it logs the first update, and at its end the mean over all others."""
@@ -262,4 +275,8 @@ class Updates:
 
 def use_sgd(monkeypatch, owner: str) -> None:
     """Let a script step by plain SGD, which shows the size of its gradient."""
-    monkeypatch.setattr(torch.optim, owner, lambda parameters, lr, **_: torch.optim.SGD(parameters, lr))
+
+    def plain_sgd(parameters, lr, **_):
+        return torch.optim.SGD(parameters, lr)
+
+    monkeypatch.setattr(torch.optim, owner, plain_sgd)

@@ -1,9 +1,11 @@
 """What several test files need: running a script as a user would, and reading what it wrote."""
 
+import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -15,7 +17,9 @@ ALGOS = REPO / "algos"
 
 def command(script: str, *flags: object, processes: int = 1) -> list[str]:
     """Command line of algos/<script>.py, under torchrun for several processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    torchrun = []
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return [sys.executable, *torchrun, str(ALGOS / f"{script}.py"), *map(str, flags)]
 
 
@@ -35,7 +39,9 @@ def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
     """(step, value) of a TensorBoard tag, as TensorBoard shows it (purged points are gone)."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
+    if tag not in events.Tags()["scalars"]:
+        return []
+    return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
 def text(run_dir: Path, tag: str) -> str:
@@ -45,18 +51,36 @@ def text(run_dir: Path, tag: str) -> str:
     return events.Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode()
 
 
+def samples_logged(monkeypatch, accelerator: type) -> dict[int, str]:
+    """A dict that receives the samples which runs log from now on, by update."""
+    original = accelerator.log
+    samples = {}
+
+    def log(self, values, step):
+        if "samples" in values:
+            samples[step] = values["samples"]
+        return original(self, values, step)
+
+    monkeypatch.setattr(accelerator, "log", log)
+    return samples
+
+
 def environment(**variables: str) -> dict[str, str]:
     """This process's environment variables with some changed."""
     return os.environ | variables
 
 
-def spy_on(monkeypatch, owner, name: str) -> list[tuple[tuple, object]]:
-    """Replace a function by itself and keep (arguments, result) of each call in the list returned."""
-    original, calls = getattr(owner, name), []
+def spy_on(monkeypatch, owner: object, name: str) -> list[SimpleNamespace]:
+    """Replace a function by itself; the list returned receives of each call its arguments, by name, and its `result`."""
+    original = getattr(owner, name)
+    signature = inspect.signature(original)
+    calls = []
 
     def spy(*arguments, **keywords):
         result = original(*arguments, **keywords)
-        calls.append((arguments, result))
+        named = signature.bind(*arguments, **keywords)
+        named.apply_defaults()
+        calls.append(SimpleNamespace(**named.arguments, result=result))
         return result
 
     monkeypatch.setattr(owner, name, spy)

@@ -148,9 +148,13 @@ class Staggered(VectorEnv):
         autoreset_mode=AutoresetMode.NEXT_STEP,
         flags=bool,
     ):
-        self.num_envs, self.trap, self.growth, self.flags = num_envs, trap, growth, flags
+        self.num_envs = num_envs
+        self.trap = trap
+        self.growth = growth
+        self.flags = flags
         self.metadata = {"autoreset_mode": autoreset_mode}
-        self.single_observation_space, self.single_action_space = Box(-np.inf, np.inf, (2,), np.float32), Discrete(2)
+        self.single_observation_space = Box(-np.inf, np.inf, (2,), np.float32)
+        self.single_action_space = Discrete(2)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.length = np.where(np.arange(num_envs) < 2, 4, longest)
@@ -158,7 +162,8 @@ class Staggered(VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.time, self.over = np.zeros(self.num_envs, int), np.zeros(self.num_envs, bool)
+        self.time = np.zeros(self.num_envs, int)
+        self.over = np.zeros(self.num_envs, bool)
         self.episode = np.zeros(self.num_envs)
         self.state = self.np_random.normal(size=(self.num_envs, 2)).astype(np.float32)
         return self.state.copy(), {}
@@ -167,13 +172,20 @@ class Staggered(VectorEnv):
         fresh = self.over
         self.time = np.where(fresh, 0, self.time + 1)
         self.episode += fresh
-        push = np.where(actions[:, None] == 1, 0.5, -0.5) + self.np_random.normal(size=(self.num_envs, 2)) * 0.1
+        push = np.where(actions[:, None] == 1, 0.5, -0.5)
+        noise = self.np_random.normal(size=(self.num_envs, 2))
+        moved = 0.9 * self.state + (push + noise * 0.1)
         start = self.np_random.normal(size=(self.num_envs, 2))
-        self.state = np.where(fresh[:, None], start, 0.9 * self.state + push).astype(np.float32)
+        self.state = np.where(fresh[:, None], start, moved).astype(np.float32)
         self.over = self.time == self.length
-        reward = np.where(fresh, 1e6 if self.trap else 0.0, self.gain + self.growth * self.episode)
-        shown = np.where(self.over[:, None] & (self.trap is True), np.float32(1e6), self.state)
-        return shown.copy(), reward, self.over.astype(self.flags), np.zeros(self.num_envs, self.flags), {}
+        worth = self.gain + self.growth * self.episode
+        reward = np.where(fresh, 1e6 if self.trap else 0.0, worth)
+        shown = self.state.copy()
+        if self.trap is True:
+            shown[self.over] = 1e6
+        terminated = self.over.astype(self.flags)
+        truncated = np.zeros(self.num_envs, self.flags)
+        return shown, reward, terminated, truncated, {}
 
 
 class Spike(Probe):
@@ -182,13 +194,9 @@ class Spike(Probe):
     def step(self, action):
         obs, _, over, cut, info = super().step(action)
         size = 1e6 if self.time == 400 else 1.0
-        return (
-            (obs * self.np_random.normal() * size).astype(np.float32),
-            self.np_random.normal() * size,
-            over,
-            cut,
-            info,
-        )
+        obs = obs * self.np_random.normal() * size
+        reward = self.np_random.normal() * size
+        return obs.astype(np.float32), reward, over, cut, info
 
 
 class NeedsFile(Probe):
@@ -214,32 +222,29 @@ class ActionsFromOne(Probe):
     action_space = Discrete(2, start=1)
 
 
-for cls, limit in (
-    (Probe, 10),
-    (OneStep, None),
-    (Identity, None),
-    (Target, None),
-    (Clock, None),
-    (Scaled, 20),
-    (Pixels, 15),
-    (Explodes, 10),
-    (Spike, None),
-    (NeedsFile, 10),
-    (NoPictures, 10),
-    (ScalarAction, 10),
-    (ManyActions, 10),
-    (ActionsFromOne, 10),
-):
+def register(cls, limit=None):
+    """Make an environment known by the name of its class."""
     gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=limit)
-for name, kwargs in (
-    ("Staggered", {}),
-    ("StaggeredTrap", {"trap": True}),
-    ("StaggeredGrowing", {"longest": 11, "growth": 1}),
-    ("SameStep", {"autoreset_mode": AutoresetMode.SAME_STEP}),
-    ("StaggeredIntegers", {"flags": np.int64}),
-    ("StaggeredFloats", {"flags": np.float32}),
-):
+
+
+def register_staggered(name, **kwargs):
+    """Make a variant of Staggered known."""
     gym.register(f"{name}-v0", vector_entry_point=Staggered, kwargs=kwargs)
+
+
+for cls in (OneStep, Identity, Target, Clock, Spike):
+    register(cls)
+for cls in (Probe, Explodes, NeedsFile, NoPictures, ScalarAction, ManyActions, ActionsFromOne):
+    register(cls, limit=10)
+register(Pixels, limit=15)
+register(Scaled, limit=20)
+register_staggered("Staggered")
+register_staggered("StaggeredTrap", trap=True)
+register_staggered("StaggeredRewardTrap", trap="reward")
+register_staggered("StaggeredGrowing", longest=11, growth=1)
+register_staggered("SameStep", autoreset_mode=AutoresetMode.SAME_STEP)
+register_staggered("StaggeredIntegers", flags=np.int64)
+register_staggered("StaggeredFloats", flags=np.float32)
 
 
 class Bounds(Probe):
@@ -247,13 +252,16 @@ class Bounds(Probe):
 
     def __init__(self, low, high, seen, best=None):
         self.action_space = Box(np.float32(low).reshape(-1), np.float32(high).reshape(-1))
-        self.high, self.seen, self.best = high, seen, best
+        self.high = high
+        self.seen = seen
+        self.best = best
 
     def step(self, action):
         self.seen.append(np.array(action))
         if self.best is None:
             return self.observe(), 0.0, False, False, {}
-        return self.observe(), -float((((action - self.best) / self.high) ** 2).sum()), True, False, {}
+        distance = ((action - self.best) / self.high) ** 2
+        return self.observe(), -float(distance.sum()), True, False, {}
 
 
 class Image(Probe):
@@ -290,7 +298,6 @@ class Guarded(Probe):
 
 gym.register("Endless-v0", entry_point=Endless)
 gym.register("Guarded-v0", entry_point=Guarded, max_episode_steps=10)
-gym.register("StaggeredRewardTrap-v0", vector_entry_point=Staggered, kwargs={"trap": "reward"})
 
 
 # --- for the contract of the command line ---
@@ -432,8 +439,9 @@ class OldStep(Probe):
 class Slip(Probe):
     """Observations that are a little other than the space says."""
 
+    above_one = np.nextafter(np.float32(1), np.float32(2))
     slips = {
-        "rounding": np.array([np.nextafter(np.float32(1), np.float32(2))], np.float32),
+        "rounding": np.array([above_one], np.float32),
         "bounds": np.array([3], np.float32),
         "float64": np.ones(1),
     }
@@ -546,24 +554,12 @@ class Slow(Noise):
         return super().step(action)
 
 
-for cls, limit in (
-    (Noise, 20),
-    (Alternating, None),
-    (Trouble, 20),
-    (Infinite, 20),
-    (Film, None),
-    (Interrupted, None),
-    (IntBox, 10),
-    (RewardArray, 10),
-    (WrongShape, 10),
-    (OldReset, 10),
-    (OldStep, 10),
-    (Slip, 10),
-    (Shows, 10),
-    (Slow, 20),
-    (Rare, None),
-):
-    gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=limit)
+for cls in (Alternating, Film, Interrupted, Rare):
+    register(cls)
+for cls in (IntBox, RewardArray, WrongShape, OldReset, OldStep, Slip, Shows):
+    register(cls, limit=10)
+for cls in (Noise, Trouble, Infinite, Slow):
+    register(cls, limit=20)
 gym.register("SlowEndless-v0", entry_point=Slow)
 gym.register("mine/State-v0", entry_point=lambda: Shows("state"), max_episode_steps=10)
 gym.register("Against-v0", entry_point=Noise, max_episode_steps=20, kwargs={"direction": -1})

@@ -40,11 +40,14 @@ def make_world(folder: Path, prompts: int, batch_size: int) -> tuple[dict, list[
     model.save_pretrained(folder / "model")
     file = folder / f"reward_of_{folder.name}.py"  # each test's module is another one
     file.write_text(REWARD)
-    texts = [["very"] * (i % 6) + [tiny.WORDS[i], "film", ":"] for i in range(prompts)]
-    rows = [{"prompt": " ".join(words)} for words in [*texts, ["very"] * 8 + [":"]]]
+    texts = []
+    for i in range(prompts):
+        texts.append(["very"] * (i % 6) + [tiny.WORDS[i], "film", ":"])
     assert max(map(len, texts)) == ROOM
-    for split in ("train", "test"):
-        tiny.write_jsonl(folder / "data" / f"{split}.jsonl", rows[: 5 if split == "test" else None])
+    too_long = ["very"] * ROOM + [":"]
+    rows = [{"prompt": " ".join(words)} for words in [*texts, too_long]]
+    tiny.write_jsonl(folder / "data" / "train.jsonl", rows)
+    tiny.write_jsonl(folder / "data" / "test.jsonl", rows[:5])
     flags = {"model": folder / "model", "reward_model": f"{file}:letters", "dataset": folder / "data"}
     flags = {name: str(value) for name, value in flags.items()}
     flags |= {"batch_size": batch_size, "num_minibatches": MINIBATCHES, "total_episodes": UPDATES * batch_size}
@@ -59,7 +62,9 @@ def rollouts(seen, batch_size: int, prompts: list[tuple[int, ...]]) -> list[tupl
     A row is (prompt, response). Holds that a run asks each prompt as often, ends a response with its first stop token,
     and that an epoch is a new order of all rows.
     """
-    sampled = [[(tuple(x), tuple(y)) for x, y in zip(call.prompts, call.result)] for call in seen.rollouts]
+    sampled = []
+    for call in seen.rollouts:
+        sampled.append([(tuple(x), tuple(y)) for x, y in zip(call.prompts, call.result)])
     asked = Counter(prompt for rows in sampled for prompt, _ in rows)
     assert len(sampled) == UPDATES
     assert asked == dict.fromkeys(prompts, UPDATES * batch_size // len(prompts))
@@ -78,30 +83,37 @@ def rollouts(seen, batch_size: int, prompts: list[tuple[int, ...]]) -> list[tupl
     for update, rows in enumerate(sampled):
         own = trained[update * per_update : (update + 1) * per_update]
         epochs = [own[i : i + batch_size] for i in range(0, per_update, batch_size)]
-        assert all(sorted(epoch) == sorted(rows) for epoch in epochs)
-        assert len({tuple(sorted(epoch[:size])) for epoch in epochs}) == EPOCHS  # other rows come first
-        found.append((rows, [own[i : i + size] for i in range(0, per_update, size)]))
+        firsts = set()
+        for epoch in epochs:
+            assert sorted(epoch) == sorted(rows)
+            firsts.add(tuple(sorted(epoch[:size])))
+        assert len(firsts) == EPOCHS  # other rows come first
+        minibatches = [own[i : i + size] for i in range(0, per_update, size)]
+        found.append((rows, minibatches))
     return found
 
 
 def logprobs(model: nn.Module, prompt: tuple[int, ...], response: tuple[int, ...]) -> Tensor:
     """log π of each token of a response."""
-    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1)[range(len(response)), list(response)]
+    logits = model(torch.tensor([prompt + response])).logits[0]
+    following = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return following[range(len(response)), list(response)]
 
 
 def clipped(log_ratio: Tensor, advantages: Tensor) -> Tensor:
     """PPO's objective of each token, where a step that goes too far gains nothing."""
     ratio = log_ratio.exp()
-    return torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+    near = ratio.clamp(1 - CLIP, 1 + CLIP)
+    return torch.minimum(ratio * advantages, near * advantages)
 
 
 def distance(found: dict[str, Tensor], model: nn.Module, start: nn.Module) -> float:
     """How far weights are from the model's, as a share of how far these are from the start."""
     now = dict(model.named_parameters())
     before = dict(start.named_parameters())
-    off, way = (
-        torch.cat([(now[name] - others[name]).detach().flatten() for name in now]).norm().item()
-        for others in (found, before)
-    )
-    return off / way
+
+    def from_model(others: dict[str, Tensor]) -> float:
+        gaps = [(now[name] - others[name]).detach().flatten() for name in now]
+        return torch.cat(gaps).norm().item()
+
+    return from_model(found) / from_model(before)

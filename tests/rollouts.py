@@ -1,7 +1,6 @@
 """What tests of rlhf_ppo.py and grpo.py share: a tiny world, short runs in this process, and calls by argument name."""
 
 import importlib
-import inspect
 import signal
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import tiny
 import torch
 from accelerate.state import AcceleratorState
+from helpers import spy_on
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
@@ -18,6 +18,16 @@ SCRIPTS = ["rlhf_ppo", "grpo"]
 EOS, CPU = 1, torch.device("cpu")
 EPOCHS = {"rlhf_ppo": "num_ppo_epochs", "grpo": "num_epochs"}
 PROMPTS = 16
+SIZES = {
+    "device": "cpu",
+    "batch_size": 8,
+    "num_minibatches": 2,
+    "micro_batch_size": 4,
+    "total_episodes": 16,
+    "response_length": 8,
+    "max_length": 64,
+    "learning_rate": 1e-2,
+}
 
 
 def reset_state() -> None:
@@ -53,16 +63,9 @@ def flags_of(world: Path, script: str, run_dir: Path, **changed: object) -> dict
         "reward_model": str(world / "llama-reward"),
         "dataset": str(world / "data"),
         "run_dir": str(run_dir),
-        "device": "cpu",
-        "batch_size": 8,
-        "num_minibatches": 2,
-        "micro_batch_size": 4,
-        "total_episodes": 16,
-        "response_length": 8,
-        "max_length": 64,
-        "learning_rate": 1e-2,
-        EPOCHS[script]: 2,
+        **SIZES,
     }
+    flags[EPOCHS[script]] = 2
     if script == "grpo":
         flags["group_size"] = 4
     return flags | changed
@@ -76,28 +79,13 @@ def one_step(script: str) -> dict[str, int]:
     return ONE_STEP | {EPOCHS[script]: 1}
 
 
-def record(patch, owner: object, name: str) -> list[SimpleNamespace]:
-    """Replace a function by itself; the list returned receives the arguments of each call, by name, and its result."""
-    original = getattr(owner, name)
-    signature = inspect.signature(original)
-    calls = []
-
-    def recorder(*arguments, **keywords):
-        result = original(*arguments, **keywords)
-        calls.append(SimpleNamespace(**signature.bind(*arguments, **keywords).arguments, result=result))
-        return result
-
-    patch.setattr(owner, name, recorder)
-    return calls
-
-
-def train(monkeypatch, script: str, flags: dict, names: str = "", saved: dict | None = None) -> SimpleNamespace:
+def train(monkeypatch, script: str, flags: dict, names: tuple = (), saved: dict | None = None) -> SimpleNamespace:
     """Run main in this process; the calls of its functions `names`, and of sample as `rollouts`, evaluations left out."""
     module = importlib.import_module(script)
     reset_state()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "path", [*sys.path])  # which a reward function's folder joins
-        calls = {name: record(patch, module, name) for name in [*names.split(), "sample"]}
+        calls = {name: spy_on(patch, module, name) for name in [*names, "sample"]}
         module.main(module.Args(**flags), saved)
     seen = SimpleNamespace(**calls)
     seen.rollouts = [call for call in seen.sample if len(call.prompts) == flags["batch_size"]]
@@ -122,7 +110,9 @@ def critic_of(run_dir: Path, step: int) -> dict[str, Tensor]:
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two models have the same tensors bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    if a.keys() != b.keys():
+        return False
+    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def first_gradient(run_dir: Path, step: int = 1) -> Tensor:

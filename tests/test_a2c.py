@@ -19,6 +19,13 @@ LAM = 0.8
 VF_COEF = 0.02
 ENT_COEF = 0.3
 LOG_STD = -0.7
+COEFFICIENTS = {
+    "gamma": GAMMA,
+    "gae_lambda": LAM,
+    "vf_coef": VF_COEF,
+    "ent_coef": ENT_COEF,
+    "log_std_init": LOG_STD,
+}
 
 
 def plain_updates(acts, rollouts, box, normalize, optimizer, learning_rate):
@@ -62,24 +69,8 @@ def test_three_updates_are_those_of_a_plain_second_version(
     sizes = [int(rows.is_step.sum()) for rows in rollouts]
     assert sizes == [19, 17, 16]
     acts = spy_by_name(monkeypatch, a2c.Agent, "act")
-    run_dir = train(
-        a2c,
-        tmp_path / "run",
-        "by_hand:Known-v0",
-        env_kwargs='{"box": true}' if box else "{}",
-        seed=by_hand.SEED,
-        num_envs=by_hand.N,
-        num_steps=T,
-        total_timesteps=sum(sizes),
-        normalize=normalize,
-        learning_rate=learning_rate,
-        anneal_lr=True,
-        gamma=GAMMA,
-        gae_lambda=LAM,
-        vf_coef=VF_COEF,
-        ent_coef=ENT_COEF,
-        log_std_init=LOG_STD,
-    )
+    given = {"num_steps": T, "total_timesteps": sum(sizes), "normalize": normalize, "learning_rate": learning_rate}
+    run_dir = by_hand.train_on_known(a2c, tmp_path / "run", box, **given, **COEFFICIENTS, anneal_lr=True)
     plain = plain_updates(acts, rollouts, box, normalize, optimizer, learning_rate)
     assert max(plain.norms) > 0.6
     assert box or min(plain.norms) < 0.4

@@ -120,8 +120,10 @@ def test_reinforce_divides_by_the_environments_also_where_episodes_are_cut(tmp_p
     rows = by_hand.rollout(0, 4)
     to_go = torch.zeros(4, 3, dtype=torch.float64)
     for n, length in enumerate(by_hand.LENGTHS):
-        for t in range(min(4, length)):
-            to_go[t, n] = sum(0.9 ** (later - t) * rows.rewards[later, n] for later in range(t, min(4, length)))
+        end = min(4, length)
+        for t in range(end):
+            discounts = 0.9 ** torch.arange(end - t)
+            to_go[t, n] = (discounts * rows.rewards[t:end, n]).sum()
     returns = to_go[rows.is_step]
     returns = (returns - returns.mean()) / returns.std(correction=0)
     loss = -(forward[-1].result[0].double() * returns).sum() / 3
@@ -129,27 +131,34 @@ def test_reinforce_divides_by_the_environments_also_where_episodes_are_cut(tmp_p
     assert logged == pytest.approx(loss.item(), rel=1e-4)
 
 
-TARGETS = {"reinforce": "discounted_sum", "dqn": "td_target", "a2c": "compute_gae", "ppo": "compute_gae"}
+TARGETS = {  # a function that is given the rewards, and what it calls them
+    "reinforce": ("discounted_sum", "x"),
+    "dqn": ("td_target", "rewards"),
+    "a2c": ("compute_gae", "rewards"),
+    "ppo": ("compute_gae", "rewards"),
+}
 
 
 @pytest.mark.parametrize("script", TARGETS)
 def test_atari_behind_the_name_of_its_module_trains_on_the_sign_of_rewards(script, tmp_path, monkeypatch):
     module = importlib.import_module(script)
-    seen = spy_on(monkeypatch, module, TARGETS[script])
+    function, argument = TARGETS[script]
+    calls = spy_on(monkeypatch, module, function)
     flags = {"num_envs": 2, "total_timesteps": 200, "eval_episodes": 0, "device": "cpu"}
     flags |= {"learning_starts": 100, "buffer_size": 400} if script == "dqn" else {"num_steps": 100}
     module.main(module.Args(env_id="ale_py:ALE/MsPacman-v5", run_dir=str(tmp_path / "run"), **flags))
-    rewards = torch.cat([arguments[0].flatten() for arguments, _ in seen])
+    rewards = torch.cat([getattr(call, argument).flatten() for call in calls])
     assert set(rewards.tolist()) == {0.0, 1.0}
 
 
 @pytest.mark.parametrize("shape", [(3, 36, 40), (40, 36, 3)])
 def test_dqn_stores_whole_images_that_are_not_ataris(shape, tmp_path, monkeypatch):
-    shown, original = [], dqn.ReplayBuffer.add_observations
+    shown = []
+    original = dqn.ReplayBuffer.add_observations
 
-    def add(self, obs):
+    def add(buffer, obs):
         shown.append(obs.copy())
-        return original(self, obs)
+        return original(buffer, obs)
 
     monkeypatch.setattr(dqn.ReplayBuffer, "add_observations", add)
     calls = by_hand.spy_by_name(monkeypatch, dqn.ReplayBuffer, "observations")

@@ -76,9 +76,8 @@ def fields(script):
 def header(script):
     """The PEP 723 block of a script, parsed."""
     (block,) = re.findall(r"(?m)^# /// script$\n((?:^#.*$\n)+?)^# ///$", SOURCES[script])
-    return tomllib.loads(
-        "".join(line[2:] if line.startswith("# ") else line[1:] for line in block.splitlines(keepends=True))
-    )
+    lines = [line.removeprefix("#").removeprefix(" ") for line in block.splitlines()]
+    return tomllib.loads("\n".join(lines))
 
 
 # --- length ---
@@ -163,14 +162,15 @@ def test_definitions_that_share_a_name_are_byte_identical(a, b):
     if (a in LANGUAGE) != (b in LANGUAGE):  # a checkpoint is a file in control, a folder of several processes in text
         allowed |= {"parse_args", "start_run", "save_checkpoint"}
     for name in sorted(ours.keys() & theirs.keys() - allowed):
-        change = "\n".join(difflib.unified_diff(ours[name].splitlines(), theirs[name].splitlines(), a, b, lineterm=""))
-        assert ours[name] == theirs[name], change
+        changes = difflib.unified_diff(ours[name].splitlines(), theirs[name].splitlines(), a, b, lineterm="")
+        assert ours[name] == theirs[name], "\n".join(changes)
 
 
 @scripts
 def test_a_script_imports_nothing_from_this_repository(script):
-    folders = ("algos", "tests", "benchmark")
-    own = {path.stem for folder in folders for path in (REPO / folder).rglob("*.py")} | set(folders)
+    own = {"algos", "tests", "benchmark"}
+    for folder in sorted(own):
+        own.update(path.stem for path in (REPO / folder).rglob("*.py"))
     for node in ast.walk(TREES[script]):
         if isinstance(node, ast.Import):
             assert not {alias.name.split(".")[0] for alias in node.names} & own
@@ -181,28 +181,32 @@ def test_a_script_imports_nothing_from_this_repository(script):
 
 @scripts
 def test_header_requirements_and_imports_agree(script):
-    pinned = {
-        name: (extras, version)
-        for name, extras, version in re.findall(
-            r"(?m)^([\w-]+)(\[.*\])?==([\w.]+)$", (REPO / "requirements.txt").read_text()
-        )
-    }
-    bounds = {}
+    pinned = {}
+    requirements = (REPO / "requirements.txt").read_text()
+    for name, extras, version in re.findall(r"(?m)^([\w-]+)(\[.*\])?==([\w.]+)$", requirements):
+        pinned[name] = (extras, version)
+    bounded = set()
     for requirement in header(script)["dependencies"]:
         name, extras, bound = re.fullmatch(r"([\w-]+)(\[.*\])?~=([\w.]+)", requirement).groups(default="")
         assert name in pinned, f"{name} is not in requirements.txt"
-        kinds, pinned_kinds = (set(re.findall(r"[\w-]+", text)) for text in (extras, pinned[name][0]))
-        assert kinds <= pinned_kinds, f"{name}{extras} in the header, {pinned[name][0]} in requirements.txt"
-        number = lambda version: tuple(map(int, version.split(".")))
-        assert number(bound) <= number(pinned[name][1])  # and ~= leaves out the next minor version, which nobody tried
-        assert number(bound)[:2] == number(pinned[name][1])[:2]
-        bounds[name] = bound
-    imported = {
-        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
-        for node in TREES[script].body
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-    }
-    assert imported - set(sys.stdlib_module_names) <= set(bounds)
+        pinned_extras, version = pinned[name]
+        kinds = set(re.findall(r"[\w-]+", extras))
+        assert kinds <= set(re.findall(r"[\w-]+", pinned_extras)), (
+            f"{name}{extras} in the header, {pinned_extras} pinned"
+        )
+        lowest = [int(number) for number in bound.split(".")]
+        tried = [int(number) for number in version.split(".")]
+        assert lowest <= tried
+        assert lowest[:2] == tried[:2]  # ~= leaves out the next minor version, which nobody tried
+        bounded.add(name)
+    imported = set()
+    for node in TREES[script].body:
+        if isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    packages = {name.split(".")[0] for name in imported}
+    assert packages - set(sys.stdlib_module_names) <= bounded
 
 
 # --- flags and functions ---
@@ -210,15 +214,12 @@ def test_header_requirements_and_imports_agree(script):
 
 @scripts
 def test_every_flag_is_read_and_has_its_meaning(script):
-    read = {
-        node.attr
-        for node in ast.walk(TREES[script])
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.ctx, ast.Load)
-        and isinstance(node.value, ast.Name)
-        and node.value.id in ("args", "self")
-    }
-    read |= {"resume"}  # parse_args reads it before there are args
+    read = {"resume"}  # parse_args reads it before there are args
+    for node in ast.walk(TREES[script]):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner, _, name = ast.unparse(node).rpartition(".")
+            if owner in ("args", "self"):
+                read.add(name)
     flags = dict(fields(script))
     assert len(flags) <= MORE_FLAGS.get(script, MAX_FLAGS)
     assert [name for name in flags if name not in read] == []
@@ -245,52 +246,54 @@ def test_functions_of_the_algorithm_know_neither_args_nor_globals(script):
         pytest.skip("its main is the algorithm")
     start = source.index("# --- algorithm ---")
     end = re.compile("^(# ---|def main)", re.MULTILINE).search(source, start + 1).start()
-    first, last = (source[:position].count("\n") + 1 for position in (start, end))
-    functions = [
-        node for node in TREES[script].body if isinstance(node, ast.FunctionDef) and first < node.lineno < last
-    ]
+    first = source[:start].count("\n") + 1
+    last = source[:end].count("\n") + 1
+    functions = [node for node in TREES[script].body if isinstance(node, ast.FunctionDef)]
+    functions = [function for function in functions if first < function.lineno < last]
     assert functions
-    variables = {
-        target.id
-        for node in TREES[script].body
-        if isinstance(node, ast.Assign)
-        for target in ast.walk(node)
-        if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)
-    }
+    forbidden = {"args"}
+    for node in TREES[script].body:
+        if isinstance(node, ast.Assign):
+            names = [name for name in ast.walk(node) if isinstance(name, ast.Name)]
+            forbidden.update(name.id for name in names if isinstance(name.ctx, ast.Store))
     for function in functions:
         used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
-        assert not used & (variables | {"args"}), function.name
+        assert not used & forbidden, function.name
 
 
 # --- the order of a script ---
 
 
+ALL = set(LINES)
+DEEP = ALL - {"q_learning"}
+COLLECTS = DEEP - {"sft", "reward_model", "dpo"}
+MARKS = [  # in this order, each in these scripts
+    (r"# /// script$", ALL),
+    (r'"""', ALL),
+    (r"import ", ALL),
+    (r"@dataclass\nclass Args:", ALL),
+    (r"    def __post_init__\(self\)", ALL),
+    (r"class \w+\(nn.Module\):", DEEP - LANGUAGE),
+    (r"# --- algorithm ---$", DEEP),
+    (r"# --- model ---$", LANGUAGE),
+    (r"# --- (environments|data) ---$", DEEP),
+    (r"# --- run ---$", LANGUAGE),
+    (r"def main\(args: Args", ALL),
+    (r" +# ===== evaluate =====$", LANGUAGE),
+    (r" +# ===== collect =====$", DEEP),
+    (r" +# ===== compute targets =====$", COLLECTS),
+    (r" +# ===== update =====$", DEEP),
+    (r" +# ===== log.* =====$", DEEP),
+    (r'if __name__ == "__main__":\n    main\(', ALL),
+]
+
+
 @scripts
 def test_sections_come_in_the_same_order(script):
-    source, found = SOURCES[script], []
-    language = script in LANGUAGE
-    loop = script != "q_learning"
-    for mark in (
-        r"# /// script$",
-        r'"""',
-        r"import ",
-        r"@dataclass\nclass Args:",
-        r"    def __post_init__\(self\)",
-        r"class \w+\(nn.Module\):" if loop and not language else "",
-        r"# --- algorithm ---$" if loop else "",
-        r"# --- model ---$" if language else "",
-        r"# --- (environments|data) ---$" if loop else "",
-        r"# --- run ---$" if language else "",
-        r"def main\(args: Args",
-        r" +# ===== evaluate =====$" if language else "",
-        r" +# ===== collect =====$" if loop else "",
-        r" +# ===== compute targets =====$" if script in ("reinforce", "a2c", "ppo", "dqn", "rlhf_ppo", "grpo") else "",
-        r" +# ===== update =====$" if loop else "",
-        r" +# ===== log.* =====$" if loop else "",
-        r'if __name__ == "__main__":\n    main\(',
-    ):
-        if mark:
-            match = re.search(f"(?m)^{mark}", source)
+    found = []
+    for mark, where in MARKS:
+        if script in where:
+            match = re.search(f"(?m)^{mark}", SOURCES[script])
             assert match, mark
             found.append(match.start())
     assert found == sorted(found)
@@ -311,7 +314,9 @@ def test_importing_a_script_does_nothing(script, tmp_path):
     heavy = "{'ale_py', 'moviepy', 'mujoco', 'pygame', 'tensorflow', 'wandb'}"
     code = f"import sys; sys.path.insert(0, {str(ALGOS)!r}); import {script}; assert not {heavy} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (0, "", []), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_readme_names_every_script():

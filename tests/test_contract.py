@@ -28,14 +28,15 @@ import probe_envs
 import pytest
 import torch
 from helpers import ALGOS, command, environment, run, scalars, spy_on, text, weights
+from tensorboard.summary.writer import event_file_writer
 
-# flags of a short run with several updates and checkpoints
-SHORT = {
+DQN_SIZES = ["--learning-starts", 100, "--buffer-size", 800, "--batch-size", 16,
+             "--train-every", 8, "--target-every", 50]  # fmt: skip
+SHORT = {  # flags of a short run with several updates and checkpoints
     "reinforce": ["--num-envs", 4, "--normalize"],
     "a2c": ["--num-envs", 4, "--normalize"],
     "ppo": ["--num-envs", 4, "--num-steps", 16, "--normalize"],
-    "dqn": ["--num-envs", 4, "--learning-starts", 100, "--buffer-size", 800, "--batch-size", 16, "--train-every", 8]
-    + ["--target-every", 50],
+    "dqn": ["--num-envs", 4, *DQN_SIZES],
 }
 HALF, WHOLE = 600, 1200  # steps of a checkpoint to resume, and of the whole run
 COMMON = ["--device", "cpu", "--env-id", "probe_envs:Noise-v0", "--save-every", 250, "--eval-episodes", 2]
@@ -100,7 +101,9 @@ def contents(run_dir):
 def same(a, b):
     """Whether two nested states hold the same numbers, bit for bit."""
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        if not isinstance(b, dict) or a.keys() != b.keys():
+            return False
+        return all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
@@ -109,6 +112,7 @@ def same(a, b):
 @pytest.fixture(scope="module")
 def once(tmp_path_factory):
     """once(script, steps): run directory of a short run of so many steps, made once; nobody may write into it."""
+    event_file_writer._global_uid = event_file_writer.AtomicCounter(1000)  # TensorBoard reads files in order of names
     made = {}
 
     def get(script, steps):
@@ -134,9 +138,8 @@ def test_a_run_leaves_arguments_events_a_checkpoint_and_a_model_with_the_users_p
     assert out.startswith("run directory: run\n")
     assert "over 2 greedy episodes" in out
     files = list(Path("run").iterdir())
-    assert sorted(path.name.split(".tfevents")[0] for path in files) == sorted(
-        ["args.json", "checkpoint.pt", "events.out", "model.safetensors"]
-    )
+    names = sorted(path.name.split(".tfevents")[0] for path in files)
+    assert names == ["args.json", "checkpoint.pt", "events.out", "model.safetensors"]
     assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
     state = load("run")
     assert state["script"] == script
@@ -391,6 +394,7 @@ GIVEN_ON_RESUME = {
     "normalize": (False, "refused"),
     "log_std_init": (-0.5, "refused"),
     "learning_rate": (0.02, "other weights"),
+    "anneal_lr": (None, "other weights"),  # what it was not before
     "num_steps": (12, "other weights"),
     "num_minibatches": (3, "other weights"),
     "num_epochs": (2, "other weights"),
@@ -423,12 +427,16 @@ def test_every_flag_given_on_resume_counts_or_is_refused_and_args_json_says_what
     resumed = resume(script, half, "plain")
     for name in module.Args.__dataclass_fields__.keys() - {"resume"}:
         old = args_of(half).get(name)
-        value, effect = (not old, "other weights") if name == "anneal_lr" else GIVEN_ON_RESUME[name]
+        value, effect = GIVEN_ON_RESUME[name]
         if script == "dqn" and name == "num_envs":
             effect = "refused"  # the replay buffer is made of them
+        if name == "anneal_lr":
+            value = not old
         assert value != old, name
         flag = "--" + name.replace("_", "-")
-        given = [f"--{'' if value else 'no-'}{flag[2:]}"] if isinstance(value, bool) else [flag, value]
+        given = [flag, value]
+        if isinstance(value, bool):
+            given = [flag] if value else [f"--no-{flag[2:]}"]
         folder = Path("elsewhere") if name == "run_dir" else Path(f"with_{name}")
         if effect == "refused":
             with pytest.raises(SystemExit, match=f"^{flag} cannot change when a run is resumed$"):
@@ -445,18 +453,20 @@ def test_every_flag_given_on_resume_counts_or_is_refused_and_args_json_says_what
 
 @scripts
 def test_a_learning_rate_given_on_resume_is_the_optimisers(once, script):
-    resume(
-        script, once(script, HALF), "run", "--learning-rate", 0.125, *(["--no-anneal-lr"] if script != "dqn" else [])
-    )
+    constant = [] if script == "dqn" else ["--no-anneal-lr"]
+    resume(script, once(script, HALF), "run", "--learning-rate", 0.125, *constant)
     assert load("run")["optimizer"]["param_groups"][0]["lr"] == 0.125
 
 
 @scripts
 def test_steps_per_second_of_a_resumed_run_are_its_own(once, script, monkeypatch):
     bar = importlib.import_module(script).tqdm
-    monkeypatch.setattr(
-        bar, "format_dict", property(lambda self, get=bar.format_dict.fget: get(self) | {"elapsed": 2.0})
-    )
+    original = bar.format_dict.fget
+
+    def after_two_seconds(self):
+        return original(self) | {"elapsed": 2.0}
+
+    monkeypatch.setattr(bar, "format_dict", property(after_two_seconds))
     resume(script, once(script, HALF), "run")
     last, speed = scalars(Path("run"), "charts/SPS")[-1]
     assert speed == pytest.approx((last - load(once(script, HALF))["step"]) / 2)
@@ -496,7 +506,9 @@ def test_events_past_the_checkpoint_are_purged_on_resume(once, script):
     steps = [step for step, _ in scalars(Path("run"), "charts/SPS")]
     assert steps[-1] == load("run")["step"] < longer[-1]
     assert steps == sorted(set(steps))
-    assert not set(steps) & set(longer) - {step for step, _ in scalars(once(script, HALF), "charts/SPS")} - {steps[-1]}
+    before = {step for step, _ in scalars(once(script, HALF), "charts/SPS")}
+    purged = set(longer) - before - {steps[-1]}
+    assert not set(steps) & purged
 
 
 @pytest.mark.parametrize("script", ["dqn", "q_learning"])
@@ -957,16 +969,23 @@ BAD_FLAGS = {
 OWN_BAD_FLAGS = {
     "reinforce": {"--num-steps 0": "num-steps"},
     "a2c": {"--gae-lambda 1.1": "gae-lambda", "--num-steps 1": "num-steps"},
-    "ppo": {"--gae-lambda -1": "gae-lambda", "--num-steps 1": "num-steps", "--num-minibatches 257": "num-minibatches"}
-    | {"--num-steps 3 --num-envs 2 --num-minibatches 3": "num-minibatches"}
-    | {"--num-minibatches 0": "num-minibatches", "--clip-coef -0.1": "clip-coef", "--clip-coef nan": "clip-coef"},
+    "ppo": {
+        "--gae-lambda -1": "gae-lambda",
+        "--num-steps 1": "num-steps",
+        "--num-minibatches 257": "num-minibatches",
+        "--num-steps 3 --num-envs 2 --num-minibatches 3": "num-minibatches",
+        "--num-minibatches 0": "num-minibatches",
+        "--clip-coef -0.1": "clip-coef",
+        "--clip-coef nan": "clip-coef",
+    },
     "dqn": {
         "--learning-starts 500000": "learning-starts",
         "--learning-starts=-1": "learning-starts",
         "--buffer-size 10": "buffer-size",
         "--loss l1": "loss",
-    }
-    | {"--epsilon-end 2": "epsilon-end", "--exploration-fraction nan": "exploration-fraction"},
+        "--epsilon-end 2": "epsilon-end",
+        "--exploration-fraction nan": "exploration-fraction",
+    },
 }
 
 
@@ -1039,7 +1058,8 @@ IMAGES = [(36, 36), (36, 36, 1), (1, 36, 36), (40, 36, 12), (40, 36, 2), (3, 40,
 def test_environments_that_cannot_work_end_in_an_error_that_says_why(script, env_id):
     error, words = REFUSED[env_id]
     with pytest.raises(error, match=words):
-        train(script, "run", "--env-id", env_id, *([] if script == "dqn" else ["--no-normalize"]), steps=500)
+        raw = [] if script == "dqn" else ["--no-normalize"]
+        train(script, "run", "--env-id", env_id, *raw, steps=500)
 
 
 @scripts
@@ -1142,7 +1162,8 @@ def test_the_video_environment_of_atari_shows_the_policy_what_training_showed_it
     native = ppo.make_envs("ALE/Pong-v5", 1, {})
     assert video.single_observation_space.shape == native.single_observation_space.shape == (4, 84, 84)
     assert video.single_action_space == native.single_action_space
-    shown = [envs.reset(seed=0)[0] for envs in (video, native)]
-    assert all(obs.dtype == np.uint8 and obs.shape == (1, 4, 84, 84) for obs in shown)
-    video.close()
-    native.close()
+    for envs in (video, native):
+        obs, _ = envs.reset(seed=0)
+        assert obs.dtype == np.uint8
+        assert obs.shape == (1, 4, 84, 84)
+        envs.close()

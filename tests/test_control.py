@@ -17,11 +17,12 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from helpers import ALGOS, scalars, spy_on, weights
 
+DQN_SIZES = {"batch_size": 16, "learning_starts": 16, "train_every": 4, "target_every": 20, "buffer_size": 1_000}
 DEFAULTS = {  # small flags of each script
     "a2c": {"num_steps": 8},
     "ppo": {"num_steps": 8, "num_minibatches": 1},
     "reinforce": {},
-    "dqn": {"batch_size": 16, "learning_starts": 16, "train_every": 4, "target_every": 20, "buffer_size": 1_000},
+    "dqn": DQN_SIZES,
 }
 all_scripts = pytest.mark.parametrize("script", ["dqn", "reinforce", "a2c", "ppo"])
 policy_gradients = pytest.mark.parametrize("script", ["reinforce", "a2c", "ppo"])
@@ -180,7 +181,7 @@ def test_endless_episodes_of_the_greedy_policy_are_cut_and_said_to_be(script, tm
 def test_the_sampled_action_is_stored_and_the_clipped_one_executed(script, tmp_path, monkeypatch):
     calls = spy_on(monkeypatch, importlib.import_module(script).Agent, "forward")
     train(script, tmp_path, "Target-v0", total_timesteps=64)  # the environment asserts that actions are within ±1
-    stored = torch.cat([actions for (_, _, actions), _ in calls])
+    stored = torch.cat([call.actions for call in calls])
     assert stored.shape[1] == 2
     assert (stored.abs() > 1).any()
 
@@ -286,14 +287,13 @@ def test_the_best_action_is_learnt(script, tmp_path, env_id, best):
 def test_any_uint8_image_is_scaled_and_goes_through_the_cnn(script, shape, tmp_path, monkeypatch):
     agent = agent_of(script, Box(0, 255, shape, np.uint8), Discrete(2))
     first = next(layer for layer in agent.modules() if isinstance(layer, torch.nn.Conv2d))
-    seen = spy_on(monkeypatch, first, "forward")
+    calls = spy_on(monkeypatch, first, "forward")
     image = torch.randint(256, (3, *shape), dtype=torch.uint8)
     agent.act(image)
-    ((planes,), _) = seen[0]
     expected = image if len(shape) == 3 else image[:, None]
     if shape in ((36, 36, 1), (40, 36, 12)):  # channels last
         expected = expected.permute(0, 3, 1, 2)
-    torch.testing.assert_close(planes, expected / 255)
+    torch.testing.assert_close(calls[0].input, expected / 255)
     gym.register("OneImage-v0", entry_point=lambda: probe_envs.Image(shape), max_episode_steps=15)
     assert train(script, tmp_path, "OneImage-v0", num_envs=2, eval_episodes=2, total_timesteps=40)
 
@@ -317,8 +317,7 @@ def test_a_network_gets_the_numbers_of_any_observation_and_bytes_as_shares_of_th
     _, _, numbers = probe_envs.Shows.kinds[kind]
     layers = spy_on(monkeypatch, torch.nn.Linear, "forward")
     train(script, tmp_path, **shows(kind), total_timesteps=40, eval_episodes=1)
-    inputs = [x for (layer, x), _ in layers if layer.in_features == len(numbers)]
-    seen = torch.cat(inputs)
+    seen = torch.cat([call.input for call in layers if call.self.in_features == len(numbers)])
     shown = seen[seen.any(-1)]  # lazy layers learn their sizes by zeros
     assert len(shown) >= 40
     torch.testing.assert_close(shown, torch.tensor(numbers).float().expand_as(shown))
@@ -467,7 +466,9 @@ def test_neighbouring_seeds_share_no_environment_seeds(script, tmp_path, monkeyp
 def test_the_normaliser_has_the_mean_and_variance_of_all_rows_it_saw():
     torch.manual_seed(0)
     norm = ppo.RunningNorm(3)
-    rows = torch.tensor([5.0, -50, 0]) + torch.tensor([1.0, 10.0, 0.1]) * torch.randn(1000, 3)
+    mean = torch.tensor([5.0, -50, 0])
+    deviation = torch.tensor([1.0, 10.0, 0.1])
+    rows = mean + deviation * torch.randn(1000, 3)
     for part in rows.split([1, 2, 97, 400, 500]):
         norm.update(part)
     torch.testing.assert_close(norm.mean, rows.mean(0), rtol=1e-4, atol=1e-4)
@@ -492,8 +493,7 @@ def test_the_discounted_return_ends_with_the_episode(script, tmp_path, monkeypat
     module = importlib.import_module(script)
     updates = spy_on(monkeypatch, module.RunningNorm, "update")
     train(script, tmp_path, "OneStep-v0", normalize=True, total_timesteps=200)
-    returns = [x for (norm, x), _ in updates if norm.mean.shape == ()]
-    returns = torch.cat(returns)
+    returns = torch.cat([call.x for call in updates if call.self.mean.shape == ()])
     assert len(returns) >= 200
     assert set(returns.tolist()) == {0.0, 1.0}
 
@@ -517,7 +517,7 @@ def one_update_on_uneven_episodes(script, tmp_path):
 def test_observation_statistics_are_those_of_the_steps_alone(script, tmp_path):
     saved = weights(one_update_on_uneven_episodes(script, tmp_path))
     assert saved["obs_norm.count"] == len(SEEN[script])
-    mean, var = {"reinforce": (7 / 6, 41 / 36), "a2c": (8 / 9, 80 / 81), "ppo": (8 / 9, 80 / 81)}[script]
+    mean, var = (7 / 6, 41 / 36) if script == "reinforce" else (8 / 9, 80 / 81)
     assert saved["obs_norm.mean"].item() == pytest.approx(mean, rel=1e-5)
     assert saved["obs_norm.var"].item() == pytest.approx(var, rel=1e-5)
 
@@ -570,10 +570,9 @@ def test_rewards_are_divided_by_the_deviation_of_returns_and_clipped_to_10(
     gae = spy_on(monkeypatch, importlib.import_module(script), "compute_gae")
     flags = {"env_kwargs": json.dumps({"reward": reward, "at": 20}), "gamma": 0.0, "normalize": True}
     train(script, tmp_path, "Rare-v0", num_envs=1, num_steps=steps, total_timesteps=steps, **flags)
-    ((rewards, *_), _) = gae[0]
     expected = torch.zeros(steps, 1)
     expected[19] = scaled
-    torch.testing.assert_close(rewards, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(gae[0].rewards, expected, rtol=1e-4, atol=0)
 
 
 @policy_gradients
@@ -585,11 +584,12 @@ def test_the_last_learning_rate_is_that_of_the_last_update(script, tmp_path):
 
 def test_rewards_are_scaled_by_the_deviation_of_discounted_returns_and_clipped(tmp_path, monkeypatch):
     gae = spy_on(monkeypatch, ppo, "compute_gae")
-    run_dir = train(
-        "ppo", tmp_path, "Spike-v0", num_envs=1, num_steps=500, normalize=True, total_timesteps=500, gamma=0.99
-    )
-    (scaled, *_), _ = gae[0]
-    raw, discounted, running = [], [], 0.0
+    flags = {"num_envs": 1, "num_steps": 500, "normalize": True, "total_timesteps": 500, "gamma": 0.99}
+    run_dir = train("ppo", tmp_path, "Spike-v0", **flags)
+    scaled = gae[0].rewards
+    raw = []
+    discounted = []
+    running = 0.0
     env = gym.make("probe_envs:Spike-v0")
     torch.manual_seed(1)
     ppo.Agent(env.observation_space, env.action_space, True)
@@ -685,10 +685,15 @@ def test_atari_environments_give_raw_scores_without_sticky_actions(env_id):
 @policy_gradients
 def test_atari_trains_on_the_sign_of_rewards(script, tmp_path, monkeypatch):
     module = importlib.import_module(script)
-    gae = spy_on(monkeypatch, module, "discounted_sum" if script == "reinforce" else "compute_gae")
+    if script == "reinforce":
+        calls = spy_on(monkeypatch, module, "discounted_sum")
+    else:
+        calls = spy_on(monkeypatch, module, "compute_gae")
     flags = {"num_envs": 2, "total_timesteps": 200, "eval_episodes": 0, "device": "cpu"} | DEFAULTS[script]
-    module.main(module.Args(env_id="ALE/MsPacman-v5", run_dir=str(tmp_path / "run"), **flags | {"num_steps": 100}))
-    rewards = torch.cat([arguments[0].flatten() for arguments, _ in gae])
+    flags["num_steps"] = 100
+    module.main(module.Args(env_id="ALE/MsPacman-v5", run_dir=str(tmp_path / "run"), **flags))
+    given = [call.x if script == "reinforce" else call.rewards for call in calls]
+    rewards = torch.cat([numbers.flatten() for numbers in given])
     assert set(rewards.tolist()) == {0.0, 1.0}
 
 
@@ -699,7 +704,7 @@ def test_atari_scales_the_sign_of_rewards_by_the_deviation_of_its_own_returns(sc
     flags = {"num_envs": 2, "total_timesteps": 200, "eval_episodes": 0, "device": "cpu"} | DEFAULTS[script]
     flags |= {"num_steps": 100, "normalize": True, "gamma": 0.9}
     module.main(module.Args(env_id="ALE/MsPacman-v5", run_dir=str(tmp_path / "run"), **flags))
-    (scaled, *_), _ = gae[0]
+    scaled = gae[0].rewards
     signs = (scaled > 0).float()
     returns = module.discounted_sum(signs.flip(0), torch.full_like(signs, 0.9))
     assert signs.any()

@@ -41,7 +41,9 @@ def test_a_curve_is_the_weighted_mean_of_each_bin_and_repeats_the_last_one_over_
 
 
 def test_bins_before_the_first_episode_take_its_value():
-    curve = curves.curve(np.array([500]), np.array([7.0]), np.array([1.0]), total_steps=1000)
+    steps = np.array([500])
+    returns = np.array([7.0])
+    curve = curves.curve(steps, returns, np.ones(1), total_steps=1000)
     assert (curve == 7).all()
 
 
@@ -55,10 +57,12 @@ def test_the_final_level_is_the_mean_of_exactly_the_last_100_episodes():
 def test_a_level_is_reached_when_the_mean_of_the_last_100_episodes_gets_to_it():
     steps = np.array([10, 20, 30])
     numbers = np.array([50.0, 50.0, 80.0])
-    run = steps, np.array([9.0, 1.0, 5.0]), numbers
-    assert compare.reached((steps, np.array([0.0, 10.0, 5.0]), numbers), 5.0, 100) == 20
-    assert compare.reached(run, 10.0, 100) == np.inf
-    assert compare.reached((steps, np.array([0.0, 1.0, 5.0]), numbers), 4.2, 100) == 30  # (20·1 + 80·5) / 100
+    highest_second = steps, np.array([0.0, 10.0, 5.0]), numbers
+    highest_first = steps, np.array([9.0, 1.0, 5.0]), numbers
+    rising = steps, np.array([0.0, 1.0, 5.0]), numbers
+    assert compare.reached(highest_second, 5.0, 100) == 20
+    assert compare.reached(highest_first, 10.0, 100) == np.inf
+    assert compare.reached(rising, 4.2, 100) == 30  # (20·1 + 80·5) / 100
     loss = steps, np.array([3.0, 2.0, 1.0]), np.ones(3)
     assert compare.reached(loss, 2.0, 1) == 20  # from above
     assert compare.reached(loss, 0.5, 1) == np.inf
@@ -73,13 +77,11 @@ def test_areas_are_compared_by_rank():
 
 
 def test_seeds_are_averaged_and_runs_with_other_flags_are_settings_of_their_own(tmp_path, capsys):
-    runs = [
-        write_run(
-            tmp_path / f"{level}{seed}", ppo.Args(seed=seed, num_steps=steps, total_timesteps=1000), level=level + seed
-        )
-        for level, steps in ((100, 32), (50, 64))
-        for seed in (1, 3)
-    ]
+    runs = []
+    for level, steps in ((100, 32), (50, 64)):
+        for seed in (1, 3):
+            args = ppo.Args(seed=seed, num_steps=steps, total_timesteps=1000)
+            runs.append(write_run(tmp_path / f"{level}{seed}", args, level=level + seed))
     assert benchmark.main(["curves", *runs, "--picture", str(tmp_path / "picture.png"), "--level", "60"]) == 0
     said = capsys.readouterr().out
     # levels 101 and 103, of which the last 100 of 200 episodes have 0.8, and 50 bins (9·0.1 + 5·(0.2 + … + 0.9) + 1)/50
@@ -102,10 +104,10 @@ def test_an_unfinished_run_is_not_drawn_beyond_its_last_step(tmp_path, capsys):
 
 
 def test_runs_of_several_scripts_are_named_by_them_and_their_own_flags(tmp_path):
-    flags = [
-        asdict(args) | {"run_dir": str(i), "seed": i}
-        for i, args in enumerate((ppo.Args(), ppo.Args(), ppo.Args(gamma=0.9), reinforce.Args()))
-    ]
+    flags = []
+    for args in (ppo.Args(), ppo.Args(), ppo.Args(gamma=0.9), reinforce.Args()):
+        of_its_own = {"run_dir": str(len(flags)), "seed": len(flags)}
+        flags.append(asdict(args) | of_its_own)
     default = "ppo --gamma 0.98"
     assert compare.label_settings(flags) == [default, default, "ppo --gamma 0.9", "reinforce"]
     assert compare.label_settings(flags[:2]) == ["this repository"] * 2
@@ -114,10 +116,9 @@ def test_runs_of_several_scripts_are_named_by_them_and_their_own_flags(tmp_path)
 
 
 def test_language_runs_are_compared_by_a_measure_of_their_script_or_a_tag(tmp_path, capsys):
-    runs = [
-        write_run(tmp_path / str(beta), dpo.Args(beta=beta), "eval/loss", level, 400)
-        for beta, level in ((0.1, 0.6), (0.5, 0.5))
-    ]
+    low = write_run(tmp_path / "low", dpo.Args(beta=0.1), "eval/loss", 0.6, 400)
+    high = write_run(tmp_path / "high", dpo.Args(beta=0.5), "eval/loss", 0.5, 400)
+    runs = [low, high]
     assert benchmark.main(["curves", *runs, "--tag", "eval/loss"]) == 0
     said = capsys.readouterr().out
     assert "--beta 0.1: 1 seeds, 400 steps, final level 0.6 " in said
@@ -127,8 +128,9 @@ def test_language_runs_are_compared_by_a_measure_of_their_script_or_a_tag(tmp_pa
 
 
 def test_a_peer_is_compared_with_each_setting(tmp_path, capsys):
-    runs = [write_run(tmp_path / str(gamma), ppo.Args(gamma=gamma), steps=500_000) for gamma in (0.9, 0.99)]
-    assert benchmark.main(["curves", *runs, "--peer", str(PEER)]) == 0
+    low = write_run(tmp_path / "low", ppo.Args(gamma=0.9), steps=500_000)
+    high = write_run(tmp_path / "high", ppo.Args(gamma=0.99), steps=500_000)
+    assert benchmark.main(["curves", low, high, "--peer", str(PEER)]) == 0
     said = capsys.readouterr().out
     assert "CleanRL: 5 seeds, 500,000 steps, final level 487.9" in said
     assert "--gamma 0.9 against CleanRL: " in said

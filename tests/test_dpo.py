@@ -32,8 +32,8 @@ def fresh_state():
     """Each run in this process has an Accelerator of its own."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture
@@ -68,7 +68,9 @@ def resume(monkeypatch, path, *flags):
 def rewind(run_dir, step):
     """Make an older checkpoint of a run the one it resumes from."""
     path = run_dir / "checkpoint" / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": step}))
+    state = json.loads(path.read_text())
+    state["step"] = step
+    path.write_text(json.dumps(state))
 
 
 def metric(args: dpo.Args, tag: str) -> dict[int, float]:
@@ -78,7 +80,9 @@ def metric(args: dpo.Args, tag: str) -> dict[int, float]:
 
 def same(a, b) -> bool:
     """Whether two models have the same tensors bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    if a.keys() != b.keys():
+        return False
+    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def loop(model, prompt, completion) -> float:
@@ -118,25 +122,33 @@ def test_log_probabilities_equal_a_float64_loop(arch, tmp_path):
 
 def test_an_empty_prompt_leaves_the_first_token_unscored(tmp_path):
     model = make_model(tmp_path)
-    found = dpo.pair_logprobs(model, [[[], [6, 7, 1], [8, 9, 10, 1]], ROWS[0]], CPU)
-    expected = torch.tensor([loop(model, [6], [7, 1]), loop(model, [8], [9, 10, 1])])
-    assert torch.allclose(found[:, 0], expected, rtol=1e-5)
+    without_prompt = [[], [6, 7, 1], [8, 9, 10, 1]]
+    found = dpo.pair_logprobs(model, [without_prompt, ROWS[0]], CPU)
+    chosen = loop(model, [6], [7, 1])
+    rejected = loop(model, [8], [9, 10, 1])
+    assert torch.allclose(found[:, 0], torch.tensor([chosen, rejected]), rtol=1e-5)
 
 
 def test_only_logits_that_predict_completion_tokens_get_a_gradient_and_eos_does_when_it_is_the_pad(tmp_path):
     model = make_model(tmp_path, tokenizer=word_tokenizer(pad="<eos>"))
     kept = []
-    model.register_forward_hook(lambda _, __, output: (output.logits.retain_grad(), kept.append(output.logits))[0])
-    pairs = [[prompt, text] for which in (0, 1) for prompt, *texts in ROWS for text in texts[which : which + 1]]
-    logprobs = dpo.completion_logprobs(model, pairs, CPU)[0].sum(1).view(2, -1)
+
+    def keep_gradient(module, inputs, output):
+        output.logits.retain_grad()
+        kept.append(output.logits)
+
+    model.register_forward_hook(keep_gradient)
+    pairs = [[prompt, chosen] for prompt, chosen, _ in ROWS]
+    pairs += [[prompt, rejected] for prompt, _, rejected in ROWS]
+    logprobs, _ = dpo.completion_logprobs(model, pairs, CPU)
+    logprobs = logprobs.sum(1).view(2, -1)
     dpo.preference_loss(logprobs, torch.zeros(2, 4), 0.1, 0.0, "sigmoid")["loss"].sum().backward()
     (logits,) = kept
     touched = logits.grad.abs().sum(-1) > 0  # (rows, R): column j predicts the token at position start + j
-    start = min(len(prompt) for prompt, *_ in ROWS)
-    for i, (prompt, *texts) in enumerate(ROWS):
-        for row, text in zip((i, i + len(ROWS)), texts):
-            expected = set(range(len(prompt), len(prompt) + len(text)))
-            assert {j + start for j in touched[row].nonzero().flatten().tolist()} == expected
+    start = min(len(prompt) for prompt, _ in pairs)
+    for (prompt, text), is_touched in zip(pairs, touched, strict=True):
+        places = start + is_touched.nonzero().flatten()
+        assert places.tolist() == [*range(len(prompt), len(prompt) + len(text))]
 
 
 def test_padding_does_not_leak_even_when_its_embedding_is_nan(tmp_path):
@@ -155,12 +167,15 @@ def test_preference_loss_equals_hand_numbers():
     logprobs = torch.tensor([[-3.0], [-5.0]])  # h = (-3 + 4) - (-5 + 4.5) = 1.5
     ref = torch.tensor([[-4.0], [-4.5]])
     found = dpo.preference_loss(logprobs, ref, 0.2, 0.0, "sigmoid")
-    assert found["loss"].item() == pytest.approx(math.log(1 + math.exp(-0.3)), rel=1e-6)
+    right = math.log(1 + math.exp(-0.3))
+    wrong = math.log(1 + math.exp(0.3))
+    assert found["loss"].item() == pytest.approx(right, rel=1e-6)
     rewards = {"rewards/chosen": 0.2, "rewards/rejected": -0.1, "rewards/margins": 0.3, "rewards/accuracies": 1.0}
     assert {name: found[name].item() for name in rewards} == pytest.approx(rewards)
-    assert (found["logps/chosen"].item(), found["logps/rejected"].item()) == (-3, -5)
-    smooth = 0.9 * math.log(1 + math.exp(-0.3)) + 0.1 * math.log(1 + math.exp(0.3))
-    assert dpo.preference_loss(logprobs, ref, 0.2, 0.1, "sigmoid")["loss"].item() == pytest.approx(smooth, rel=1e-6)
+    assert found["logps/chosen"].item() == -3
+    assert found["logps/rejected"].item() == -5
+    smooth = dpo.preference_loss(logprobs, ref, 0.2, 0.1, "sigmoid")
+    assert smooth["loss"].item() == pytest.approx(0.9 * right + 0.1 * wrong, rel=1e-6)
     for h, expected in ((1.5, 1.0), (4.0, 2.25), (-0.5, 9.0)):  # (h - 2.5)²
         assert losses(torch.tensor([h]), 0.2, loss="ipo").item() == pytest.approx(expected, rel=1e-6)
 
@@ -168,9 +183,11 @@ def test_preference_loss_equals_hand_numbers():
 def test_swapping_chosen_and_rejected_negates_the_margin_and_a_tie_is_half_a_success():
     logprobs = torch.randn(2, 5)
     ref = torch.randn(2, 5)
-    a, b = (dpo.preference_loss(*x, 0.3, 0.0, "sigmoid") for x in ((logprobs, ref), (logprobs.flip(0), ref.flip(0))))
-    assert torch.equal(a["rewards/margins"], -b["rewards/margins"])
-    assert dpo.preference_loss(ref, ref, 0.3, 0.0, "sigmoid")["rewards/accuracies"].tolist() == [0.5] * 5
+    found = dpo.preference_loss(logprobs, ref, 0.3, 0.0, "sigmoid")
+    swapped = dpo.preference_loss(logprobs.flip(0), ref.flip(0), 0.3, 0.0, "sigmoid")
+    tie = dpo.preference_loss(ref, ref, 0.3, 0.0, "sigmoid")
+    assert torch.equal(found["rewards/margins"], -swapped["rewards/margins"])
+    assert tie["rewards/accuracies"].tolist() == [0.5] * 5
 
 
 def test_label_smoothing_is_that_of_cdpo_whose_gradient_vanishes_where_the_model_says_one_minus_epsilon():
@@ -192,7 +209,8 @@ class Tabular(nn.Module):
 
     def __init__(self, scale: float) -> None:
         super().__init__()
-        self.table = nn.Parameter(scale * torch.randn(1 + 6 + 36 + 216, 6, dtype=torch.float64))
+        logits = torch.randn(1 + 6 + 36 + 216, 6, dtype=torch.float64)
+        self.table = nn.Parameter(scale * logits)
 
     def forward(self, ids, logits_to_keep, use_cache):
         code = torch.zeros(len(ids), dtype=torch.long)
@@ -200,16 +218,20 @@ class Tabular(nn.Module):
         for t in range(ids.shape[1]):
             code = code * 6 + ids[:, t] + 1 if t else code
             codes.append(code.clamp(max=len(self.table) - 1))
-        return SimpleNamespace(logits=self.table[torch.stack(codes, 1)[:, -logits_to_keep:]])
+        codes = torch.stack(codes[-logits_to_keep:], 1)
+        return SimpleNamespace(logits=self.table[codes])
 
 
 def test_on_an_enumerable_world_all_bradley_terry_pairs_lead_to_the_exact_optimum(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # float64 throughout
     torch.manual_seed(0)
-    ended = [[*words, 0] for n in range(4) for words in itertools.product(range(1, 6), repeat=n)]
-    texts = ended + [list(words) for words in itertools.product(range(1, 6), repeat=4)]  # 781, of 1 to 4 tokens
+    texts = []  # 781, of 1 to 4 tokens
+    for n in range(4):
+        texts += [[*words, 0] for words in itertools.product(range(1, 6), repeat=n)]
+    texts += [list(words) for words in itertools.product(range(1, 6), repeat=4)]
     texts.append(texts[0])  # an even number, in rows of two
-    rows = [[[3], a, b] for a, b in zip(texts[::2], texts[1::2])]
+    prompt = [3]
+    rows = [[prompt, a, b] for a, b in zip(texts[::2], texts[1::2])]
     beta = 0.5
     reward = 2 * torch.rand(len(texts) - 1, dtype=torch.float64) - 1
     policy = Tabular(scale=0.5)
@@ -225,7 +247,8 @@ def test_on_an_enumerable_world_all_bradley_terry_pairs_lead_to_the_exact_optimu
     optimizer = torch.optim.Adam(policy.parameters(), 0.1)
     start = (log_ref.exp() * (log_ref - log_optimum)).sum().item()
     for step in range(150):
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 + math.cos(math.pi * step / 150)) / 2
+        share = (1 + math.cos(math.pi * step / 150)) / 2
+        optimizer.param_groups[0]["lr"] = 0.1 * share
         optimizer.zero_grad()
         h = log_policy() - log_ref
         (weights * losses(h[:, None] - h, beta)).sum().backward()
@@ -276,8 +299,10 @@ def test_training_raises_the_margin_and_logs_the_first_update_and_every_tenth(wo
     assert list(metric(args, "eval/loss")) == [0, 4, 8, 12]
     assert metric(args, "eval/rewards/margins")[12] > 0.1
     assert json.loads((dpo.Path(args.run_dir) / "args.json").read_text())["max_steps"] == 12
-    rates = [1e-3 * min((s + 1) / 2, (1 + math.cos(math.pi * max(0, s - 2) / 10)) / 2) for s in (0, 9, 11)]
-    assert list(metric(args, "learning_rate").values()) == pytest.approx(rates, rel=1e-5)
+    first, tenth, last = metric(args, "learning_rate").values()  # after a warm-up of 2 updates, a cosine over 10
+    assert first == pytest.approx(1e-3 / 2, rel=1e-5)
+    assert tenth == pytest.approx(1e-3 * (1 + math.cos(math.pi * 7 / 10)) / 2, rel=1e-5)
+    assert last == pytest.approx(1e-3 * (1 + math.cos(math.pi * 9 / 10)) / 2, rel=1e-5)
 
 
 def test_logged_losses_are_means_over_the_interval(world):
@@ -286,13 +311,14 @@ def test_logged_losses_are_means_over_the_interval(world):
     together = world("together", max_steps=4)
     run(together)
     one = metric(each, "loss")
-    assert metric(together, "loss")[4] == pytest.approx((one[2] + one[3] + one[4]) / 3, rel=1e-5)
+    mean = (one[2] + one[3] + one[4]) / 3
+    assert metric(together, "loss")[4] == pytest.approx(mean, rel=1e-5)
 
 
 def test_the_gradient_is_clipped_to_norm_one(world):
     args = world(max_steps=1, beta=20.0)
-    norm = torch.cat([gradient.flatten() for gradient in first_gradient(args).values()]).norm().item()
-    assert norm == pytest.approx(1, rel=1e-3)
+    gradient = torch.cat([tensor.flatten() for tensor in first_gradient(args).values()])
+    assert gradient.norm().item() == pytest.approx(1, rel=1e-3)
     assert metric(args, "grad_norm")[1] > 2
 
 
@@ -314,12 +340,12 @@ def test_the_loss_of_a_run_is_the_one_that_the_flags_name(world, monkeypatch, fl
     calls = spy_on(monkeypatch, dpo, "preference_loss")
     args = world(max_steps=2, save_every=1, **flags)
     run(args)
-    assert {given[2:] for given, _ in calls} == {(args.beta, args.label_smoothing, args.loss)}
-    (logprobs, ref_logprobs, *_), result = calls[-1]
-    h = (logprobs[0] - ref_logprobs[0]) - (logprobs[1] - ref_logprobs[1])
-    expected = losses(h, args.beta, args.label_smoothing, args.loss)
-    assert torch.allclose(result["loss"], expected)
-    assert result["loss"].shape == h.shape
+    assert {(call.beta, call.eps, call.loss) for call in calls} == {(args.beta, args.label_smoothing, args.loss)}
+    last = calls[-1]
+    chosen, rejected = last.logprobs - last.ref_logprobs
+    expected = losses(chosen - rejected, args.beta, args.label_smoothing, args.loss)
+    assert torch.allclose(last.result["loss"], expected)
+    assert last.result["loss"].shape == chosen.shape
 
 
 def test_every_pair_has_the_log_probabilities_of_the_reference_also_in_later_epochs(world, monkeypatch, tmp_path):
@@ -327,10 +353,10 @@ def test_every_pair_has_the_log_probabilities_of_the_reference_also_in_later_epo
     pairs = spy_on(monkeypatch, dpo, "pair_logprobs")
     run(world(batch_size=7, micro_batch_size=3, max_steps=12, eval_split=""))  # an epoch of 32 leaves out 4
     start, _ = dpo.load_model(AutoModelForCausalLM, str(tmp_path / "model"), 64)
-    trained = [given[1] for given, logprobs in pairs if logprobs.requires_grad]
+    trained = [pair.rows for pair in pairs if pair.result.requires_grad]
     assert len(trained) == len(calls) == 24
-    for rows, ((_, ref_logprobs, *_), _) in zip(trained, calls):
-        assert torch.allclose(ref_logprobs, dpo.pair_logprobs(start, rows, CPU), atol=1e-4)
+    for rows, call in zip(trained, calls):
+        assert torch.allclose(call.ref_logprobs, dpo.pair_logprobs(start, rows, CPU), atol=1e-4)
 
 
 # --- models ---
@@ -340,7 +366,8 @@ def test_a_saved_adapter_as_model_is_the_merged_model(world, tmp_path):
     merged = run(world(lora_rank=2, learning_rate=0.01))
     model, _ = dpo.load_model(AutoModelForCausalLM, str(tmp_path / "run" / "adapter"), 64)
     found = model.state_dict()
-    assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in merged.items())
+    for name, value in merged.items():
+        assert torch.allclose(found[name], value, atol=1e-6), name
 
 
 # --- data ---

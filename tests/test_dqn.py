@@ -1,7 +1,6 @@
 """DQN: each formula against a hand number, the replay buffer against what really happened, main() against known Q*."""
 
 import copy
-import inspect
 import json
 import math
 import typing
@@ -81,20 +80,6 @@ def invoke(*flags):
         dqn.main(*dqn.parse_args())
 
 
-def arguments_of(monkeypatch, owner, name):
-    """A list of the arguments, by name, of each call of a function from now on."""
-    calls = []
-    original = getattr(owner, name)
-    signature = inspect.signature(original)
-
-    def spy(*arguments, **keywords):
-        calls.append(signature.bind(*arguments, **keywords).arguments)
-        return original(*arguments, **keywords)
-
-    monkeypatch.setattr(owner, name, spy)
-    return calls
-
-
 def load(run_dir):
     return torch.load(run_dir / "checkpoint.pt", weights_only=True)
 
@@ -107,7 +92,7 @@ def same(ours, theirs):
 @pytest.fixture
 def losses(monkeypatch):
     """The values, targets and kind of every minibatch."""
-    return arguments_of(monkeypatch, dqn, "td_loss")
+    return spy_on(monkeypatch, dqn, "td_loss")
 
 
 def q_values(checkpoint, name, obs):
@@ -367,14 +352,16 @@ def frame_buffer(number):
     buffer = dqn.ReplayBuffer(6, 1, Box(0, 255, (3, 1, 1), np.uint8), 3)
     for frame in range(1, number + 1):
         if frame > 1:
-            buffer.add_steps(np.zeros(1), np.zeros(1), np.zeros(1), np.array([frame - 1 != 3]))
+            is_step = np.array([frame - 1 != 3])
+            buffer.add_steps(np.zeros(1), np.zeros(1), np.zeros(1), is_step)
         buffer.add_observations(np.full((1, 3, 1, 1), frame))
     return buffer
 
 
 def test_stacks_begin_with_zeros_in_the_first_rows_of_an_episode():
     stacks = frame_buffer(6).observations(np.arange(6)).reshape(6, 3)
-    assert stacks.tolist() == [[0, 0, 1], [0, 1, 2], [1, 2, 3], [0, 0, 4], [0, 4, 5], [4, 5, 6]]
+    assert stacks[:3].tolist() == [[0, 0, 1], [0, 1, 2], [1, 2, 3]]
+    assert stacks[3:].tolist() == [[0, 0, 4], [0, 4, 5], [4, 5, 6]]
 
 
 def test_stacks_go_on_from_the_end_of_the_ring_to_its_start():
@@ -396,7 +383,8 @@ def test_steps_are_drawn_uniformly_and_reset_rows_never():
     buffer.add_observations(np.zeros((2, 1)))
     for t in range(7):
         rewards = np.array([t, 10 + t])
-        buffer.add_steps(np.zeros(2), rewards, np.zeros(2), is_step=np.array([True, t % 2 == 1]))
+        is_step = np.array([True, t % 2 == 1])
+        buffer.add_steps(np.zeros(2), rewards, np.zeros(2), is_step)
         buffer.add_observations(np.zeros((2, 1)))
     drawn = buffer.rewards[buffer.sample(20_000)]
     steps = [0, 1, 2, 3, 4, 5, 6, 11, 13, 15]
@@ -474,8 +462,10 @@ def test_a_resumed_run_restores_networks_optimiser_and_buffer_and_begins_new_epi
     after = load(run_dir)
     assert same(after["agent"], before["agent"])
     assert same(after["target_network"], before["target_network"])
-    for ours, theirs in zip(after["optimizer"]["state"].values(), before["optimizer"]["state"].values(), strict=True):
-        assert same(ours, theirs)
+    moments = after["optimizer"]["state"]
+    assert moments.keys() == before["optimizer"]["state"].keys()
+    for number, of_parameter in before["optimizer"]["state"].items():
+        assert same(moments[number], of_parameter)
     rows = int(before["buffer"]["count"])
     assert after["step"] >= 400
     for name in ("frames", "actions", "rewards", "terminated", "is_step"):
@@ -492,7 +482,9 @@ def test_the_learning_rate_given_on_resume_counts(tmp_path):
     before = load(run_dir)
     invoke("--resume", run_dir, "--total-timesteps", 400, "--learning-rate", 0.0)
     after = load(run_dir)
-    assert after["optimizer"]["state"][0]["step"] > before["optimizer"]["state"][0]["step"] + 20
+    updates_before = before["optimizer"]["state"][0]["step"]
+    updates_after = after["optimizer"]["state"][0]["step"]
+    assert updates_after > updates_before + 20
     assert after["optimizer"]["param_groups"][0]["lr"] == 0.0
     assert same(after["agent"], before["agent"])  # nothing was learnt
     assert json.loads((run_dir / "args.json").read_text())["learning_rate"] == 0.0
@@ -501,8 +493,8 @@ def test_the_learning_rate_given_on_resume_counts(tmp_path):
 @pytest.fixture
 def seeds(monkeypatch):
     """The seeds that environments are reset with."""
-    resets = arguments_of(monkeypatch, gym.vector.SyncVectorEnv, "reset")
-    return lambda: [call["seed"] for call in resets if call.get("seed") is not None]
+    resets = spy_on(monkeypatch, gym.vector.SyncVectorEnv, "reset")
+    return lambda: [call.seed for call in resets if call.seed is not None]
 
 
 def test_a_resumed_run_goes_on_with_its_random_numbers(tmp_path, seeds):
@@ -577,7 +569,7 @@ def test_reset_rows_are_neither_stored_as_steps_nor_counted(tmp_path):
 def test_one_minibatch_is_learnt_per_train_every_counted_steps(num_envs, train_every, tmp_path, losses):
     flags = {"num_envs": num_envs, "train_every": train_every, "total_timesteps": 400, "learning_starts": 100}
     run_dir = train(tmp_path / "run", "probe_envs:Staggered-v0", **flags)
-    sizes = [len(loss["values"]) for loss in losses]
+    sizes = [len(loss.values) for loss in losses]
     assert sizes == [16] * ((load(run_dir)["step"] - 100) // train_every)
 
 
@@ -588,8 +580,8 @@ def test_minibatches_drawn_together_keep_the_targets_of_their_own_rows(num_envs,
     assert len(losses) == (load(run_dir)["step"] - 16) // 4 >= 10 * together
     late = losses[-300:]
     for loss in late:  # γ = 0: the target is the reward of the row's own state and action
-        torch.testing.assert_close(loss["values"], loss["targets"], atol=0.05, rtol=0)
-    drawn = {tuple(loss["targets"].tolist()) for loss in late}
+        torch.testing.assert_close(loss.values, loss.targets, atol=0.05, rtol=0)
+    drawn = {tuple(loss.targets.tolist()) for loss in late}
     assert len(drawn) > 290  # each draws its own
 
 
@@ -600,7 +592,7 @@ def test_targets_end_with_terminated_episodes_and_bootstrap_from_the_last_observ
     train(tmp_path / "run", "Ends-v0", total_timesteps=400, learning_rate=0.0, gamma=0.9)
     torch.manual_seed(1)
     network = dqn.QNetwork(Box(-1, 1, (2,)), Discrete(2))  # which stays as it was, at a learning rate of 0
-    seen = torch.cat([loss["targets"] for loss in losses]).unique()
+    seen = torch.cat([loss.targets for loss in losses]).unique()
     expected = []
     found = {(False, False): 0, (True, False): 0, (False, True): 0, (True, True): 0}  # by terminated and truncated
     for step in Ends.steps:
@@ -617,7 +609,7 @@ def test_targets_end_with_terminated_episodes_and_bootstrap_from_the_last_observ
 @pytest.mark.parametrize("kind", ["mse", "huber"])
 def test_the_loss_is_the_one_asked_for(kind, tmp_path, losses):
     train(tmp_path / "run", "Chain-v0", total_timesteps=60, loss=kind)
-    assert {loss["kind"] for loss in losses} == {kind}
+    assert {loss.kind for loss in losses} == {kind}
 
 
 def loss_by_hand(errors, kind):
@@ -674,15 +666,15 @@ class ByHand:
 )
 def test_eight_updates_and_their_logs_are_those_by_hand(kind, max_grad_norm, learning_rate, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr))
-    samples = spy_on(monkeypatch, dqn.ReplayBuffer, "sample")
+    draws = spy_on(monkeypatch, dqn.ReplayBuffer, "sample")
     flags = {"total_timesteps": 16 + 8 * 4, "target_every": 10**6, "epsilon_end": 1.0, "gamma": 0.9}
     flags.update(loss=kind, max_grad_norm=max_grad_norm, learning_rate=learning_rate)
     run_dir = train(tmp_path / "run", "probe_envs:Scaled-v0", **flags)
     buffer = load(run_dir)["buffer"]
     by_hand = ByHand(kind, max_grad_norm, learning_rate)
-    for _, rows in samples:
-        if len(rows) > 0:
-            by_hand.update(buffer, rows)
+    for draw in draws:
+        if len(draw.result) > 0:
+            by_hand.update(buffer, draw.result)
     assert by_hand.apart > 0.1
     for name, after in weights(run_dir).items():
         torch.testing.assert_close(after, by_hand.network.state_dict()[name], rtol=1e-3, atol=1e-5)
@@ -708,7 +700,7 @@ def test_the_first_update_is_logged_at_once_and_others_every_thousand_steps(tmp_
 
 def test_rewards_are_learnt_as_they_are_however_large(tmp_path, losses):
     train(tmp_path / "run", "CliffWalking-v1", total_timesteps=300, gamma=0.0, epsilon_end=1.0)
-    targets = torch.cat([loss["targets"] for loss in losses])
+    targets = torch.cat([loss.targets for loss in losses])
     assert set(targets.tolist()) == {-1.0, -100.0}
 
 
@@ -744,7 +736,7 @@ def test_the_target_network_is_copied_after_the_updates_of_its_step(tmp_path):
 
 @pytest.mark.parametrize("train_every", [4, 13])
 def test_the_target_network_is_copied_at_each_multiple_whenever_minibatches_are_due(train_every, tmp_path, monkeypatch):
-    acts = arguments_of(monkeypatch, dqn.QNetwork, "act")
+    acts = spy_on(monkeypatch, dqn.QNetwork, "act")
     original = dqn.QNetwork.load_state_dict
     steps = []
 
@@ -763,12 +755,12 @@ def test_the_target_network_is_copied_at_each_multiple_whenever_minibatches_are_
 
 @pytest.mark.parametrize("num_envs", [1, 4])
 def test_epsilon_falls_in_a_run_over_its_share_of_the_steps(num_envs, tmp_path, monkeypatch):
-    acts = arguments_of(monkeypatch, dqn.QNetwork, "act")
+    acts = spy_on(monkeypatch, dqn.QNetwork, "act")
     monkeypatch.setattr(dqn, "LOG_EVERY", 40)
     flags = {"num_envs": num_envs, "total_timesteps": 200, "epsilon_end": 0.2, "exploration_fraction": 0.4}
     run_dir = train(tmp_path / "run", "probe_envs:Endless-v0", **flags)
-    epsilon = {call * num_envs: act["epsilon"] for call, act in enumerate(acts)}  # by the steps taken before
-    assert [epsilon[step] for step in (0, 20, 40, 60, 80, 196)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
+    for steps, epsilon in ((0, 1.0), (20, 0.8), (40, 0.6), (60, 0.4), (80, 0.2), (196, 0.2)):
+        assert acts[steps // num_envs].epsilon == pytest.approx(epsilon)
     logged = dict(scalars(run_dir, "charts/epsilon"))
     assert logged[40] == pytest.approx(0.6 + 0.01 * num_envs)  # that of the last actions before it
     assert logged[200] == pytest.approx(0.2)
@@ -776,12 +768,12 @@ def test_epsilon_falls_in_a_run_over_its_share_of_the_steps(num_envs, tmp_path, 
 
 def test_a_lengthened_run_says_that_it_explores_again_and_does_so(tmp_path, capsys, monkeypatch):
     run_dir = train(tmp_path / "run", "probe_envs:Endless-v0", total_timesteps=100, epsilon_end=0.1)
-    acts = arguments_of(monkeypatch, dqn.QNetwork, "act")
+    acts = spy_on(monkeypatch, dqn.QNetwork, "act")
     assert "epsilon" not in capsys.readouterr().out
     invoke("--resume", run_dir, "--total-timesteps", 400)
     said = "epsilon rises from 0.100 to 0.550: --exploration-fraction is a share of --total-timesteps"
     assert capsys.readouterr().out.count(said) == 1
-    assert acts[0]["epsilon"] == pytest.approx(1 - 0.9 * 100 / 200)
+    assert acts[0].epsilon == pytest.approx(1 - 0.9 * 100 / 200)
 
 
 def test_epsilon_before_a_lengthened_run_is_that_of_the_old_flags(tmp_path, capsys):

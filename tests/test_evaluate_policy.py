@@ -31,7 +31,10 @@ def test_log_probabilities_are_those_of_each_response_alone_with_its_end_if_it_h
         ids = prompt + tokenizer(text).input_ids + [tokenizer.eos_token_id] * finished
         with torch.no_grad():
             logprobs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-        by_hand.append(sum(logprobs[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))))
+        total = 0.0
+        for i in range(len(prompt), len(ids)):
+            total += logprobs[i - 1, ids[i]].item()
+        by_hand.append(total)
     found = evaluate_policy.sequence_logprobs(model, tokenizer, [PROMPT] * 2, RESPONSES)
     assert found == pytest.approx(by_hand, rel=1e-5)
 

@@ -7,6 +7,7 @@ import copy
 import itertools
 import math
 from collections import Counter
+from statistics import fmean
 
 import grpo
 import pytest
@@ -43,14 +44,24 @@ def world(tmp_path_factory):
     return folder
 
 
+SPIED = (  # functions of the script
+    "group_advantages",
+    "policy_loss",
+    "kl_penalty",
+    "response_logprobs",
+    "batch_at",
+    "micro_batches",
+    "load_prompts",
+)
+
+
 @pytest.fixture
 def train(monkeypatch, world, tmp_path):
     """Run main in this process; the calls of its functions."""
 
     def train(run_dir=tmp_path, **changed):
-        names = "group_advantages policy_loss kl_penalty response_logprobs batch_at micro_batches load_prompts"
         flags = rollouts.flags_of(world, "grpo", run_dir, **changed)
-        return rollouts.train(monkeypatch, "grpo", flags, names)
+        return rollouts.train(monkeypatch, "grpo", flags, SPIED)
 
     return train
 
@@ -69,10 +80,12 @@ def test_advantages_are_those_of_a_group_by_hand():
     plain = grpo.group_advantages(scores, False, False)
     assert plain.tolist() == [[-2, -1, 0, 3], [0, 0, 0, 0]]
     divided = grpo.group_advantages(scores, False, True)
-    assert divided[0].tolist() == pytest.approx([x / (std + 1e-4) for x in (-2, -1, 0, 3)], rel=1e-6)
+    expected = [x / (std + 1e-4) for x in (-2, -1, 0, 3)]
+    assert divided[0].tolist() == pytest.approx(expected, rel=1e-6)
     assert divided[1].tolist() == [0, 0, 0, 0]
-    others = grpo.group_advantages(scores, True, False)[0].tolist()  # each less the mean of the other three
-    assert others == pytest.approx([1 - 11 / 3, 2 - 10 / 3, 3 - 9 / 3, 6 - 6 / 3], rel=1e-6)
+    others = grpo.group_advantages(scores, True, False)[0].tolist()
+    expected = [1 - 11 / 3, 2 - 10 / 3, 3 - 9 / 3, 6 - 6 / 3]  # each less the mean of the other three
+    assert others == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_penalty_over_draws_of_the_old_policy_is_the_exact_kl_to_the_reference_and_so_is_its_gradient():
@@ -105,7 +118,9 @@ def enumerable_logprobs(logits):
     rows = []
     for response in RESPONSES:
         first = table[0, response[0]]
-        second = table[response[0], response[1]] if len(response) == 2 else torch.zeros(()).double()
+        second = torch.zeros_like(first)
+        if len(response) == 2:
+            second = table[response]
         rows.append(torch.stack([first, second]))
     return torch.stack(rows)
 
@@ -153,7 +168,10 @@ def test_the_first_gradient_is_that_of_equation_3_written_as_a_loop_over_respons
     seen = train(tmp_path / "run", model=str(tmp_path / "model"), **changed)
     model = model.double()
     prompts = seen.load_prompts[0].result
-    asked = [prompts[i][0] for i in grpo.batch_at(len(prompts), 0, 2, 1) for _ in range(4)]
+    asked = []
+    for i in grpo.batch_at(len(prompts), 0, 2, 1):
+        prompt, _ = prompts[i]
+        asked += [prompt] * 4
     (rollout,) = seen.rollouts
     assert rollout.prompts == asked
     (call,) = seen.group_advantages
@@ -163,12 +181,13 @@ def test_the_first_gradient_is_that_of_equation_3_written_as_a_loop_over_respons
     assert max(lengths) < 40
     loss = 0
     for (prompt, response), advantage in zip(rows_of(rollout), call.result.flatten().double()):
-        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        total = logits[range(len(response)), response].sum()
-        loss = loss - advantage * total / (len(response) if by_std else 40) / 8  # |o_i|, or Dr. GRPO's constant R
+        total = replay.logprobs(model, prompt, response).sum()
+        divisor = len(response) if by_std else 40  # |o_i|, or Dr. GRPO's constant R
+        loss = loss - advantage * total / divisor / 8
     loss.backward()
-    norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm().item()
-    assert scalars(tmp_path / "run", "grad_norm")[0][1] == pytest.approx(norm, rel=1e-4)
+    gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    ((_, logged),) = scalars(tmp_path / "run", "grad_norm")
+    assert logged == pytest.approx(gradient.norm().item(), rel=1e-4)
 
 
 def test_each_prompt_of_a_rollout_is_answered_by_a_group_and_scored_by_its_own_columns(train, world):
@@ -221,7 +240,8 @@ def test_with_the_kl_in_the_reward_each_score_loses_beta_times_its_own_log_ratio
     lengths = [len(response) for response in seen.rollouts[0].result]
     assert len({*lengths}) > 1
     (call,) = seen.group_advantages
-    assert call.scores.flatten().tolist() == pytest.approx([0.1 - 0.2 * length for length in lengths], rel=1e-5)
+    expected = [0.1 - 0.8 * 0.25 * length for length in lengths]
+    assert call.scores.flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_penalty_holds_the_policy_near_the_reference(train, tmp_path):
@@ -309,14 +329,12 @@ def plain_grpo(policy, updates, leave_one_out, by_std, kl_in):
             gains = [score - replay.BETA * kl_of[row] for score, row in zip(scores, rows)]
         advantages = dict(zip(rows, plain_advantages(gains, leave_one_out, by_std)))
         groups = [scores[start : start + 4] for start in range(0, len(scores), 4)]
-        log = {
-            "objective/kl": sum(kl_of[row] for row in rows) / len(rows),
-            "objective/entropy": -sum(old[row].sum().item() for row in rows) / len(rows),
-            "objective/scores": sum(scores) / len(scores),
-            "val/num_eos_tokens": sum(response[-1] in replay.STOPS for _, response in rows) / len(rows),
-            "frac_reward_zero_std": sum(len({*group}) == 1 for group in groups) / len(groups),
-            "lr": replay.LEARNING_RATE * (1 - step / len(updates)),
-        }
+        kl = fmean(kl_of[row] for row in rows)  # a row may be there twice
+        log = {"objective/kl": kl, "objective/scores": fmean(scores)}
+        log["objective/entropy"] = fmean(-old[row].sum().item() for row in rows)
+        log["val/num_eos_tokens"] = fmean(response[-1] in replay.STOPS for _, response in rows)
+        log["frac_reward_zero_std"] = fmean(len({*group}) == 1 for group in groups)
+        log["lr"] = replay.LEARNING_RATE * (1 - step / len(updates))
         optimizer.param_groups[0]["lr"] = log["lr"]
         sums = Counter()
         for minibatch in minibatches:

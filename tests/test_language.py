@@ -24,7 +24,7 @@ import tiny
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from helpers import ALGOS, command, run as start, scalars, spy_on, text as logged_text
+from helpers import ALGOS, command, run as start, samples_logged, scalars, spy_on, text as logged_text
 from safetensors.torch import load_file, save_file
 from tensorboard.summary.writer import event_file_writer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -32,27 +32,81 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 ROWS = {"sft": tiny.completions, "reward_model": tiny.preferences, "dpo": tiny.preferences}  # of a data set
 SAMPLERS = ["rlhf_ppo", "grpo"]  # they train on their own texts
 SCRIPTS = [*ROWS, *SAMPLERS]
-SHORT = {"batch_size": 8, "micro_batch_size": 4, "max_length": 64, "learning_rate": 1e-3, "save_every": 0}
-SIX = {"max_steps": 6, "eval_every": 4, "device": "cpu"}  # two epochs
-ROLLOUT = {"total_episodes": 48, "num_minibatches": 2, "response_length": 8, "device": "cpu"}  # six and two as well
-FLAGS = {script: SHORT | SIX for script in ROWS} | {"rlhf_ppo": SHORT | ROLLOUT | {"num_ppo_epochs": 1}}
-FLAGS["grpo"] = SHORT | ROLLOUT | {"num_epochs": 1, "group_size": 2}
-LENGTH = {script: lambda updates: ["--max-steps", updates] for script in ROWS}  # flags of a run of so many updates
-LENGTH |= {script: lambda updates: ["--total-episodes", 8 * updates] for script in SAMPLERS}
-COLUMNS = {script: list(rows(1)[0]) for script, rows in ROWS.items()} | {script: ["prompt"] for script in SAMPLERS}
-RATES = {"sft": "2e-05", "reward_model": "1e-05", "dpo": "1e-06"}  # default for pretrained models
-RATES |= dict.fromkeys(SAMPLERS, "3e-06")
-LOADERS = dict.fromkeys(SCRIPTS, AutoModelForCausalLM) | {"reward_model": AutoModelForSequenceClassification}
+ROW_FLAGS = {  # of a run of six updates, two epochs
+    "device": "cpu",
+    "batch_size": 8,
+    "micro_batch_size": 4,
+    "max_length": 64,
+    "learning_rate": 1e-3,
+    "save_every": 0,
+    "max_steps": 6,
+    "eval_every": 4,
+}
+SAMPLER_FLAGS = {  # of six updates as well
+    "device": "cpu",
+    "batch_size": 8,
+    "micro_batch_size": 4,
+    "max_length": 64,
+    "learning_rate": 1e-3,
+    "save_every": 0,
+    "total_episodes": 48,
+    "num_minibatches": 2,
+    "response_length": 8,
+}
+FLAGS = {
+    "sft": ROW_FLAGS,
+    "reward_model": ROW_FLAGS,
+    "dpo": ROW_FLAGS,
+    "rlhf_ppo": {**SAMPLER_FLAGS, "num_ppo_epochs": 1},
+    "grpo": {**SAMPLER_FLAGS, "num_epochs": 1, "group_size": 2},
+}
+COLUMNS = {
+    "sft": ["prompt", "completion"],
+    "reward_model": ["prompt", "chosen", "rejected"],
+    "dpo": ["prompt", "chosen", "rejected"],
+    "rlhf_ppo": ["prompt"],
+    "grpo": ["prompt"],
+}
+RATES = {  # default for pretrained models
+    "sft": "2e-05",
+    "reward_model": "1e-05",
+    "dpo": "1e-06",
+    "rlhf_ppo": "3e-06",
+    "grpo": "3e-06",
+}
+LOADERS = {
+    "sft": AutoModelForCausalLM,
+    "reward_model": AutoModelForSequenceClassification,
+    "dpo": AutoModelForCausalLM,
+    "rlhf_ppo": AutoModelForCausalLM,
+    "grpo": AutoModelForCausalLM,
+}
 ADAPTER = Path("adapter", "adapter_model.safetensors")
-LOSS = dict.fromkeys(ROWS, "loss") | dict.fromkeys(SAMPLERS, "loss/policy")
-TAGS = {"sft": "eval/loss", "reward_model": "eval/loss margin eval/accuracy eval/margin",
-        "dpo": "eval/loss rewards/chosen logps/chosen eval/rewards/margins",
-        "rlhf_ppo": "loss/value objective/kl objective/scores val/ratio",
-        "grpo": "loss/kl objective/kl objective/scores eval/scores"}  # fmt: skip
+LOSS = {
+    "sft": "loss",
+    "reward_model": "loss",
+    "dpo": "loss",
+    "rlhf_ppo": "loss/policy",
+    "grpo": "loss/policy",
+}
+TAGS = {  # that are logged beside the loss
+    "sft": ["eval/loss"],
+    "reward_model": ["eval/loss", "margin", "eval/accuracy", "eval/margin"],
+    "dpo": ["eval/loss", "rewards/chosen", "logps/chosen", "eval/rewards/margins"],
+    "rlhf_ppo": ["loss/value", "objective/kl", "objective/scores", "val/ratio"],
+    "grpo": ["loss/kl", "objective/kl", "objective/scores", "eval/scores"],
+}
 PASSES = {"sft": 1, "reward_model": 1, "dpo": 1, "rlhf_ppo": 2, "grpo": 1}  # of a micro-batch, with a gradient
 scripts = pytest.mark.parametrize("script", SCRIPTS)
 row_scripts = pytest.mark.parametrize("script", [*ROWS])
 lora_scripts = pytest.mark.parametrize("script", ["dpo", *SAMPLERS])
+
+
+def of_updates(script, number):
+    """Flags of a run of so many updates."""
+    if script in SAMPLERS:
+        return ["--total-episodes", 8 * number]
+    return ["--max-steps", number]
 
 
 @pytest.fixture(autouse=True)
@@ -132,18 +186,24 @@ def weights(run_dir):
 
 def same(a, b):
     """Whether two models have the same tensors bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    if a.keys() != b.keys():
+        return False
+    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def all_moved(after, before):
     """Whether no matrix of a model, the head aside, is that of another model any more."""
     body = [name for name in after if name in before and before[name].dim() > 1]
-    return len(body) >= 9 and not any(torch.equal(after[name], before[name]) for name in body)
+    if len(body) < 9:
+        return False
+    return not any(torch.equal(after[name], before[name]) for name in body)
 
 
 def logged(script, updates):
     """Updates whose loss a run of so many logs: rollouts log them all, the others the first, each tenth and the last."""
-    return [*range(1, updates + 1)] if script in SAMPLERS else sorted({1, *range(10, updates, 10), updates})
+    if script in SAMPLERS:
+        return [*range(1, updates + 1)]
+    return sorted({1, *range(10, updates, 10), updates})
 
 
 def state(run_dir):
@@ -171,17 +231,17 @@ def test_a_run_leaves_arguments_events_a_checkpoint_and_a_model_that_transformer
     assert len(names) > 10
     assert all(torch.equal(model.state_dict()[name], kept[name]) for name in names)
     assert [step for step, _ in scalars(run_dir, LOSS[script])] == logged(script, 6)
-    if script != "rlhf_ppo":  # it holds no data out
-        steps = [step for step, _ in scalars(run_dir, TAGS[script].split()[0 if script in ROWS else -1])]
-        assert steps == ([0, 4, 6] if script in ROWS else [0, 6])
+    if script in ROWS:
+        assert [step for step, _ in scalars(run_dir, "eval/loss")] == [0, 4, 6]
+    if script == "grpo":  # rlhf_ppo holds no data out
+        assert [step for step, _ in scalars(run_dir, "eval/scores")] == [0, 6]
 
 
 @scripts
 def test_samples_are_logged_at_every_evaluation(train, script):
     with pytest.MonkeyPatch.context() as patch:
-        logs = spy_on(patch, accelerate.Accelerator, "log")
+        samples = samples_logged(patch, accelerate.Accelerator)
         train(script, save_every=4)  # which is how often rollouts are evaluated
-    samples = {step: values["samples"] for ((_, values, step), _) in logs if "samples" in values}
     assert list(samples) == [0, 4, 6]
     assert all("review of" in text for text in samples.values())
 
@@ -203,7 +263,7 @@ def test_help_names_every_flag_with_its_meaning(script, capsys):
 def test_weights_keep_the_dtype_in_which_they_came(train, script, tmp_path):
     for dtype in (torch.bfloat16, torch.float32):
         tiny.make_model(tmp_path / "typed").to(dtype).save_pretrained(tmp_path / "typed")
-        run_dir = train(script, *LENGTH[script](1), model=tmp_path / "typed", run_dir=str(dtype))
+        run_dir = train(script, *of_updates(script, 1), model=tmp_path / "typed", run_dir=str(dtype))
         assert {tensor.dtype for tensor in weights(run_dir).values()} == {dtype}
         kept = load_file(run_dir / "checkpoint" / "1" / "model.safetensors")
         assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
@@ -211,7 +271,7 @@ def test_weights_keep_the_dtype_in_which_they_came(train, script, tmp_path):
 
 @scripts
 def test_off_the_small_world_the_default_learning_rate_is_one_for_pretrained_models(train, script, capsys):
-    train(script, *LENGTH[script](1), learning_rate=0)
+    train(script, *of_updates(script, 1), learning_rate=0)
     assert f"learning rate: {RATES[script]}\n" in capsys.readouterr().out
 
 
@@ -228,7 +288,7 @@ def test_default_run_directories_of_one_second_differ(world, script, tmp_path, m
     monkeypatch.setattr(module, "datetime", Clock)
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        call(script, *flags_of(world, script), *LENGTH[script](1))
+        call(script, *flags_of(world, script), *of_updates(script, 1))
     assert len(list((tmp_path / "runs").glob(f"{script}__{script}__1__20261126-120000*"))) == 2
 
 
@@ -237,7 +297,8 @@ def test_default_run_directories_of_one_second_differ(world, script, tmp_path, m
 
 def die_at(patch, owner, name, calls):
     """Let a function raise at its so-manieth call, as if the process had died there; saving leaves half a file."""
-    original, seen = getattr(owner, name), []
+    original = getattr(owner, name)
+    seen = []
 
     def dies(*arguments, **keywords):
         seen.append(name)
@@ -261,14 +322,17 @@ def test_a_run_that_dies_while_it_saves_resumes_bit_for_bit(finished, train, scr
     assert state(tmp_path / "run")["step"] == (3 if where[1] == "rmtree" else 2)
     call(script, "--resume", tmp_path / "run")
     assert same(weights(tmp_path / "run"), weights(finished(script)))
-    tag = TAGS[script].split()[0]
-    assert dict(scalars(tmp_path / "run", tag)) == dict(scalars(finished(script), tag)) != {}
+    expected = dict(scalars(finished(script), TAGS[script][0]))
+    assert expected
+    assert dict(scalars(tmp_path / "run", TAGS[script][0])) == expected
     assert {path.name for path in (tmp_path / "run" / "checkpoint").iterdir()} >= {"6", "state.json"}
 
 
 @scripts
 def test_a_run_killed_at_any_moment_resumes_to_the_same_weights_bit_for_bit(world, train, script, tmp_path):
-    length = [*LENGTH[script](60), *(["--eval-every", 20] if script in ROWS else [])]
+    length = of_updates(script, 60)
+    if script in ROWS:
+        length += ["--eval-every", 20]
     flags = [*flags_of(world, script, run_dir=tmp_path / "run", save_every=1), *length]
     process = subprocess.Popen(command(script, *flags), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while not (tmp_path / "run" / "checkpoint" / "state.json").exists() and process.poll() is None:
@@ -282,7 +346,8 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights_bit_for_bit(worl
     call(script, "--resume", tmp_path / "run", "--save-every", 0)
     whole = train(script, *length, run_dir="whole")
     assert same(weights(tmp_path / "run"), weights(whole))
-    found, expected = (dict(scalars(folder, TAGS[script].split()[0])) for folder in (tmp_path / "run", whole))
+    found = dict(scalars(tmp_path / "run", TAGS[script][0]))
+    expected = dict(scalars(whole, TAGS[script][0]))
     assert found.items() <= expected.items()  # a kill may take the events of its last second
     assert 60 in found
 
@@ -301,7 +366,7 @@ def stopped(script, run_dir, said):
 @scripts
 def test_ctrl_c_saves_first_and_the_printed_command_goes_on(world, script, tmp_path):
     run_dir = tmp_path / "my run"
-    flags = [*flags_of(world, script, run_dir=run_dir, save_every=1), *LENGTH[script](100_000)]
+    flags = [*flags_of(world, script, run_dir=run_dir, save_every=1), *of_updates(script, 100_000)]
     process = subprocess.Popen(command(script, *flags), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     while not (run_dir / "checkpoint" / "state.json").exists() and process.poll() is None:
         time.sleep(0.01)
@@ -310,7 +375,7 @@ def test_ctrl_c_saves_first_and_the_printed_command_goes_on(world, script, tmp_p
     assert process.returncode == 1
     assert "Traceback" not in err
     step, flags = stopped(script, run_dir, err.strip().splitlines()[-1])
-    call(script, *flags, *LENGTH[script](step + 2))
+    call(script, *flags, *of_updates(script, step + 2))
     assert state(run_dir)["step"] == step + 2
     assert (run_dir / "model").exists()
 
@@ -322,10 +387,14 @@ def test_a_run_stopped_by_a_signal_in_an_epoch_goes_on_to_the_same_weights(finis
     run_dir = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         closed = spy_on(patch, accelerate.Accelerator, "end_training")  # of the processes' group
-        batch_at, steps = module.batch_at, []
-        patch.setattr(
-            module, "batch_at", lambda *x: steps.append(x[1] == 3 and signal.raise_signal(number)) or batch_at(*x)
-        )
+        batch_at = module.batch_at
+
+        def signal_at_the_fourth(num_rows, step, batch_size, seed):
+            if step == 3:
+                signal.raise_signal(number)
+            return batch_at(num_rows, step, batch_size, seed)
+
+        patch.setattr(module, "batch_at", signal_at_the_fourth)
         with pytest.raises(SystemExit) as stop:
             train(script)
         step, flags = stopped(script, run_dir, stop.value.code)
@@ -344,14 +413,13 @@ def test_a_run_stopped_by_a_signal_in_an_epoch_goes_on_to_the_same_weights(finis
 def test_run_folder_and_checkpoint_folder_resume_and_flags_given_then_count(finished, script, tmp_path):
     shutil.copytree(finished(script), tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
-        loads, load = [], torch.load
-        patch.setattr(torch, "load", lambda *a, **k: loads.append(k.get("weights_only")) or load(*a, **k))
+        loads = spy_on(patch, torch, "load")
         call(script, "--resume", tmp_path / "run")  # a finished run: nothing to train
-    assert loads  # no code of a checkpoint runs
-    assert all(loads)
+    assert loads
+    assert all(load.weights_only for load in loads)  # no code of a checkpoint runs
     assert same(weights(tmp_path / "run"), weights(finished(script)))
     assert [step for step, _ in scalars(tmp_path / "run", LOSS[script])] == logged(script, 6)
-    call(script, "--resume", tmp_path / "run" / "checkpoint", *LENGTH[script](8), "--learning-rate", 1e-2)
+    call(script, "--resume", tmp_path / "run" / "checkpoint", *of_updates(script, 8), "--learning-rate", 1e-2)
     ran = json.loads((tmp_path / "run" / "args.json").read_text())
     assert ran["learning_rate"] == 1e-2
     assert ran == state(tmp_path / "run")["args"]
@@ -390,13 +458,14 @@ def test_a_run_with_adapters_that_dies_resumes_bit_for_bit_from_a_checkpoint_of_
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="died"):
         die_at(patch, accelerate.Accelerator, "save_state", 3)
         train(script, lora_rank=2, save_every=1)
-    checkpoints = (tmp_path / "run" / "checkpoint" / "2").glob("*.safetensors")
-    names = [name for file in checkpoints for name in load_file(file)]
+    names = []
+    for file in (tmp_path / "run" / "checkpoint" / "2").glob("*.safetensors"):
+        names += load_file(file)
     assert names
     assert all("lora_" in name or name == "model.score.weight" for name in names)
     call(script, "--resume", tmp_path / "run")
-    resumed, expected = (load_file(run_dir / ADAPTER) for run_dir in (tmp_path / "run", whole))
-    assert same(resumed, expected)
+    resumed = load_file(tmp_path / "run" / ADAPTER)
+    assert same(resumed, load_file(whole / ADAPTER))
     assert any(tensor.any() for name, tensor in resumed.items() if "lora_B" in name)
     assert same(weights(tmp_path / "run"), weights(whole))
 
@@ -411,22 +480,28 @@ def test_adapters_are_saved_as_peft_does_and_merged_into_a_plain_model(train, wo
     with torch.no_grad():
         logits = merged(ids).logits
         assert torch.allclose(logits, with_adapter(ids).logits, atol=1e-5)
-        assert not torch.allclose(logits, AutoModelForCausalLM.from_pretrained(world / "model")(ids).logits, atol=1e-3)
+        unchanged = AutoModelForCausalLM.from_pretrained(world / "model")
+        assert not torch.allclose(logits, unchanged(ids).logits, atol=1e-3)
     assert weights(run_dir).keys() == load_file(world / "model" / "model.safetensors").keys()
 
 
 @lora_scripts
 def test_adapters_have_twice_their_rank_as_alpha_and_are_in_all_linear_layers(train, script):
-    run_dir = train(script, *LENGTH[script](1), lora_rank=2)
+    run_dir = train(script, *of_updates(script, 1), lora_rank=2)
     config = json.loads((run_dir / "adapter" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 4, 0.0)
-    layers = {name.split(".lora_")[0].split(".")[-1] for name in load_file(run_dir / ADAPTER)}
+    assert config["r"] == 2
+    assert config["lora_alpha"] == 4
+    assert config["lora_dropout"] == 0.0
+    layers = set()
+    for name in load_file(run_dir / ADAPTER):
+        layer, _, _ = name.partition(".lora_")
+        layers.add(layer.rpartition(".")[2])
     assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 @lora_scripts
 def test_off_the_small_world_the_default_learning_rate_of_adapters_is_ten_times_as_high(train, script, capsys):
-    train(script, *LENGTH[script](1), learning_rate=0, lora_rank=2)
+    train(script, *of_updates(script, 1), learning_rate=0, lora_rank=2)
     assert f"learning rate: {10 * float(RATES[script]):g}\n" in capsys.readouterr().out
 
 
@@ -437,8 +512,9 @@ def test_off_the_small_world_the_default_learning_rate_of_adapters_is_ten_times_
 def test_two_processes_compute_the_updates_of_one(finished, world, script, tmp_path):
     done = start(script, *flags_of(world, script, run_dir=tmp_path / "two"), processes=2)
     assert done.returncode == 0, done.stderr
-    for tag in (LOSS[script], "grad_norm", *TAGS[script].split()):
-        one, two = (dict(scalars(run_dir, tag)) for run_dir in (finished(script), tmp_path / "two"))
+    for tag in (LOSS[script], "grad_norm", *TAGS[script]):
+        one = dict(scalars(finished(script), tag))
+        two = dict(scalars(tmp_path / "two", tag))
         assert one, tag
         assert two == pytest.approx(one, rel=1e-3, abs=1e-5), tag
     one = weights(finished(script))
@@ -451,17 +527,21 @@ def test_two_processes_compute_the_updates_of_one(finished, world, script, tmp_p
 def test_the_processes_wait_for_the_model_before_they_end(train, script, monkeypatch):
     """A process that exits while its last message is being freed is aborted by torch, and takes the others along."""
     events = []
-    for name in ("wait_for_everyone", "end_training"):
-        original = getattr(accelerate.Accelerator, name)
-        monkeypatch.setattr(
-            accelerate.Accelerator, name, lambda self, name=name, call=original: events.append(name) or call(self)
-        )
-    save = transformers.PreTrainedModel.save_pretrained
-    monkeypatch.setattr(
-        transformers.PreTrainedModel, "save_pretrained", lambda *a, **k: events.append("save") or save(*a, **k)
-    )
-    train(script, *LENGTH[script](1))
-    assert events[-3:] == ["save", "wait_for_everyone", "end_training"]
+
+    def note(owner, name):
+        original = getattr(owner, name)
+
+        def noted(*arguments, **keywords):
+            events.append(name)
+            return original(*arguments, **keywords)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(transformers.PreTrainedModel, "save_pretrained")
+    note(accelerate.Accelerator, "wait_for_everyone")
+    note(accelerate.Accelerator, "end_training")
+    train(script, *of_updates(script, 1))
+    assert events[-3:] == ["save_pretrained", "wait_for_everyone", "end_training"]
 
 
 def sharded(world, script, run_dir, **changed):
@@ -482,8 +562,9 @@ def sharded(world, script, run_dir, **changed):
 def test_two_processes_that_share_the_weights_by_fsdp2_compute_the_updates_of_one(finished, world, script, tmp_path):
     one = finished(script)
     two = sharded(world, script, tmp_path / "two")
-    for tag in (LOSS[script], "grad_norm", *TAGS[script].split()):
-        expected, found = (dict(scalars(run_dir, tag)) for run_dir in (one, two))
+    for tag in (LOSS[script], "grad_norm", *TAGS[script]):
+        expected = dict(scalars(one, tag))
+        found = dict(scalars(two, tag))
         assert 6 in found, tag
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5), tag
     one = weights(one)
@@ -495,7 +576,8 @@ def test_two_processes_that_share_the_weights_by_fsdp2_compute_the_updates_of_on
 @pytest.mark.parametrize("script", ["reward_model", "dpo", "rlhf_ppo"])
 def test_bfloat16_under_fsdp2_stays_near_float32(finished, world, script, tmp_path):
     two = sharded(world, script, tmp_path / "two", bf16=True)
-    expected, found = (dict(scalars(run_dir, LOSS[script]))[6] for run_dir in (finished(script), two))
+    expected = dict(scalars(finished(script), LOSS[script]))[6]
+    found = dict(scalars(two, LOSS[script]))[6]
     assert found == pytest.approx(expected, rel=0.1, abs=0.1)
     assert found != pytest.approx(expected, rel=1e-6)
     assert {tensor.dtype for tensor in weights(two).values()} == {torch.float32}
@@ -514,28 +596,39 @@ def test_adapters_under_fsdp2_equal_those_of_one_process(world, train, script, t
 @row_scripts
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_micro_batches_of_unequal_lengths_give_the_update_of_the_whole_batch(train, script, size):
-    runs = [train(script, *LENGTH[script](1), run_dir=str(b), micro_batch_size=b) for b in (8, size)]
-    files = [run_dir / "checkpoint" / "1" / "optimizer.bin" for run_dir in runs]
-    whole, parts = (torch.load(file, weights_only=True)["state"] for file in files)
-    for name in whole:
-        a = whole[name]["exp_avg"]
-        b = parts[name]["exp_avg"]
+    def moments(run_dir):
+        return torch.load(run_dir / "checkpoint" / "1" / "optimizer.bin", weights_only=True)["state"]
+
+    whole = train(script, *of_updates(script, 1), run_dir="whole", micro_batch_size=8)
+    parts = train(script, *of_updates(script, 1), run_dir="parts", micro_batch_size=size)
+    for name, of_whole in moments(whole).items():
+        a = of_whole["exp_avg"]
+        b = moments(parts)[name]["exp_avg"]
         assert (a - b).norm() <= 1e-4 * a.norm() + 1e-7, name
     for tag in ("loss", "grad_norm"):  # before clipping
-        assert scalars(runs[1], tag)[0][1] == pytest.approx(scalars(runs[0], tag)[0][1], rel=1e-4)
+        _, expected = scalars(whole, tag)[0]
+        _, found = scalars(parts, tag)[0]
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 @scripts
 def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(finished, train, script, monkeypatch):
     def curve(run_dir):
-        return [value for tag in (LOSS[script], "grad_norm") for _, value in scalars(run_dir, tag)]
+        points = scalars(run_dir, LOSS[script]) + scalars(run_dir, "grad_norm")
+        return [value for _, value in points]
 
     plain = curve(finished(script))
     passes = []
     module = importlib.import_module(script)
     if script in SAMPLERS:  # what the first run drew, since one other token makes another rollout
-        sample, drawn = module.sample, {}
-        monkeypatch.setattr(module, "sample", lambda model, *x: drawn.setdefault(str(x), sample(model, *x)))
+        sample = module.sample
+        drawn = {}
+
+        def as_first_drawn(model, prompts, uniform):
+            responses = sample(model, prompts, uniform)
+            return drawn.setdefault(str((prompts, uniform)), responses)
+
+        monkeypatch.setattr(module, "sample", as_first_drawn)
     for flags in ([], ["--gradient-checkpointing"]):
         with pytest.MonkeyPatch.context() as patch:
             calls = spy_on(patch, transformers.models.llama.modeling_llama.LlamaAttention, "forward")
@@ -552,7 +645,7 @@ def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(finished, tr
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(train, finished, script, tmp_path):
     shutil.copytree(finished(script), tmp_path / "run", ignore=shutil.ignore_patterns("model"))
     with pytest.raises(SystemExit, match=r"became nan or inf before update \d+; .*run/checkpoint is older"):
-        call(script, "--resume", tmp_path / "run", *LENGTH[script](12), "--learning-rate", 1e30)
+        call(script, "--resume", tmp_path / "run", *of_updates(script, 12), "--learning-rate", 1e30)
     assert state(tmp_path / "run")["step"] == 6
     assert not (tmp_path / "run" / "model").exists()
     tensors = load_file(tmp_path / "run" / "checkpoint" / "6" / "model.safetensors")
@@ -591,6 +684,25 @@ def of_config(name, **changed):
     return write
 
 
+def without_layer_1(name):
+    """The name of a tensor, or none."""
+    return "" if "layers.1" in name else name
+
+
+def without_eos(folder):
+    """A model whose tokenizer has no EOS token."""
+    tiny.make_model(folder, tokenizer=tiny.word_tokenizer(eos=None))
+
+
+def with_32_positions(folder):
+    """A model of short texts."""
+    tiny.make_model(folder, max_position_embeddings=32)
+
+
+def nothing(folder):
+    """No model at all."""
+
+
 def with_larger_tokenizer(folder):
     """A tokenizer with more tokens than the model has embeddings."""
     tiny.make_model(folder)
@@ -598,20 +710,14 @@ def with_larger_tokenizer(folder):
 
 
 BAD_MODELS = {  # a function that writes the model, and what the message has to say
-    "a layer missing": (with_names(lambda name: name * ("layers.1" not in name)), "lacks the weights .*layers.1.mlp"),
+    "a layer missing": (with_names(without_layer_1), "lacks the weights .*layers.1.mlp"),
     "names behind module.": (with_names("module.{}".format), "lacks the weights .*layers.0"),
     "names behind _orig_mod.": (with_names("_orig_mod.{}".format), "lacks the weights .*layers.0"),
     "an encoder": (of_config("Bert", num_attention_heads=4, intermediate_size=64), "not causal|lacks the weights"),
-    "no eos": (
-        lambda folder: tiny.make_model(folder, tokenizer=tiny.word_tokenizer(eos=None)),
-        "a tokenizer without an EOS token",
-    ),
+    "no eos": (without_eos, "a tokenizer without an EOS token"),
     "too few embeddings": (with_larger_tokenizer, "23 embeddings for the 342 tokens"),
-    "too few positions": (
-        lambda folder: tiny.make_model(folder, max_position_embeddings=32),
-        "32 positions: --max-length cannot be 64",
-    ),
-    "no such folder": (lambda folder: None, "Repo id .*nothing"),
+    "too few positions": (with_32_positions, "32 positions: --max-length cannot be 64"),
+    "no such folder": (nothing, "Repo id .*nothing"),
 }
 
 
@@ -653,7 +759,7 @@ def test_noise_of_training_is_off_whatever_it_is_called(script, tmp_path):
 @pytest.mark.parametrize("arch", tiny.CONFIGS)
 def test_every_causal_architecture_trains(train, script, arch, tmp_path):
     before = tiny.make_model(tmp_path / arch, arch).state_dict()
-    after = weights(train(script, *LENGTH[script](2), model=tmp_path / arch))
+    after = weights(train(script, *of_updates(script, 2), model=tmp_path / arch))
     assert all_moved(after, before)
 
 
@@ -688,16 +794,16 @@ def test_adapters_on_an_adapter_are_merged_with_it_and_not_saved_alone(train, wo
 @lora_scripts
 @pytest.mark.parametrize("before,after", [(0, 2), (2, 0), (2, 4)])
 def test_the_rank_of_adapters_cannot_change_when_resuming(train, script, before, after):
-    run_dir = train(script, f"--lora-rank={before}", *LENGTH[script](1))
+    run_dir = train(script, f"--lora-rank={before}", *of_updates(script, 1))
     with pytest.raises(SystemExit, match="--lora-rank cannot change when a run is resumed"):
-        call(script, "--resume", run_dir, f"--lora-rank={after}", *LENGTH[script](2))
+        call(script, "--resume", run_dir, f"--lora-rank={after}", *of_updates(script, 2))
 
 
 @pytest.mark.parametrize("script", ["sft", "dpo", *SAMPLERS])
 def test_stop_tokens_of_the_generation_config_are_kept_even_number_0(train, script, tmp_path):
     tiny.make_model(tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": 0}')
-    run_dir = train(script, *LENGTH[script](1), model=tmp_path / "model")
+    run_dir = train(script, *of_updates(script, 1), model=tmp_path / "model")
     assert {0, 1} <= set(json.loads((run_dir / "model" / "generation_config.json").read_text())["eos_token_id"])
 
 
@@ -706,17 +812,31 @@ def test_a_published_generation_config_with_a_temperature_alone_is_kept(train, s
     tiny.make_model(tmp_path / "model")
     published = {"eos_token_id": 1, "temperature": 0.6, "top_p": 0.9}
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(published))
-    run_dir = train(script, *LENGTH[script](1), model=tmp_path / "model")
+    run_dir = train(script, *of_updates(script, 1), model=tmp_path / "model")
     saved = json.loads((run_dir / "model" / "generation_config.json").read_text())
     assert (saved["temperature"], saved["top_p"], saved["do_sample"]) == (0.6, 0.9, True)
 
 
-HYBRIDS = {  # of attention and other layers, whose cache takes one token at a time
-    "Jamba": {"num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
-              "expert_layer_period": 2, "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False},
-    "Bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8,
-              "mamba_n_groups": 1, "mamba_expand": 2, "mamba_chunk_size": 8},
-}  # fmt: skip
+JAMBA = {
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 4,
+    "use_mamba_kernels": False,
+}
+BAMBA = {
+    "attn_layer_indices": [1],
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+}
+HYBRIDS = {"Jamba": JAMBA, "Bamba": BAMBA}  # of attention and other layers, whose cache takes one token at a time
 
 
 @pytest.mark.parametrize("script", ["sft", "dpo", *SAMPLERS])
@@ -730,7 +850,7 @@ def test_hybrid_models_train(train, script, name, tmp_path):
     }
     of_config(name, **shared, **HYBRIDS[name])(tmp_path / "hybrid")
     before = load_file(tmp_path / "hybrid" / "model.safetensors")
-    assert all_moved_some(weights(train(script, *LENGTH[script](1), model=tmp_path / "hybrid")), before)
+    assert all_moved_some(weights(train(script, *of_updates(script, 1), model=tmp_path / "hybrid")), before)
 
 
 def all_moved_some(after, before):
@@ -744,7 +864,7 @@ def all_moved_some(after, before):
 def test_models_that_keep_no_cache_train_where_nothing_is_sampled_from_them(train, script, tmp_path):
     of_config("Mamba", state_size=8)(tmp_path / "mamba")
     before = load_file(tmp_path / "mamba" / "model.safetensors")
-    assert all_moved_some(weights(train(script, *LENGTH[script](1), model=tmp_path / "mamba")), before)
+    assert all_moved_some(weights(train(script, *of_updates(script, 1), model=tmp_path / "mamba")), before)
 
 
 @pytest.mark.parametrize("script", SAMPLERS)
@@ -757,12 +877,19 @@ def test_models_that_sample_from_other_probabilities_than_a_whole_pass_are_refus
 @pytest.mark.parametrize("script,place", [("reward_model", "reward_loss"), ("rlhf_ppo", "kl_penalised_rewards"),
                                           ("grpo", "group_advantages")])  # fmt: skip
 def test_bfloat16_rounds_no_score(train, script, place, monkeypatch):
-    calls = spy_on(monkeypatch, importlib.import_module(script), place)
-    values = spy_on(monkeypatch, importlib.import_module(script), "value_loss") if script == "rlhf_ppo" else []
-    train(script, "--bf16", *LENGTH[script](2), missing_eos_penalty=0) if script in SAMPLERS else train(
-        script, "--bf16"
-    )
-    for (numbers, *_), _ in calls[1:] + values[4:]:  # a critic begins at 0
+    module = importlib.import_module(script)
+    calls = spy_on(monkeypatch, module, place)
+    if script == "rlhf_ppo":
+        values = spy_on(monkeypatch, module, "value_loss")
+    if script in SAMPLERS:
+        train(script, "--bf16", *of_updates(script, 2), missing_eos_penalty=0)
+        scores = [call.scores for call in calls]
+    else:
+        train(script, "--bf16")
+        scores = [call.rewards for call in calls]
+    if script == "rlhf_ppo":
+        scores += [call.values for call in values[4:]]  # a critic begins at 0
+    for numbers in scores[1:]:
         assert numbers.dtype == torch.float32
         assert not torch.equal(numbers, numbers.bfloat16().float())
 
@@ -772,7 +899,7 @@ def test_samples_stay_within_the_positions_of_the_model(train, script, tmp_path)
     tiny.make_model(tmp_path / "gpt2", "gpt2")  # 128 positions
     rows = [row | {"prompt": "the film " * 50} for row in ROWS[script](8)]
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert train(script, *LENGTH[script](1), model=tmp_path / "gpt2", max_length=128, dataset=path, eval_split="")
+    assert train(script, *of_updates(script, 1), model=tmp_path / "gpt2", max_length=128, dataset=path, eval_split="")
 
 
 # --- from text to tokens ---
@@ -786,18 +913,23 @@ def test_rows_of_a_run_begin_once_and_end_once_whatever_the_tokenizer(train, scr
     tokenizer = make()
     module = importlib.import_module(script)
     tiny.make_model(tmp_path / "model", tokenizer=tokenizer)
-    rows = ROWS[script](8) if form == "text" else [tiny.as_messages(row) for row in ROWS[script](8)]
+    rows = ROWS[script](8)
+    if form == "chat":
+        rows = [tiny.as_messages(row) for row in rows]
     tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     with pytest.MonkeyPatch.context() as patch:
         loads = spy_on(patch, module, "load_rows")
         flags = {"model": tmp_path / "model", "dataset": tmp_path / "rows.jsonl", "eval_split": "", "eval_every": 0}
-        run_dir = train(script, *LENGTH[script](1), **flags)
-    eos = tokenizer.eos_token
-    stop, eos = tokenizer.convert_tokens_to_ids([turn_end if form == "chat" else eos, eos])
+        run_dir = train(script, *of_updates(script, 1), **flags)
+    eos = tokenizer.eos_token_id
+    stop = eos if form == "text" else tokenizer.convert_tokens_to_ids(turn_end)
     begin = [i for i in (tokenizer.bos_token_id, tokenizer.cls_token_id) if i is not None]
-    for prompt, *texts in loads[0][1]:
+    for prompt, *texts in loads[0].result:
         assert prompt
-        assert eos not in prompt if form == "text" else prompt[-1] != eos or turn_end == "[SEP]"
+        if form == "text":
+            assert eos not in prompt
+        elif turn_end != "[SEP]":
+            assert prompt[-1] != eos
         assert sum(map(prompt.count, begin)) <= 1
         for text in texts:
             assert text[-1] == stop
@@ -820,15 +952,45 @@ HALF = '\n{"prompt": "half a\n'
 
 def cells(*values):
     """Text of a csv file whose last column has these values, for the columns of a script."""
-    return lambda columns: "\n".join([",".join(columns), *("a," * (len(columns) - 1) + value for value in values)])
+
+    def text(columns):
+        before = "a," * (len(columns) - 1)
+        rows = [before + value for value in values]
+        return "\n".join([",".join(columns), *rows])
+
+    return text
 
 
 def lines(*values):
     """Text of a jsonl file whose last column has these values, for the columns of a script; others have row 1's kind."""
     first = CHAT if isinstance(values[0], list) else "a"
-    return lambda columns: "\n".join(
-        json.dumps(dict.fromkeys(columns, first) | {columns[0]: "a", columns[-1]: v}) for v in values
-    )
+
+    def text(columns):
+        rows = []
+        for value in values:
+            row = dict.fromkeys(columns, first)
+            row[columns[0]] = "a"
+            row[columns[-1]] = value
+            rows.append(json.dumps(row))
+        return "\n".join(rows)
+
+    return text
+
+
+def exactly(text):
+    """A file of one text, whatever the columns of a script."""
+    return lambda columns: text
+
+
+def a_broken_line(columns):
+    """A row and the beginning of another."""
+    return lines("a")(columns) + HALF
+
+
+def a_key_twice(columns):
+    """A row that names its first column at its end again."""
+    row = lines("a")(columns).removesuffix("}")
+    return row + f', "{columns[0]}": ""}}'
 
 
 BAD_DATA = {  # name of the file, its text, and what the message has to say; LAST is the last column
@@ -846,14 +1008,14 @@ BAD_DATA = {  # name of the file, its text, and what the message has to say; LAS
     "no messages": ("x.jsonl", lines(CHAT, []), r"row 2, column LAST: \[\] is not"),
     "no content": ("x.jsonl", lines(CHAT, [{"role": "assistant", "content": None}]), "row 2, column LAST"),
     "other messages": ("x.jsonl", lines([{"from": "gpt", "value": "a"}]), "row 1, column LAST.*'from'"),
-    "a broken line": ("x.jsonl", lambda columns: lines("a")(columns) + HALF, "in row 1"),
+    "a broken line": ("x.jsonl", a_broken_line, "in row 1"),
     "half a surrogate pair": ("x.jsonl", lines("a \ud83d"), "surrogate.*in row 0"),
-    "a key twice": ("x.jsonl", lambda columns: lines("a")(columns)[:-1] + f', "{columns[0]}": ""}}', "specified twice"),
-    "misnamed columns": ("x.jsonl", lambda _: '{"q": "a", "a": "b"}', r"x.jsonl has the columns \['q', 'a'\]: rename"),
-    "no rows": ("x.jsonl", lambda _: "", ""),
+    "a key twice": ("x.jsonl", a_key_twice, "specified twice"),
+    "misnamed columns": ("x.jsonl", exactly('{"q": "a", "a": "b"}'), r"x.jsonl has the columns \['q', 'a'\]: rename"),
+    "no rows": ("x.jsonl", exactly(""), ""),
     "no such file": ("x.jsonl", None, "Unable to find .*x.jsonl"),
     "no such folder": ("x", None, "Couldn't find .*x"),
-    "another kind of file": ("x.txt", lambda _: "a", "Couldn't find .*x.txt"),
+    "another kind of file": ("x.txt", exactly("a"), "Couldn't find .*x.txt"),
 }
 
 
@@ -899,11 +1061,14 @@ def test_a_row_without_room_or_text_is_left_out_with_a_count_and_a_long_completi
     said = capsys.readouterr().out
     assert "train: 1 of 5 rows are left out: the prompt alone fills --max-length" in said
     assert "train: 1 of 5 rows are left out: an answer is empty" in said
-    cut = [row for row in kept if any(text[-1] != 1 for text in row[1:])]
-    assert f"train: {len(cut)} of 5 rows are cut to --max-length, and so have no end" in said
-    assert cut
+    cut = 0
+    for prompt, *texts in kept:
+        cut += any(text[-1] != 1 for text in texts)
+        for text in texts:
+            assert 0 < len(text) <= 10 - len(prompt)
+    assert f"train: {cut} of 5 rows are cut to --max-length, and so have no end" in said
+    assert cut > 0
     assert len(kept) == 3
-    assert all(len(prompt) + len(text) <= 10 and text for prompt, *texts in kept for text in texts)
 
 
 @row_scripts
@@ -913,11 +1078,12 @@ def test_files_and_slices_of_splits_give_the_rows_of_a_folder(world, script, tmp
     tokenizer = tiny.word_tokenizer()
     expected = module.load_rows(str(world / script), "train", tokenizer, 64)
     (tmp_path / "rows.json").write_text(json.dumps([row | {"score": 3} for row in rows]))
-    (tmp_path / "rows.csv").write_text("\n".join([",".join(rows[0]), *(",".join(row.values()) for row in rows)]))
-    for file in ("rows.json", "rows.csv"):
-        begin, end = (
-            module.load_rows(str(tmp_path / file), f"train[{part}]", tokenizer, 64) for part in (":60%", "60%:")
-        )
+    with (tmp_path / "rows.csv").open("w") as file:
+        for cells_of_line in (rows[0].keys(), *(row.values() for row in rows)):
+            file.write(",".join(cells_of_line) + "\n")
+    for name in ("rows.json", "rows.csv"):
+        begin = module.load_rows(str(tmp_path / name), "train[:60%]", tokenizer, 64)
+        end = module.load_rows(str(tmp_path / name), "train[60%:]", tokenizer, 64)
         assert begin + end == expected
         assert 0 < len(begin) < 26
 
@@ -959,7 +1125,7 @@ def load(script, folder, rows, tokenizer=None, **settings):
 
 @scripts
 def test_the_first_row_is_shown_as_it_is_trained_on_and_the_processes_are_counted(train, script, capsys):
-    train(script, *LENGTH[script](1))
+    train(script, *of_updates(script, 1))
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "1 process(es) on cpu"
     (shown,) = [line for line in said if line.startswith(("first row: ", "first prompt: "))]
@@ -975,13 +1141,13 @@ def test_words_that_the_model_does_not_know_are_counted_and_refused_in_most_rows
 ):
     rows = ROWS.get(script, tiny.preferences)(26)
     for unknown, ends in ((3, False), (20, True)):
-        changed = [row | {"prompt": "zebra " + row["prompt"]} if i < unknown else row for i, row in enumerate(rows)]
-        path = tiny.write_jsonl(tmp_path / f"{unknown}.jsonl", changed)
+        changed = [row | {"prompt": "zebra " + row["prompt"]} for row in rows[:unknown]]
+        path = tiny.write_jsonl(tmp_path / f"{unknown}.jsonl", changed + rows[unknown:])
         if ends:
             with pytest.raises(SystemExit, match="most (rows|prompts) hold <unk>"):
                 train(script, dataset=path)
         else:
-            train(script, *LENGTH[script](1), dataset=path)
+            train(script, *of_updates(script, 1), dataset=path)
             assert re.search("3 of 26 (rows|prompts) hold words that --model does not know", capsys.readouterr().out)
 
 
@@ -996,7 +1162,7 @@ def test_default_run_directories_hold_letters_that_every_file_system_takes(world
     shutil.copytree(world / script, tmp_path / "a:b data" / "c:d e")
     monkeypatch.chdir(tmp_path)
     flags = flags_of(world, script, dataset=tmp_path / "a:b data" / "c:d e")
-    call(script, *flags, *LENGTH[script](1))
+    call(script, *flags, *of_updates(script, 1))
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"[\w.-]+", run_dir.name)
 
@@ -1015,7 +1181,7 @@ def test_a_script_copied_away_says_which_flags_it_needs(tmp_path):
 @row_scripts
 def test_a_file_alone_is_enough_and_the_run_says_that_nothing_is_held_out(train, script, tmp_path, capsys):
     path = tiny.write_jsonl(tmp_path / "mine.jsonl", ROWS[script](16))
-    run_dir = train(script, *LENGTH[script](1), dataset=path)
+    run_dir = train(script, *of_updates(script, 1), dataset=path)
     assert "mine.jsonl has no split test or validation: nothing is held out" in capsys.readouterr().out
     assert not scalars(run_dir, "eval/loss")
 
@@ -1023,16 +1189,15 @@ def test_a_file_alone_is_enough_and_the_run_says_that_nothing_is_held_out(train,
 @pytest.mark.parametrize("script", [*ROWS, "grpo"])
 @pytest.mark.parametrize("names,expected", [(["test", "validation"], "test"), (["validation"], "validation")])
 def test_test_or_validation_is_held_out_where_there_is_one(train, world, script, names, expected, tmp_path):
-    for name in ("train", *names):
-        shutil.copy(world / script / ("train.jsonl" if name == "train" else "test.jsonl"), tmp_path / f"{name}.jsonl")
     (tmp_path / "data").mkdir()
-    for path in tmp_path.glob("*.jsonl"):
-        path.rename(tmp_path / "data" / path.name)
+    shutil.copy(world / script / "train.jsonl", tmp_path / "data")
+    for name in names:
+        shutil.copy(world / script / "test.jsonl", tmp_path / "data" / f"{name}.jsonl")
     loader = "load_rows" if script in ROWS else "load_prompts"
     with pytest.MonkeyPatch.context() as patch:
         loads = spy_on(patch, importlib.import_module(script), loader)
-        train(script, *LENGTH[script](1), dataset=tmp_path / "data")
-    assert [given[1] for given, _ in loads] == ["train", expected]
+        train(script, *of_updates(script, 1), dataset=tmp_path / "data")
+    assert [call.split for call in loads] == ["train", expected]
 
 
 @scripts
@@ -1045,9 +1210,9 @@ def test_compressed_files_and_configurations_of_data_sets_are_read(train, world,
     (folder / "two.jsonl").write_text('{"other": 1}')
     configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("one", "two"))
     (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    expected = weights(train(script, *LENGTH[script](1), dataset=world / script, run_dir="folder"))
-    packed = train(script, *LENGTH[script](1), dataset=tmp_path / "rows.jsonl.gz", run_dir="packed")
-    configured = train(script, *LENGTH[script](1), dataset=folder, dataset_config="one", run_dir="configured")
+    expected = weights(train(script, *of_updates(script, 1), dataset=world / script, run_dir="folder"))
+    packed = train(script, *of_updates(script, 1), dataset=tmp_path / "rows.jsonl.gz", run_dir="packed")
+    configured = train(script, *of_updates(script, 1), dataset=folder, dataset_config="one", run_dir="configured")
     assert same(weights(packed), expected)
     assert same(weights(configured), expected)
 
@@ -1064,7 +1229,7 @@ def test_arguments_of_the_chat_template_reach_it(train, world, script, tmp_path,
         shutil.copytree(world / "reward", tmp_path / "reward")
         tokenizer.save_pretrained(tmp_path / "reward")
         flags["reward_model"] = tmp_path / "reward"
-    train(script, *LENGTH[script](1), **flags)
+    train(script, *of_updates(script, 1), **flags)
     assert re.search("first (row|prompt): great ", capsys.readouterr().out)
 
 
@@ -1096,18 +1261,19 @@ def test_a_text_prompt_is_the_last_turn_of_the_user_that_the_chats_share(script,
     good = chat("was great .", first="assistant")
     bad = chat("was dull .", first="assistant")
     explicit = [{"prompt": [*before, turn], "chosen": good, "rejected": bad}]
-    beside = [{"prompt": turn["content"], "chosen": [*before, turn, *good], "rejected": [*before, turn, *bad]}]
-    implicit = [{"chosen": [*before, turn, *good], "rejected": [*before, turn, *bad]}]
+    wholes = {"chosen": [*before, turn, *good], "rejected": [*before, turn, *bad]}
     expected = load(script, tmp_path, explicit)
-    assert load(script, tmp_path, beside) == expected == load(script, tmp_path, implicit)
+    assert load(script, tmp_path, [{"prompt": turn["content"], **wholes}]) == expected
+    assert load(script, tmp_path, [wholes]) == expected
 
 
 @pair_scripts
 def test_a_prompt_that_one_answer_alone_repeats_is_refused(script, tmp_path):
     turn = {"role": "user", "content": "review of plot :"}
     other = {"role": "system", "content": "great"}
-    row = {"prompt": turn["content"], "chosen": [turn, *chat("great .", first="assistant")],
-           "rejected": [other, turn, *chat("dull .", first="assistant")]}  # fmt: skip
+    repeats = [turn, *chat("great .", first="assistant")]
+    begins_otherwise = [other, turn, *chat("dull .", first="assistant")]
+    row = {"prompt": turn["content"], "chosen": repeats, "rejected": begins_otherwise}
     with pytest.raises(SystemExit, match="row 1: one of the two answers repeats the prompt"):
         load(script, tmp_path, [row])
 
@@ -1170,13 +1336,18 @@ def test_a_completion_of_text_answers_a_prompt_of_messages(script, tmp_path):
 def test_the_prompt_is_cut_off_answers_that_repeat_it_unless_few_do(script, tmp_path):
     prompts = ["the plot", "the film", "the acting", "the music"]
     ends = {column: f" was {word} ." for column, word in zip(COLUMNS[script][1:], ("great", "dull"))}
-    rows = [{"prompt": prompt} | ends for prompt in prompts]
-    whole = [{"prompt": prompt} | {column: prompt + end for column, end in ends.items()} for prompt in prompts]
+    rows = []
+    whole = []
+    for prompt in prompts:
+        repeating = {column: prompt + end for column, end in ends.items()}
+        rows.append({"prompt": prompt} | ends)
+        whole.append({"prompt": prompt} | repeating)
     expected = load(script, tmp_path, rows)
     assert load(script, tmp_path, whole) == expected
     assert load(script, tmp_path, [*whole[:3], rows[3]]) == expected
     tokenizer = tiny.bpe_tokenizer()
-    *_, (prompt, answer, *_) = load(script, tmp_path, [*rows[:3], whole[3]], tokenizer)
+    loaded = load(script, tmp_path, [*rows[:3], whole[3]], tokenizer)
+    prompt, answer, *_ = loaded[-1]
     assert tokenizer.decode(prompt + answer).startswith("the musicthe music was great .")
 
 
@@ -1184,9 +1355,9 @@ def test_the_prompt_is_cut_off_answers_that_repeat_it_unless_few_do(script, tmp_
 def test_a_prompt_of_messages_behind_a_system_text_is_used_once(script, tmp_path):
     asked = chat("review of plot :")
     system = {"role": "system", "content": "great"}
-    answers = {
-        column: chat(f"was {word} .", first="assistant") for column, word in zip(COLUMNS[script][1:], ("great", "dull"))
-    }
+    answers = {}
+    for column, word in zip(COLUMNS[script][1:], ("great", "dull")):
+        answers[column] = chat(f"was {word} .", first="assistant")
     wholes = {column: [system, *asked, *answer] for column, answer in answers.items()}
     tokenizer = tiny.bpe_tokenizer(template=tiny.CHATML)
     explicit = load(script, tmp_path, [{"prompt": [system, *asked]} | answers], tokenizer)
@@ -1231,8 +1402,8 @@ def test_the_seed_orders_the_rows(train, script):
     for seed in (1, 2, 1):
         with pytest.MonkeyPatch.context() as patch:
             batches = spy_on(patch, importlib.import_module(script), "batch_at")
-            train(script, *LENGTH[script](1), seed=seed, run_dir=f"{seed}{len(orders)}")
-        orders.append([result for _, result in batches])
+            train(script, *of_updates(script, 1), seed=seed, run_dir=f"{seed}{len(orders)}")
+        orders.append([call.result for call in batches])
     assert orders[0] == orders[2] != orders[1]
 
 
@@ -1242,8 +1413,8 @@ def test_the_seed_draws_the_responses(train, script):
     for seed in (1, 2, 1):
         with pytest.MonkeyPatch.context() as patch:
             calls = spy_on(patch, importlib.import_module(script), "sample")
-            train(script, *LENGTH[script](1), seed=seed, run_dir=f"{seed}{len(drawn)}")
-        drawn.append([uniform.sum().item() for (_, _, uniform), _ in calls])
+            train(script, *of_updates(script, 1), seed=seed, run_dir=f"{seed}{len(drawn)}")
+        drawn.append([call.uniform.sum().item() for call in calls])
     assert drawn[0] == drawn[2]
     assert not set(drawn[0]) & set(drawn[1])
 
@@ -1251,14 +1422,13 @@ def test_the_seed_draws_the_responses(train, script):
 @scripts
 def test_the_learning_rate_follows_its_schedule(train, script):
     if script in ROWS:
-        run_dir = train(script, *LENGTH[script](12), warmup=0.2)
-        expected = {
-            1: 1e-3 / 3,
-            10: 1e-3 * (1 + math.cos(math.pi * 6 / 9)) / 2,
-            12: 1e-3 * (1 + math.cos(math.pi * 8 / 9)) / 2,
-        }
+        run_dir = train(script, *of_updates(script, 12), warmup=0.2)
+        expected = {1: 1e-3 / 3}  # after three updates, a cosine over nine
+        for update in (10, 12):
+            share = (1 + math.cos(math.pi * (update - 4) / 9)) / 2
+            expected[update] = 1e-3 * share
     else:
-        run_dir = train(script, *LENGTH[script](4))
+        run_dir = train(script, *of_updates(script, 4))
         expected = {1: 1e-3, 2: 0.75e-3, 3: 0.5e-3, 4: 0.25e-3}
     found = dict(scalars(run_dir, "learning_rate" if script in ROWS else "lr"))
     assert found == pytest.approx(expected, rel=1e-5)
@@ -1269,11 +1439,15 @@ def test_the_gradients_norm_is_clipped_to_one_and_no_weight_decays(train, script
     backward = accelerate.Accelerator.backward
     monkeypatch.setattr(accelerate.Accelerator, "backward", lambda self, loss: backward(self, 1000 * loss))
     one_step = {"num_minibatches": 1} if script in SAMPLERS else {}
-    run_dir = train(script, *LENGTH[script](1), **one_step)
+    run_dir = train(script, *of_updates(script, 1), **one_step)
     files = sorted((run_dir / "checkpoint" / "1").glob("optimizer*.bin"))
     states = [torch.load(file, weights_only=True) for file in files]
-    assert {group["weight_decay"] for state in states for group in state["param_groups"]} == {0.0}
-    moments = [moment["exp_avg"].flatten() for state in states for moment in state["state"].values()]
+    decays = []
+    moments = []
+    for state_of_optimizer in states:
+        decays += [group["weight_decay"] for group in state_of_optimizer["param_groups"]]
+        moments += [moment["exp_avg"].flatten() for moment in state_of_optimizer["state"].values()]
+    assert set(decays) == {0.0}
     assert 10 * torch.cat(moments).norm().item() == pytest.approx(1, rel=1e-3)  # Adam's first moment is a tenth of it
     assert scalars(run_dir, "grad_norm")[0][1] > 10
 

@@ -12,7 +12,7 @@ import reinforce
 import torch
 from by_hand import spy_by_name, train
 from gymnasium.spaces import Box, Discrete
-from helpers import scalars, spy_on, weights
+from helpers import scalars, weights
 from torch import tensor
 from torch.testing import assert_close
 
@@ -119,6 +119,14 @@ CLIP = 0.05
 VF_COEF = 0.02
 ENT_COEF = 0.3
 LOG_STD = -0.7
+COEFFICIENTS = {
+    "gamma": GAMMA,
+    "gae_lambda": LAM,
+    "clip_coef": CLIP,
+    "vf_coef": VF_COEF,
+    "ent_coef": ENT_COEF,
+    "log_std_init": LOG_STD,
+}
 
 
 def plain_update(plain, rows, actions, orders, first, learning_rate):
@@ -169,29 +177,18 @@ def test_three_updates_are_those_of_a_plain_second_version(
     sizes = [int(rows.is_step.sum()) for rows in rollouts]
     assert sizes == [19, 17, 16]
     acts = spy_by_name(monkeypatch, ppo.Agent, "act")
-    randperm = spy_on(monkeypatch, torch, "randperm")
-    run_dir = train(
-        ppo,
-        tmp_path / "run",
-        "by_hand:Known-v0",
-        env_kwargs='{"box": true}' if box else "{}",
-        seed=by_hand.SEED,
-        num_envs=by_hand.N,
-        num_steps=T,
-        num_epochs=EPOCHS,
-        num_minibatches=MINIBATCHES,
-        total_timesteps=sum(sizes),
-        normalize=normalize,
-        learning_rate=learning_rate,
-        gamma=GAMMA,
-        gae_lambda=LAM,
-        clip_coef=CLIP,
-        vf_coef=VF_COEF,
-        ent_coef=ENT_COEF,
-        log_std_init=LOG_STD,
-    )
+    randperm = torch.randperm
+    orders = []
+
+    def keep_order(number):
+        orders.append(randperm(number))
+        return orders[-1]
+
+    monkeypatch.setattr(torch, "randperm", keep_order)
+    given = {"num_steps": T, "total_timesteps": sum(sizes), "normalize": normalize, "learning_rate": learning_rate}
+    given |= {"num_epochs": EPOCHS, "num_minibatches": MINIBATCHES}
+    run_dir = by_hand.train_on_known(ppo, tmp_path / "run", box, **given, **COEFFICIENTS)
     plain = by_hand.Updates(ppo, box, normalize, LOG_STD, optimizer)
-    orders = [order for _, order in randperm]
     step = 0
     for i, rows in enumerate(rollouts):
         actions = by_hand.actions_of(acts, i * T, T)

@@ -10,7 +10,9 @@ from helpers import scalars, weights
 from torch import tensor
 from torch.testing import assert_close
 
-GAMMA, LOG_STD = 0.9, -0.7
+GAMMA = 0.9
+LOG_STD = -0.7
+COEFFICIENTS = {"gamma": GAMMA, "log_std_init": LOG_STD}
 LONGEST = max(by_hand.LENGTHS)
 
 
@@ -78,20 +80,8 @@ def test_three_updates_are_those_of_a_plain_second_version(
         by_hand.use_sgd(monkeypatch, "Adam")
     acts = spy_by_name(monkeypatch, reinforce.Agent, "act")
     steps = sum(by_hand.LENGTHS)
-    run_dir = train(
-        reinforce,
-        tmp_path / "run",
-        "by_hand:Known-v0",
-        env_kwargs='{"box": true}' if box else "{}",
-        seed=by_hand.SEED,
-        num_envs=by_hand.N,
-        num_steps=100,
-        total_timesteps=3 * steps,
-        normalize=normalize,
-        learning_rate=learning_rate,
-        gamma=GAMMA,
-        log_std_init=LOG_STD,
-    )
+    given = {"num_steps": 100, "total_timesteps": 3 * steps, "normalize": normalize, "learning_rate": learning_rate}
+    run_dir = by_hand.train_on_known(reinforce, tmp_path / "run", box, **given, **COEFFICIENTS)
     plain = plain_updates(acts, box, normalize, optimizer, learning_rate)
     assert min(plain.norms) > 1.2  # a clip would show
     plain.compare(run_dir, [steps] * 3)

@@ -17,7 +17,7 @@ import reward_model
 import tiny
 import torch
 from accelerate.state import AcceleratorState
-from helpers import ALGOS, scalars, spy_on
+from helpers import ALGOS, samples_logged, scalars, spy_on
 from reward_model import pair_rewards, reward_loss, text_rewards
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
@@ -137,15 +137,18 @@ def test_extreme_rewards_stay_finite():
 def test_the_reward_is_that_of_the_last_real_token_whatever_pads(arch, tmp_path):
     tiny.make_model(tmp_path, arch)
     model, tokenizer, pad = load(tmp_path)
-    rows = [[row[0], row[i]] for row in rows_of(tokenizer, tiny.preferences(4)) for i in (1, 2)]
+    rows = []
+    for prompt, chosen, rejected in rows_of(tokenizer, tiny.preferences(4)):
+        rows += [[prompt, chosen], [prompt, rejected]]
+    without_eos = [[prompt, [*text[:-1], 9]] for prompt, text in rows]
     with torch.no_grad():
         expected = torch.stack([alone(model, prompt + text) for prompt, text in rows])
         model.get_input_embeddings().weight[pad] = 100.0  # must not be seen
         found = text_rewards(model, rows, pad, CPU)
-        longer = text_rewards(model, [*rows, [[5], [6] * 60]], pad, CPU)[:-1]
-        changed = text_rewards(model, [[prompt, [*text[:-1], 9]] for prompt, text in rows], pad, CPU)  # where EOS was
+        beside_a_long_one = text_rewards(model, [*rows, [[5], [6] * 60]], pad, CPU)[:-1]
+        changed = text_rewards(model, without_eos, pad, CPU)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(longer, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(beside_a_long_one, expected, atol=1e-5, rtol=1e-5)
     assert len({len(prompt + text) for prompt, text in rows}) > 2
     assert (changed - found).abs().min() > 1e-3
 
@@ -270,12 +273,16 @@ def test_the_ids_of_a_pair_are_those_of_its_words():
 def test_chats_part_where_the_answers_begin_whatever_the_layout(form):
     both = {"chosen": [GOOD], "rejected": [POOR]}
     whole = {"chosen": [USER, GOOD], "rejected": [USER, POOR]}
-    row = {"explicit": {"prompt": [USER], **both}, "implicit": whole, "repeated": {"prompt": [USER], **whole},
-           "a text": {"prompt": USER["content"], **whole}}[form]  # fmt: skip
+    layouts = {
+        "explicit": {"prompt": [USER], **both},
+        "implicit": whole,
+        "repeated": {"prompt": [USER], **whole},
+        "a text": {"prompt": USER["content"], **whole},
+    }
     tokenizer = tiny.word_tokenizer()
-    texts = [[tokenizer.decode(ids) for ids in row] for row in rows_of(tokenizer, [row])]
+    (row,) = rows_of(tokenizer, [layouts[form]])
     answers = [f"{turn['content']} <eos>" for turn in (GOOD, POOR)]
-    assert texts == [["user : review of plot : assistant :", *answers]]
+    assert [tokenizer.decode(ids) for ids in row] == ["user : review of plot : assistant :", *answers]
 
 
 def test_pairs_that_are_equal_where_they_are_cut_are_left_out(capsys):
@@ -300,7 +307,8 @@ def test_chats_that_end_in_a_users_turn_are_refused(layout):
     good = {"prompt": [USER], "chosen": [GOOD], "rejected": [POOR]}
     bad = {"prompt": [USER], "chosen": [GOOD], "rejected": [POOR, USER]}
     if layout == "implicit":
-        good, bad = ({side: [USER, *row[side]] for side in ("chosen", "rejected")} for row in (good, bad))
+        good = {"chosen": [USER, GOOD], "rejected": [USER, POOR]}
+        bad = {"chosen": [USER, GOOD], "rejected": [USER, POOR, USER]}
     with pytest.raises(SystemExit, match="row 2: the chat .* turn of the assistant"):
         rows_of(tiny.word_tokenizer(), [good, bad])
 
@@ -397,10 +405,11 @@ def test_main_reads_the_configuration_and_the_arguments_of_the_template_for_both
     loads = spy_on(monkeypatch, reward_model, "load_rows")
     flags = {"dataset": str(folder), "dataset_config": "main", "chat_template_kwargs": '{"dull": true}'}
     run(world(max_steps=1, **flags))
-    assert [given[1] for given, _ in loads] == ["train", "test"]
-    for _, rows in loads:
-        assert len(rows) == 8
-        assert tokenizer.decode(rows[0][0]) == "not dull : user : review of plot : assistant :"
+    assert [call.split for call in loads] == ["train", "test"]
+    for call in loads:
+        assert len(call.result) == 8
+        prompt, *_ = call.result[0]
+        assert tokenizer.decode(prompt) == "not dull : user : review of plot : assistant :"
     with pytest.raises(ValueError, match="must be a JSON object"):
         world(chat_template_kwargs="[1]")
 
@@ -471,7 +480,8 @@ def test_the_first_gradient_is_that_of_the_mean_over_pairs_clipped_to_norm_one(w
 
 
 def test_the_learning_rate_of_each_update_rises_in_a_line_and_falls_by_a_cosine(world, monkeypatch):
-    used, step = [], torch.optim.AdamW.step
+    used = []
+    step = torch.optim.AdamW.step
 
     def spy(self, *arguments, **keywords):
         used.append(self.param_groups[0]["lr"])
@@ -480,8 +490,9 @@ def test_the_learning_rate_of_each_update_rises_in_a_line_and_falls_by_a_cosine(
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     args = world(max_steps=8, warmup=0.25, save_every=1)
     run(args)
-    root = math.sqrt(3) / 2  # of 60°
-    expected = [5e-4, 1e-3, 1e-3, 1e-3 * (1 + root) / 2, 7.5e-4, 5e-4, 2.5e-4, 1e-3 * (1 - root) / 2]
+    high = 1e-3 * (1 + math.cos(math.pi / 6)) / 2
+    low = 1e-3 * (1 - math.cos(math.pi / 6)) / 2
+    expected = [5e-4, 1e-3, 1e-3, high, 7.5e-4, 5e-4, 2.5e-4, low]
     assert used == pytest.approx(expected)
     assert list(metric(args, "learning_rate").values()) == pytest.approx(expected)
     used.clear()
@@ -500,11 +511,11 @@ def test_epochs_are_passes_over_the_pairs_where_there_are_no_max_steps(world, mo
     batches = spy_on(monkeypatch, reward_model, "batch_at")
     args = world(epochs=2, max_steps=0, batch_size=7)  # 3 of 24 pairs are left out of an epoch
     run(args)
-    seen = [batch for _, batch in batches]
+    seen = [call.result for call in batches]
     assert len(seen) == 6
     assert list(metric(args, "loss")) == [1, 6]
     for epoch in (seen[:3], seen[3:]):
-        assert len({i for batch in epoch for i in batch}) == 21
+        assert len(set().union(*epoch)) == 21
     batches.clear()
     run(world("short", epochs=2, max_steps=2, batch_size=7))
     assert len(batches) == 2
@@ -540,18 +551,19 @@ def test_swapping_chosen_and_rejected_negates_the_margin(tmp_path):
 def test_samples_show_both_texts_of_a_pair_with_their_rewards(world):
     args = world(eval_every=2)
     with pytest.MonkeyPatch.context() as patch:
-        logs = spy_on(patch, reward_model.Accelerator, "log")
+        samples = samples_logged(patch, reward_model.Accelerator)
         run(args)
-    samples = {step: values["samples"] for ((_, values, step), _) in logs if "samples" in values}
     assert list(samples) == [0, 2, 3]
     assert len(set(samples.values())) == 3
     model, tokenizer, pad = load(f"{args.run_dir}/model")
     with torch.no_grad():
         scores = pair_rewards(model, rows_of(tokenizer, tiny.preferences(4)), pad, CPU).T.flatten().tolist()
-    shown = [float(text.partition(":")[0]) for text in samples[3].split("\n\n")]
-    assert shown == pytest.approx(scores, abs=0.006)
-    row = tiny.preferences(1)[0]
-    assert (row["prompt"] + row["rejected"]).split() == samples[3].split("\n\n")[1].partition(":")[2].split()[:-1]
+    shown = samples[3].split("\n\n")
+    assert [float(text.partition(":")[0]) for text in shown] == pytest.approx(scores, abs=0.006)
+    (row,) = tiny.preferences(1)
+    rejected = row["prompt"] + row["rejected"]
+    _, _, second = shown[1].partition(":")
+    assert second.split()[:-1] == rejected.split()  # and the stop token
 
 
 def test_a_run_on_a_reward_model_resumes_bit_for_bit(world, monkeypatch, tmp_path):

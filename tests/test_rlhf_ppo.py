@@ -6,13 +6,14 @@ What it shares with grpo.py is in test_rollouts.py.
 import copy
 import itertools
 from collections import Counter
+from statistics import fmean
 
 import pytest
 import replay
 import rlhf_ppo
 import rollouts
 import torch
-from helpers import scalars
+from helpers import scalars, spy_on
 from rollouts import CPU, critic_of, final, rows_of, same
 from safetensors.torch import load_file
 from torch.nn.functional import pad
@@ -35,14 +36,23 @@ def world(tmp_path_factory):
     return rollouts.make_world(tmp_path_factory.mktemp("world"))
 
 
+SPIED = (  # functions of the script
+    "kl_penalised_rewards",
+    "compute_gae",
+    "policy_loss",
+    "value_loss",
+    "response_logprobs",
+    "response_values",
+)
+
+
 @pytest.fixture
 def train(monkeypatch, world, tmp_path):
     """Run main in this process; the calls of its functions."""
 
     def train(run_dir=tmp_path, **changed):
-        names = "kl_penalised_rewards compute_gae policy_loss value_loss response_logprobs response_values"
         flags = rollouts.flags_of(world, "rlhf_ppo", run_dir, **changed)
-        return rollouts.train(monkeypatch, "rlhf_ppo", flags, names)
+        return rollouts.train(monkeypatch, "rlhf_ppo", flags, SPIED)
 
     return train
 
@@ -85,7 +95,8 @@ def test_the_mean_penalty_is_the_exact_kl_and_its_sign_that_of_the_kl():
     generator = torch.Generator().manual_seed(0)
     policy, reference = torch.randn(2, 6, generator=generator, dtype=torch.float64).log_softmax(-1)
     one = torch.ones(6, 1)
-    penalty = -rlhf_ppo.kl_penalised_rewards(torch.zeros(6), policy[:, None], reference[:, None], one, 1.0)[:, 0]
+    rewards = rlhf_ppo.kl_penalised_rewards(torch.zeros(6), policy[:, None], reference[:, None], one, 1.0)
+    penalty = -rewards[:, 0]
     exact = (policy.exp() * (policy - reference)).sum()
     other = (reference.exp() * (reference - policy)).sum()
     assert exact > 0.2
@@ -126,9 +137,14 @@ def test_ppo_reaches_the_optimum_of_a_world_that_can_be_enumerated():
     for length in range(R):
         for context in itertools.product(range(V), repeat=length):
             contexts[context] = len(contexts)
-    of_token = torch.tensor([[contexts[row[:t]] if t < len(row) else 0 for t in range(R)] for row in responses])
-    tokens = torch.tensor([list(row) + [0] * (R - len(row)) for row in responses])
-    masks = torch.tensor([[1.0] * len(row) + [0.0] * (R - len(row)) for row in responses])
+    of_token = torch.zeros(len(responses), R, dtype=torch.long)
+    tokens = torch.zeros(len(responses), R, dtype=torch.long)
+    masks = torch.zeros(len(responses), R)
+    for i, row in enumerate(responses):
+        tokens[i, : len(row)] = torch.tensor(row)
+        masks[i, : len(row)] = 1.0
+        for t in range(len(row)):
+            of_token[i, t] = contexts[row[:t]]
     reward = torch.randn(len(responses), generator=generator)
     reference = torch.randn(len(contexts), V, generator=generator)
     logits = reference.clone().requires_grad_()
@@ -221,9 +237,12 @@ def test_the_reward_model_stays_what_it_was_and_policy_and_critic_do_not(train, 
     reward = load_file(world / "llama-reward" / "model.safetensors")
     critic = critic_of(tmp_path, 2)
     assert critic.keys() == reward.keys()
-    assert not any(torch.equal(critic[name], reward[name]) for name in critic if critic[name].dim() > 1)
+    for name, tensor in critic.items():
+        assert tensor.dim() == 1 or not torch.equal(tensor, reward[name]), name
     policy = load_file(world / "llama" / "model.safetensors")
-    assert not any(torch.equal(final(tmp_path)[name], policy[name]) for name in policy if policy[name].dim() > 1)
+    trained = final(tmp_path)
+    for name, tensor in policy.items():
+        assert tensor.dim() == 1 or not torch.equal(tensor, trained[name]), name
     model = AutoModelForSequenceClassification.from_pretrained(world / "llama-reward")
     last = seen.kl_penalised_rewards[-1]
     for score, (prompt, response) in zip(last.scores, rows_of(seen.rollouts[-1])):
@@ -267,12 +286,13 @@ def test_the_critic_has_adapters_in_all_linear_layers_and_its_whole_head_is_trai
 
 
 def test_adapters_of_policy_and_critic_have_twice_their_rank_as_alpha(train, tmp_path, monkeypatch):
-    added = rollouts.record(monkeypatch, rlhf_ppo, "add_adapters")
+    added = spy_on(monkeypatch, rlhf_ppo, "add_adapters")
     train(lora_rank=3, total_episodes=8)
     assert len(added) == 2
     for call in added:
         (config,) = call.model.peft_config.values()
-        assert (config.r, config.lora_alpha) == (3, 6)
+        assert config.r == 3
+        assert config.lora_alpha == 6
 
 
 def test_values_weigh_a_tenth_in_the_gradient_and_the_head_alone_has_one_at_first(train, tmp_path):
@@ -303,28 +323,29 @@ def plain_ppo(policy, critic, updates, lam):
     trained = [*policy.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(trained)
     for step, (rows, minibatches) in enumerate(updates):
-        old, ref = ({row: replay.logprobs(model, *row).detach() for row in rows} for model in (policy, reference))
+        old = {row: replay.logprobs(policy, *row).detach() for row in rows}
+        ref = {row: replay.logprobs(reference, *row).detach() for row in rows}
         old_values = {row: values_of(critic, *row).detach() for row in rows}
         scores = [replay.score(response) for _, response in rows]
-        advantages, returns = {}, {}
+        advantages = {}
+        returns = {}
         for row, score in zip(rows, scores):
             rewards = replay.BETA * (ref[row] - old[row])
             values = old_values[row]
             rewards[-1] += score
             deltas = rewards + torch.cat([values[1:], torch.zeros(1)]) - values  # nothing follows the last token
-            n = range(len(deltas))
-            advantages[row] = torch.stack([sum(lam ** (s - t) * deltas[s] for s in n if s >= t) for t in n])
+            advantages[row] = torch.zeros_like(deltas)
+            for t in range(len(deltas)):
+                for later in range(t, len(deltas)):
+                    advantages[row][t] += lam ** (later - t) * deltas[later]
             returns[row] = advantages[row] + values
         every = torch.cat([advantages[row] for row in rows])
-        kl = sum((old[row] - ref[row]).sum().item() for row in rows) / len(rows)
-        log = {
-            "objective/kl": kl,
-            "objective/entropy": -sum(old[row].sum().item() for row in rows) / len(rows),
-            "objective/scores": sum(scores) / len(rows),
-            "objective/rlhf_reward": sum(scores) / len(rows) - replay.BETA * kl,
-            "val/num_eos_tokens": sum(response[-1] in replay.STOPS for _, response in rows) / len(rows),
-            "lr": replay.LEARNING_RATE * (1 - step / len(updates)),
-        }
+        kl = fmean((old[row] - ref[row]).sum().item() for row in rows)
+        log = {"objective/kl": kl, "objective/scores": fmean(scores)}
+        log["objective/entropy"] = fmean(-old[row].sum().item() for row in rows)
+        log["objective/rlhf_reward"] = fmean(scores) - replay.BETA * kl
+        log["val/num_eos_tokens"] = fmean(response[-1] in replay.STOPS for _, response in rows)
+        log["lr"] = replay.LEARNING_RATE * (1 - step / len(updates))
         optimizer.param_groups[0]["lr"] = log["lr"]
         sums = Counter()
         for minibatch in minibatches:
@@ -333,9 +354,12 @@ def plain_ppo(policy, critic, updates, lam):
             for row in minibatch:
                 log_ratio = replay.logprobs(policy, *row) - old[row]
                 values = values_of(critic, *row)
-                gain = replay.clipped(log_ratio, (advantages[row] - every.mean()) / every.std(correction=0))
+                whitened = (advantages[row] - every.mean()) / every.std(correction=0)
+                gain = replay.clipped(log_ratio, whitened)
                 near = old_values[row] + (values - old_values[row]).clamp(-replay.CLIP, replay.CLIP)
-                errors = torch.maximum((values - returns[row]) ** 2, (near - returns[row]) ** 2) / 2
+                error = (values - returns[row]) ** 2
+                clipped_error = (near - returns[row]) ** 2
+                errors = torch.maximum(error, clipped_error) / 2
                 loss = loss + (0.1 * errors - gain).sum() / tokens
                 ratio = log_ratio.exp().detach()
                 sums["loss/policy"] -= gain.sum().item() / tokens

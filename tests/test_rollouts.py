@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import replay
 import rollouts
 import tiny
 import torch
@@ -80,7 +81,8 @@ def test_samples_have_the_probabilities_of_the_training_forward_pass(module, arc
     uniform = noise(2 * n, 2)
     uniform[:, 0] = 0.5  # the same first token everywhere
     uniform[:n, 1] = uniform[n:, 1] = (torch.arange(n) + 0.5) / n  # numbers that fill [0, 1) evenly
-    drawn = torch.tensor(draw(module, model, [short] * n + [long] * n, uniform, [-1]))
+    prompts = [short] * n + [long] * n
+    drawn = torch.tensor(draw(module, model, prompts, uniform, [-1]))
     for prompt, responses in ((short, drawn[:n]), (long, drawn[n:])):
         first = responses[0, 0].item()
         assert (responses[:, 0] == first).all()
@@ -115,9 +117,11 @@ class Constant(LlamaForCausalLM):
 
 
 def test_a_draw_never_has_probability_0_and_follows_the_distribution(module):
-    model = Constant(torch.tensor([-math.inf, 0.0, -math.inf, math.log(3), -math.inf]))
-    uniform = torch.tensor([[0], [0.2], [0.2499], [0.2501], [0.9], [1 - 2**-53]], dtype=torch.float64)
-    assert draw(module, model, [[0]] * 6, uniform, [-1]) == [[1], [1], [1], [3], [3], [3]]
+    logits = torch.tensor([-math.inf, 0.0, -math.inf, math.log(3), -math.inf])
+    numbers = [0, 0.2, 0.2499, 0.2501, 0.9, 1 - 2**-53]
+    uniform = torch.tensor(numbers, dtype=torch.float64)[:, None]
+    drawn = draw(module, Constant(logits), [[0]] * 6, uniform, [-1])
+    assert drawn == [[1]] * 3 + [[3]] * 3
 
 
 def test_a_response_ends_at_the_first_of_all_stop_tokens(module, tmp_path):
@@ -157,8 +161,11 @@ def test_a_model_that_takes_no_positions_is_refused_since_padding_would_change_i
 
 def test_a_cache_that_forgets_is_refused_even_where_the_likeliest_tokens_would_end_the_check(module, tmp_path):
     model = tiny.make_model(tmp_path)
-    with torch.no_grad():
-        stops = [model(torch.tensor([ids])).logits[0, -1].argmax().item() for ids in ([1], [1, 2, 3, 4])]
+    stops = []
+    for ids in ([1], [1, 2, 3, 4]):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1]
+        stops.append(logits.argmax().item())
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=0)
     whole_pass = model.forward
 
@@ -222,8 +229,7 @@ def test_log_probabilities_are_those_of_single_rows_and_0_behind_a_responses_end
     assert logprobs.shape == (3, R)
     for row_logprobs, (prompt, response) in zip(logprobs, ROWS):
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        expected = logits.log_softmax(-1)[range(len(response)), response]
+            expected = replay.logprobs(model, prompt, response)
         torch.testing.assert_close(row_logprobs[: len(response)], expected, rtol=1e-4, atol=1e-5)
         assert (row_logprobs[len(response) :] == 0).all()
 
@@ -233,8 +239,10 @@ def test_rewards_are_those_of_the_reward_model_at_the_last_token_of_each_row(mod
     reward_model = AutoModelForSequenceClassification.from_pretrained(world / f"{arch}-reward")
     with torch.no_grad():
         scores = module.rewards(module.TokenScores(reward_model), ROWS, CPU)
-        expected = [reward_model(torch.tensor([prompt + response])).logits[0, 0] for prompt, response in ROWS]
-    torch.testing.assert_close(scores, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    for score, (prompt, response) in zip(scores, ROWS, strict=True):
+        with torch.no_grad():
+            expected = reward_model(torch.tensor([prompt + response])).logits[0, 0]
+        torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-5)
 
 
 # --- reward models ---
@@ -322,7 +330,7 @@ def test_a_reward_model_may_have_tokens_and_embeddings_beyond_the_policys(module
 def test_scores_are_of_each_response_alone_less_the_penalty_of_one_without_a_stop(monkeypatch, script, world, tmp_path):
     changed = {"missing_eos_penalty": 2.5, "total_episodes": 24, "save_every": 0, "response_length": 20}
     where = {"rlhf_ppo": "kl_penalised_rewards", "grpo": "group_advantages"}[script]
-    seen = train(monkeypatch, script, rollouts.flags_of(world, script, tmp_path, **changed), where)
+    seen = train(monkeypatch, script, rollouts.flags_of(world, script, tmp_path, **changed), (where,))
     reward_model = AutoModelForSequenceClassification.from_pretrained(world / "llama-reward")
     means = []
     shares = []
@@ -395,7 +403,7 @@ def test_a_function_scores_each_response_with_the_columns_of_its_prompt(monkeypa
     changed = {"missing_eos_penalty": 0.0, "num_minibatches": 1, "micro_batch_size": 8, "save_every": 0}
     flags = rollouts.flags_of(world, script, tmp_path / "run", total_episodes=32, **changed, **rewarded("each"))
     where = {"rlhf_ppo": "kl_penalised_rewards", "grpo": "group_advantages"}[script]
-    seen = train(monkeypatch, script, flags, f"{where} load_prompts batch_at")
+    seen = train(monkeypatch, script, flags, (where, "load_prompts", "batch_at"))
     tokenizer = tiny.word_tokenizer()
     prompts = seen.load_prompts[0].result
     for rollout, batch, call in zip(seen.rollouts, seen.batch_at, vars(seen)[where], strict=True):
@@ -470,10 +478,12 @@ def test_a_reward_function_that_gives_other_than_numbers_ends_the_run(script, wo
 
 
 def test_an_infinite_reward_is_refused(module):
+    def second_is_infinite(prompts, completions):
+        return [1, math.inf]
+
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
     with pytest.raises(SystemExit, match="--reward-model f gave inf for an answer to 'b'"):
-        module.function_rewards(
-            lambda prompts, completions: [1, math.inf], "f", [{"prompt": "a"}, {"prompt": "b"}], ["", ""]
-        )
+        module.function_rewards(second_is_infinite, "f", rows, ["", ""])
 
 
 def test_a_reward_function_that_raises_ends_the_run_with_its_own_traceback_and_the_place(
@@ -551,18 +561,15 @@ def test_a_text_that_is_a_users_turn_of_the_chat_beside_it_is_asked_with_the_tur
     module, tmp_path, column, number
 ):
     tokenizer = tiny.word_tokenizer()
-    chat = [
-        {"role": "user", "content": "the film :"},
-        {"role": "assistant", "content": "fine ."},
-        USER,
-        {"role": "assistant", "content": "great ."},
-        {"role": "user", "content": "music :"},
-        {"role": "assistant", "content": "bad ."},
-    ]
+    chat = []
+    for asked, answered in (("the film :", "fine ."), (USER["content"], "great ."), ("music :", "bad .")):
+        chat.append({"role": "user", "content": asked})
+        chat.append({"role": "assistant", "content": answered})
     prompt = ["review of plot : ", " music :"][number]  # blanks around it do not count
     ((ids, _),) = rollouts.load_prompts(module, tmp_path, [{"prompt": prompt, column: chat}], tokenizer)
     turns = chat[: [3, 5][number]]
-    assert ids == tokenizer(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)).input_ids
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert ids == tokenizer(text).input_ids
 
 
 @pytest.mark.parametrize("row", [{"prompt": ""}, {"prompt": " \n"}, {"prompt": "", "messages": [USER]}], ids=str)
@@ -619,14 +626,13 @@ def test_template_arguments_and_the_configuration_reach_training_and_held_out_pr
         loader = AutoModelForCausalLM if name == "llama" else AutoModelForSequenceClassification
         loader.from_pretrained(world / name).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
+    configs = []
     for folder, count in (("one", 3), ("two", 9)):
+        files = []
         for split in ("train", "test"):
             tiny.write_jsonl(tmp_path / "data" / folder / f"{split}.jsonl", [{"prompt": [USER]}] * count)
-    configs = [
-        {"config_name": folder, "data_files": [{"split": split, "path": f"{folder}/{split}.jsonl"} for split in
-                                               ("train", "test")]}
-        for folder in ("one", "two")
-    ]  # fmt: skip
+            files.append({"split": split, "path": f"{folder}/{split}.jsonl"})
+        configs.append({"config_name": folder, "data_files": files})
     (tmp_path / "data" / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
     changed = {
         "model": str(tmp_path / "llama"),
@@ -634,9 +640,9 @@ def test_template_arguments_and_the_configuration_reach_training_and_held_out_pr
         "dataset": str(tmp_path / "data"),
         "dataset_config": "two",
         "chat_template_kwargs": '{"quiet": true}',
-        "total_episodes": 8,
     }
-    seen = train(monkeypatch, script, rollouts.flags_of(world, script, tmp_path / "run", **changed), "load_prompts")
+    flags = rollouts.flags_of(world, script, tmp_path / "run", **changed, total_episodes=8)
+    seen = train(monkeypatch, script, flags, ("load_prompts",))
     expected = tokenizer("not user : review of plot : assistant :").input_ids
     assert len(seen.load_prompts) == (2 if script == "grpo" else 1)
     for call in seen.load_prompts:
@@ -673,14 +679,15 @@ def test_the_seed_orders_prompts_samples_and_minibatches(monkeypatch, script, wo
     runs = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         flags = rollouts.flags_of(world, script, tmp_path / name, seed=seed, total_episodes=32)
-        runs.append(train(monkeypatch, script, flags, "micro_batches"))
+        runs.append(train(monkeypatch, script, flags, ("micro_batches",)))
     first, again, other = runs
-    prompts, repeated, others = ([call.prompts for call in seen.rollouts] for seen in runs)
-    assert prompts == repeated
-    assert prompts != others
+    prompts = [call.prompts for call in first.rollouts]
+    assert prompts == [call.prompts for call in again.rollouts]
+    assert prompts != [call.prompts for call in other.rollouts]
     assert len({str(asked) for asked in prompts}) > 1
     assert [call.result for call in first.rollouts] == [call.result for call in again.rollouts]
-    assert not any(torch.equal(a.uniform, b.uniform) for a, b in zip(first.rollouts, other.rollouts))
+    for ours, theirs in zip(first.rollouts, other.rollouts):
+        assert not torch.equal(ours.uniform, theirs.uniform)
     assert len({call.uniform.sum().item() for call in first.rollouts}) == 4  # each update has numbers of its own
     minibatches = [[sorted(call.indices) for call in seen.micro_batches] for seen in runs]
     assert minibatches[0] == minibatches[1]
@@ -773,7 +780,7 @@ def test_micro_batches_that_do_not_divide_give_the_update_of_whole_minibatches(
         flags["micro_batch_size"] = micro_batch_size
         if script == "grpo":
             flags["group_size"] = 2
-        seen = train(monkeypatch, script, flags, "micro_batches")
+        seen = train(monkeypatch, script, flags, ("micro_batches",))
         parts = {len(part) for call in seen.micro_batches if len(call.indices) == 7 for part in call.result}
         assert parts == ({7} if micro_batch_size == 7 else {3, 4} if size == 3 else {1})
         gradients.append(rollouts.first_gradient(run_dir))
@@ -787,7 +794,7 @@ def test_micro_batches_that_do_not_divide_give_the_update_of_whole_minibatches(
 @pytest.mark.parametrize("micro_batch_size", [4, 3, 1])
 def test_before_the_first_step_ratio_and_kl_are_exactly_neutral(monkeypatch, script, world, tmp_path, micro_batch_size):
     flags = rollouts.flags_of(world, script, tmp_path, micro_batch_size=micro_batch_size, total_episodes=8)
-    seen = train(monkeypatch, script, flags, "policy_loss")
+    seen = train(monkeypatch, script, flags, ("policy_loss",))
     for call in seen.policy_loss[: max(1, 4 // micro_batch_size)]:
         assert call.log_ratio.abs().max() <= 2e-6  # a few units in the last place of log-probabilities near 5
     assert scalars(tmp_path, "objective/kl") == [(1, 0.0)]
@@ -803,7 +810,7 @@ def test_the_first_kl_is_exactly_0_in_bfloat16_too_and_the_next_is_not(monkeypat
 
 def test_the_ratio_is_to_the_policy_that_sampled(monkeypatch, script, world, tmp_path):
     changed = {"num_minibatches": 1, rollouts.EPOCHS[script]: 1}  # one step a rollout
-    seen = train(monkeypatch, script, rollouts.flags_of(world, script, tmp_path, **changed), "policy_loss")
+    seen = train(monkeypatch, script, rollouts.flags_of(world, script, tmp_path, **changed), ("policy_loss",))
     assert scalars(tmp_path, "objective/kl")[1][1] != 0
     assert len(seen.policy_loss) == 4
     for call in seen.policy_loss:
@@ -817,7 +824,7 @@ def test_the_reference_is_the_starting_policy_in_every_rollout_and_kl_is_logged_
     """Of steps this small the mean over 8 responses is as often below 0 as above."""
     changed = {"lora_rank": lora_rank, "total_episodes": 48, "learning_rate": 3e-4 if lora_rank else 1e-4}
     flags = rollouts.flags_of(world, script, tmp_path, save_every=0, kl_coef=0.0, **changed)
-    seen = train(monkeypatch, script, flags, "response_logprobs")
+    seen = train(monkeypatch, script, flags, ("response_logprobs",))
     start_model = AutoModelForCausalLM.from_pretrained(world / "llama")
     by_rows = {}
     for call in seen.response_logprobs:
@@ -860,7 +867,11 @@ def test_kl_coef_given_on_resume_counts(monkeypatch, script, world, tmp_path):
 def test_the_progress_line_shows_the_share_of_unfinished_responses(monkeypatch, script, world, tmp_path):
     module = importlib.import_module(script)
     lines = []
-    monkeypatch.setattr(module.tqdm, "set_postfix_str", lambda bar, text, **keywords: lines.append(text))
+
+    def keep(bar, text, **keywords):
+        lines.append(text)
+
+    monkeypatch.setattr(module.tqdm, "set_postfix_str", keep)
     train(monkeypatch, script, rollouts.flags_of(world, script, tmp_path))
     finished = [value for _, value in scalars(tmp_path, "val/num_eos_tokens")]
     for line, share in zip(lines, finished, strict=True):

@@ -1,6 +1,7 @@
 """sft.py: which tokens have a loss, how texts become tokens, in which order rows come, and what main does with flags."""
 
 import gzip
+import itertools
 import json
 import math
 import random
@@ -84,8 +85,10 @@ def loop_loss(model, rows):
     losses = []
     for prompt, completion in rows:
         for t, token in enumerate(completion):
-            if before := prompt + completion[:t]:
-                losses.append(-torch.log_softmax(model(torch.tensor([before])).logits[0, -1], -1)[token])
+            before = prompt + completion[:t]
+            if before:
+                logits = model(torch.tensor([before])).logits[0, -1]
+                losses.append(-logits.log_softmax(-1)[token])
     return torch.stack(losses).mean()
 
 
@@ -112,7 +115,12 @@ def test_tokens_of_the_prompt_have_no_gradient_and_the_eos_has_one_even_where_it
     tokenizer = tiny.word_tokenizer(pad="<eos>")
     model = tiny.make_model(tmp_path, tokenizer=tokenizer)
     kept = []
-    model.register_forward_hook(lambda _, __, output: (output.logits.retain_grad(), kept.append(output.logits))[0])
+
+    def keep_gradient(module, inputs, output):
+        output.logits.retain_grad()
+        kept.append(output.logits)
+
+    model.register_forward_hook(keep_gradient)
     rows = rows_of(tokenizer, PAIRS)
     loss_of(model, rows).backward()
     start = min(len(prompt) for prompt, _ in rows)
@@ -126,10 +134,13 @@ def test_tokens_of_the_prompt_have_no_gradient_and_the_eos_has_one_even_where_it
 def test_a_batch_is_the_sum_of_its_rows(tmp_path, arch):
     model = tiny.make_model(tmp_path, arch)
     rows = rows_of(tiny.word_tokenizer(), PAIRS)
-    alone = sum(loss_of(model, [row]).item() * len(row[1]) for row in rows)
-    assert loss_of(model, rows).item() * sum(len(completion) for _, completion in rows) == pytest.approx(
-        alone, rel=1e-5
-    )
+    sums = []
+    tokens = 0
+    for prompt, completion in rows:
+        loss = loss_of(model, [[prompt, completion]]).item()
+        sums.append(loss * len(completion))
+        tokens += len(completion)
+    assert loss_of(model, rows).item() * tokens == pytest.approx(sum(sums), rel=1e-5)
 
 
 def test_text_without_a_prompt_has_a_loss_on_every_token_but_the_first(tmp_path):
@@ -199,7 +210,9 @@ def test_prompt_ids_are_a_prefix_and_all_ids_spell_the_text_wherever_it_is_parte
     tokenizer = tiny.bpe_tokenizer(bos)
     rng = random.Random(1)
     texts = [SENTENCE, "Question: what? Answer: 42 is right.", "the acting was great . the  plot\nwas not dull ."]
-    pairs = [(text[:i], text[i:]) for text in texts for i in range(1, len(text))]
+    pairs = []
+    for text in texts:
+        pairs += [(text[:i], text[i:]) for i in range(1, len(text))]
     rng.shuffle(pairs)
     rows = rows_of(tokenizer, [{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
     merged = 0
@@ -381,19 +394,20 @@ def test_main_reads_the_configuration_and_the_arguments_of_the_template_for_both
     loads = spy_on(monkeypatch, sft, "load_rows")
     flags = {"dataset": str(folder), "dataset_config": "main", "chat_template_kwargs": '{"dull": true}'}
     run(world(max_steps=1, **flags))
-    assert [given[1] for given, _ in loads] == ["train", "test"]
-    for _, rows in loads:
-        assert len(rows) == 8
-        assert tokenizer.decode(rows[0][1]).startswith("not dull : user : review")
+    assert [call.split for call in loads] == ["train", "test"]
+    for call in loads:
+        assert len(call.result) == 8
+        _, text = call.result[0]
+        assert tokenizer.decode(text).startswith("not dull : user : review")
     with pytest.raises(ValueError, match="must be a JSON object"):
         world(chat_template_kwargs="[1]")
 
 
 def test_rows_are_held_out_where_there_is_a_split_test_or_validation(world, tmp_path, capsys):
-    for splits, choice in [("train", ""), ("train validation", "validation"), ("train validation test", "test")]:
-        for split in splits.split():
-            tiny.write_jsonl(tmp_path / choice / "set" / f"{split}.jsonl", PAIRS)
-        assert sft.choose_eval_split(str(tmp_path / choice / "set"), "", "auto") == choice
+    for split, choice in [("train", ""), ("validation", "validation"), ("test", "test")]:  # one after the other
+        tiny.write_jsonl(tmp_path / "set" / f"{split}.jsonl", PAIRS)
+        shutil.copytree(tmp_path / "set", tmp_path / f"with_{split}")  # datasets keeps what a folder held
+        assert sft.choose_eval_split(str(tmp_path / f"with_{split}"), "", "auto") == choice
     assert sft.choose_eval_split("nowhere", "", "train[:5%]") == "train[:5%]"
     assert sft.choose_eval_split("nowhere", "", "") == ""
     capsys.readouterr()
@@ -410,8 +424,12 @@ def test_rows_are_held_out_where_there_is_a_split_test_or_validation(world, tmp_
 
 
 def test_each_epoch_is_another_permutation_of_the_rows():
-    epochs = [[i for step in range(3 * e, 3 * e + 3) for i in sft.batch_at(10, step, 3, seed=1)] for e in range(3)]
-    assert all(len(set(epoch)) == 9 and set(epoch) <= set(range(10)) for epoch in epochs)
+    epochs = [[], [], []]
+    for step in range(9):
+        epochs[step // 3] += sft.batch_at(10, step, 3, seed=1)
+    for epoch in epochs:
+        assert len(set(epoch)) == 9
+        assert set(epoch) <= set(range(10))
     assert epochs[0] != epochs[1] != epochs[2]
     assert sft.batch_at(10, 4, 3, seed=1) == epochs[1][3:6]
     assert sft.batch_at(10, 4, 3, seed=2) != epochs[1][3:6]
@@ -419,10 +437,14 @@ def test_each_epoch_is_another_permutation_of_the_rows():
 
 @pytest.mark.parametrize("count,size", [(10, 4), (11, 2), (3, 64), (9, 4), (0, 4), (8, 4)])
 def test_micro_batches_hold_each_row_once_and_rows_of_like_length_meet(count, size):
-    rows = [[[1] * (i % 3), [2] * (1 + i * i % 7)] for i in range(count + 5)]
+    rows = []
+    for i in range(count + 5):
+        prompt = [1] * (i % 3)
+        completion = [2] * (1 + i * i % 7)
+        rows.append([prompt, completion])
     indices = random.Random(1).sample(range(count + 5), count)
     parts = sft.micro_batches(rows, indices, size)
-    together = [i for part in parts for i in part]
+    together = list(itertools.chain(*parts))
     lengths = [len(rows[i][0] + rows[i][1]) for i in together]
     assert sorted(together) == sorted(indices)
     assert lengths == sorted(lengths)
@@ -480,7 +502,8 @@ def test_the_first_gradient_is_that_of_the_mean_over_all_tokens_clipped_to_norm_
 
 
 def test_the_learning_rate_of_each_update_rises_in_a_line_and_falls_by_a_cosine(world, monkeypatch):
-    used, step = [], torch.optim.AdamW.step
+    used = []
+    step = torch.optim.AdamW.step
 
     def spy(self, *arguments, **keywords):
         used.append(self.param_groups[0]["lr"])
@@ -489,8 +512,9 @@ def test_the_learning_rate_of_each_update_rises_in_a_line_and_falls_by_a_cosine(
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     args = world(max_steps=8, warmup=0.25, save_every=1)
     run(args)
-    root = math.sqrt(3) / 2  # of 60°
-    expected = [5e-4, 1e-3, 1e-3, 1e-3 * (1 + root) / 2, 7.5e-4, 5e-4, 2.5e-4, 1e-3 * (1 - root) / 2]
+    high = 1e-3 * (1 + math.cos(math.pi / 6)) / 2
+    low = 1e-3 * (1 - math.cos(math.pi / 6)) / 2
+    expected = [5e-4, 1e-3, 1e-3, high, 7.5e-4, 5e-4, 2.5e-4, low]
     assert used == pytest.approx(expected)
     assert list(metric(args, "learning_rate").values()) == pytest.approx(expected)
     used.clear()
@@ -509,11 +533,11 @@ def test_epochs_are_passes_over_the_rows_where_there_are_no_max_steps(world, mon
     batches = spy_on(monkeypatch, sft, "batch_at")
     args = world(epochs=3, max_steps=0, batch_size=10)  # 2 of 32 rows are left out of an epoch
     run(args)
-    seen = [batch for _, batch in batches]
+    seen = [call.result for call in batches]
     assert len(seen) == 9
     assert list(metric(args, "loss")) == [1, 9]
     for epoch in (seen[:3], seen[3:6], seen[6:]):
-        assert len({i for batch in epoch for i in batch}) == 30
+        assert len(set().union(*epoch)) == 30
     batches.clear()
     run(world("short", epochs=3, max_steps=2, batch_size=10))
     assert len(batches) == 2

@@ -12,12 +12,11 @@ import reward_model
 import tiny
 import torch
 import transformers
-from helpers import scalars, spy_on
+from helpers import samples_logged, scalars, spy_on
 from safetensors.torch import load_file
 from test_language import (
     ADAPTER,
     COLUMNS,
-    LENGTH,
     LOSS,
     ROWS,
     SAMPLERS,
@@ -25,6 +24,7 @@ from test_language import (
     finished,
     fresh_state,
     lora_scripts,
+    of_updates,
     row_scripts,
     scripts,
     state,
@@ -35,9 +35,20 @@ from test_language import (
 from transformers import AutoModelForSequenceClassification
 
 __all__ = ["finished", "fresh_state", "train", "world"]  # fixtures
-SPEED = {"sft": "rows_per_second", "reward_model": "pairs_per_second", "dpo": "pairs_per_second"}
-SPEED |= dict.fromkeys(SAMPLERS, "episodes_per_second")
-RATES = {"sft": "0.003", "reward_model": "0.001", "dpo": "0.0001"} | dict.fromkeys(SAMPLERS, "0.0005")
+SPEED = {
+    "sft": "rows_per_second",
+    "reward_model": "pairs_per_second",
+    "dpo": "pairs_per_second",
+    "rlhf_ppo": "episodes_per_second",
+    "grpo": "episodes_per_second",
+}
+RATES = {
+    "sft": "0.003",
+    "reward_model": "0.001",
+    "dpo": "0.0001",
+    "rlhf_ppo": "0.0005",
+    "grpo": "0.0005",
+}
 samplers = pytest.mark.parametrize("script", SAMPLERS)
 
 
@@ -49,7 +60,7 @@ def test_a_model_with_merged_adapters_keeps_its_generation_config_and_all_stops(
     tiny.make_model(tmp_path / "model")
     published = {"eos_token_id": [0, 7], "do_sample": True, "temperature": 0.6}
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(published))
-    run_dir = train(script, *LENGTH[script](1), model=tmp_path / "model", lora_rank=2)
+    run_dir = train(script, *of_updates(script, 1), model=tmp_path / "model", lora_rank=2)
     saved = json.loads((run_dir / "model" / "generation_config.json").read_text())
     assert set(saved["eos_token_id"]) == {0, 1, 7}
     assert saved["temperature"] == 0.6
@@ -58,7 +69,7 @@ def test_a_model_with_merged_adapters_keeps_its_generation_config_and_all_stops(
 @lora_scripts
 def test_merged_weights_keep_the_dtype_in_which_they_came(train, script, tmp_path):
     tiny.make_model(tmp_path / "typed").to(torch.bfloat16).save_pretrained(tmp_path / "typed")
-    run_dir = train(script, *LENGTH[script](1), model=tmp_path / "typed", lora_rank=2)
+    run_dir = train(script, *of_updates(script, 1), model=tmp_path / "typed", lora_rank=2)
     assert {tensor.dtype for tensor in weights(run_dir).values()} == {torch.bfloat16}
 
 
@@ -67,7 +78,7 @@ def test_the_seed_draws_the_adapters(train, script):
     drawn = []
     for seed in (1, 2, 1):
         flags = {"lora_rank": 2, "learning_rate": 1e-12, "seed": seed, "run_dir": f"{seed}{len(drawn)}"}
-        tensors = load_file(train(script, *LENGTH[script](1), **flags) / ADAPTER)
+        tensors = load_file(train(script, *of_updates(script, 1), **flags) / ADAPTER)
         drawn.append({name: tensor for name, tensor in tensors.items() if "lora_A" in name})
     first, other, again = drawn
     assert all(torch.allclose(first[name], again[name], atol=1e-6) for name in first)
@@ -83,8 +94,10 @@ def test_the_speed_of_a_resumed_run_is_its_own(finished, script, tmp_path, monke
     times = iter([0.0])
     clock = SimpleNamespace(perf_counter=lambda: next(times, 2.0))
     monkeypatch.setattr(importlib.import_module(script), "time", clock)
-    call(script, "--resume", tmp_path / "run", *LENGTH[script](8))
-    assert scalars(tmp_path / "run", SPEED[script])[-1] == (8, pytest.approx(2 * 8 / 2))  # two updates of 8 in 2 s
+    call(script, "--resume", tmp_path / "run", *of_updates(script, 8))
+    update, speed = scalars(tmp_path / "run", SPEED[script])[-1]
+    assert update == 8
+    assert speed == pytest.approx(2 * 8 / 2)  # two updates of 8 in 2 s
 
 
 @scripts
@@ -96,7 +109,7 @@ def test_the_last_update_is_saved_and_logged_where_the_interval_does_not_divide(
 
 @row_scripts
 def test_without_an_interval_rows_are_held_out_before_and_after_training_only(train, script):
-    run_dir = train(script, *LENGTH[script](201), eval_every=0, batch_size=1, micro_batch_size=1)
+    run_dir = train(script, *of_updates(script, 201), eval_every=0, batch_size=1, micro_batch_size=1)
     assert [step for step, _ in scalars(run_dir, "eval/loss")] == [0, 201]
 
 
@@ -110,7 +123,9 @@ def test_a_completion_that_is_cut_to_one_word_is_kept(script, tmp_path, capsys):
     row = {"prompt": "review :", "completion": " great film .", "chosen": " great film .", "rejected": " dull film ."}
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [{column: row[column] for column in COLUMNS[script]}])
     kept = importlib.import_module(script).load_rows(str(path), "train", tiny.word_tokenizer(), 3)
-    assert [[len(ids) for ids in row] for row in kept] == [[2] + [1] * (len(COLUMNS[script]) - 1)]
+    (row,) = kept
+    answers = len(COLUMNS[script]) - 1
+    assert [len(ids) for ids in row] == [2] + [1] * answers
     assert "left out" not in capsys.readouterr().out
 
 
@@ -128,7 +143,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(train, script, monkeypatch,
 @scripts
 def test_on_the_small_worlds_model_the_default_learning_rate_is_its_own(train, script, world, monkeypatch, capsys):
     monkeypatch.setattr(importlib.import_module(script).Args, "model", str(world / "model"))
-    train(script, *LENGTH[script](1), learning_rate=0)
+    train(script, *of_updates(script, 1), learning_rate=0)
     assert f"learning rate: {RATES[script]}\n" in capsys.readouterr().out
 
 
@@ -148,9 +163,9 @@ def test_the_pad_is_set_where_a_nested_config_is_read():
     rows = [[[4, 5], [6, 1]], [[4], [8, 9, 10, 11, 1]]]  # their last token is the stop
     with torch.no_grad():
         together = reward_model.text_rewards(model, rows, pad, torch.device("cpu"))
-        single = torch.cat([model(torch.tensor([prompt + text])).logits[:, 0] for prompt, text in rows])
+        alone = [model(torch.tensor([prompt + text])).logits[:, 0] for prompt, text in rows]
     assert model.config.get_text_config().pad_token_id == pad == 2
-    torch.testing.assert_close(together, single, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
 # --- samples and evaluation ---
@@ -161,22 +176,22 @@ def test_samples_are_of_held_out_rows(train, script, tmp_path):
     rows = ROWS[script](12)
     for row in rows[8:]:
         row["prompt"] = "user : " + row["prompt"]
-    for name, part in (("train", rows[:8]), ("test", rows[8:])):
-        tiny.write_jsonl(tmp_path / "data" / f"{name}.jsonl", part)
+    tiny.write_jsonl(tmp_path / "data" / "train.jsonl", rows[:8])
+    tiny.write_jsonl(tmp_path / "data" / "test.jsonl", rows[8:])
     with pytest.MonkeyPatch.context() as patch:
-        logs = spy_on(patch, accelerate.Accelerator, "log")
-        train(script, *LENGTH[script](1), dataset=tmp_path / "data")
-    texts = [values["samples"].split("\n\n") for (_, values, *_), _ in logs if "samples" in values]
-    assert len(texts) == 2
-    assert all("user :" in text for group in texts for text in group)
+        samples = samples_logged(patch, accelerate.Accelerator)
+        train(script, *of_updates(script, 1), dataset=tmp_path / "data")
+    assert list(samples) == [0, 1]
+    for texts in samples.values():
+        assert all("user :" in text for text in texts.split("\n\n"))
 
 
 @samplers
 def test_every_evaluation_draws_the_same_numbers(train, script):
     with pytest.MonkeyPatch.context() as patch:
         calls = spy_on(patch, importlib.import_module(script), "sample")
-        train(script, *LENGTH[script](2), save_every=1)
-    evaluations = [uniform for (_, prompts, uniform), _ in calls if len(prompts) < 8]
+        train(script, *of_updates(script, 2), save_every=1)
+    evaluations = [call.uniform for call in calls if len(call.prompts) < 8]
     assert len(evaluations) == 3
     assert all(torch.equal(uniform, evaluations[0]) for uniform in evaluations)
 
@@ -184,15 +199,14 @@ def test_every_evaluation_draws_the_same_numbers(train, script):
 @samplers
 def test_samples_show_each_response_with_its_own_score(train, world, script):
     with pytest.MonkeyPatch.context() as patch:
-        logs = spy_on(patch, accelerate.Accelerator, "log")
+        samples = samples_logged(patch, accelerate.Accelerator)
         calls = spy_on(patch, importlib.import_module(script), "sample")
-        train(script, *LENGTH[script](1))
+        train(script, *of_updates(script, 1))
     model = AutoModelForSequenceClassification.from_pretrained(world / "reward")
-    shown = next(values["samples"] for (_, values, *_), _ in logs if "samples" in values).split("\n\n")
-    (_, prompts, _), responses = calls[0]
+    shown = samples[0].split("\n\n")
     assert len(shown) == 4
     assert len({*shown}) == 4
-    for text, prompt, response in zip(shown, prompts, responses):
+    for text, prompt, response in zip(shown, calls[0].prompts, calls[0].result):
         with torch.no_grad():
             score = model(torch.tensor([prompt + response])).logits[0, 0].item()
         words = tiny.word_tokenizer().decode(prompt + response)

@@ -147,15 +147,21 @@ def test_other_prompts_are_refused(prompt):
 )
 def test_negation_degree_and_contrast_give_the_points_worked_out_by_hand(sentence, points, polarity):
     read = world.parse(PROMPT, sentence)[0]
-    assert (read.problem, read.aspect, read.points, read.polarity) == ("", "acting", points, polarity)
+    assert read.problem == ""
+    assert read.aspect == "acting"
+    assert read.points == points
+    assert read.polarity == polarity
 
 
 def test_points_need_no_rounding_and_reach_exactly_1():
     sides = {}
     for words in world.phrases():
         *before, adjective = words.split()
-        points = world.adjectives()[adjective][0] * math.prod(world.DEGREES[w][0] for w in before if w != "not")
-        sides[words] = points * (world.NOT[0] if "not" in before else 1)
+        points, _ = world.adjectives()[adjective]
+        for word in before:
+            factor, _ = world.NOT if word == "not" else world.DEGREES[word]
+            points *= factor
+        sides[words] = points
         assert world.phrases()[words][0] == pytest.approx(sides[words], abs=1e-9)
     for first, second in product(set(sides.values()), repeat=2):
         assert world.contrast_points(first, second) == pytest.approx(0.3 * first + 0.7 * second, abs=1e-9)
@@ -201,9 +207,9 @@ def test_points_need_no_rounding_and_reach_exactly_1():
 )
 def test_gold_reward_of_good_and_bad_texts_by_hand(response, gold):
     assert world.gold_reward(PROMPT, response) == pytest.approx(gold, abs=1e-12)
-    assert world.gold_reward(PROMPT, response, finished=False) == pytest.approx(
-        max(-1, gold - 0.5) if response.endswith(" .") else gold
-    )
+    if response.endswith(" ."):
+        gold = max(-1, gold - 0.5)
+    assert world.gold_reward(PROMPT, response, finished=False) == pytest.approx(gold)
 
 
 def test_problems_are_named():
@@ -226,7 +232,9 @@ def test_any_text_is_parsed_and_rewarded_within_bounds():
     for _, response in samples()[:1000]:  # near misses: one word changed, dropped or doubled
         near = response.split()
         place = rng.randrange(10)
-        near[place : place + 1] = rng.choice([[rng.choice(words)], [], near[place : place + 1] * 2])
+        changed = [rng.choice(words)]
+        doubled = [near[place]] * 2
+        near[place : place + 1] = rng.choice([changed, [], doubled])
         texts.append(" ".join(near))
     texts += ["the acting was " + "very " * 20_000 + "good .", "i loved the superb acting . " * 5_000, "." * 100_000]
     for text in texts:
@@ -234,8 +242,10 @@ def test_any_text_is_parsed_and_rewarded_within_bounds():
         assert " ".join(sentence.text for sentence in sentences) == " ".join(text.split())
         for finished in (True, False):
             assert -1 <= world.gold_reward(PROMPT, text, finished) <= 1
-        assert all(sentence.probability == 0 for sentence in sentences if sentence.problem)
-        impossible = any(sentence.probability == 0 for sentence in sentences) or not 2 <= len(sentences) <= 4
+        impossible = not 2 <= len(sentences) <= 4
+        for sentence in sentences:
+            assert not sentence.problem or sentence.probability == 0
+            impossible |= sentence.probability == 0
         assert (world.log_prob(PROMPT, text) == -math.inf) == impossible
 
 
@@ -261,12 +271,18 @@ def small_world(monkeypatch):
 
 def candidate_sentences(aspect):
     """All sentences of the small world on an aspect, and many that it can't make."""
-    adjectives = set(" ".join([*world.ADJECTIVES.values(), "superb", "river"]).split())
-    sides = {" ".join(f"{n} {d} {a}".split()) for n in ("", "not") for d in ("", "rather") for a in adjectives}
-    yield from (f"i {feeling} the {a} {aspect} ." for feeling in [*world.FEELINGS, "was"] for a in adjectives)
-    yield from (f"the {aspect} {verb} {side} ." for verb in [*world.VERBS, "loved"] for side in sides)
-    sides = world.phrases()
-    yield from (f"the {aspect} {v} {first} but {second} ." for v in world.VERBS for first in sides for second in sides)
+    adjectives = {"superb", "river"}
+    for words in world.ADJECTIVES.values():
+        adjectives.update(words.split())
+    sides = []
+    for adjective in adjectives:
+        sides += [adjective, f"not {adjective}", f"rather {adjective}", f"not rather {adjective}"]
+    for feeling, adjective in product([*world.FEELINGS, "was"], adjectives):
+        yield f"i {feeling} the {adjective} {aspect} ."
+    for verb, side in product([*world.VERBS, "loved"], sides):
+        yield f"the {aspect} {verb} {side} ."
+    for verb, first, second in product(world.VERBS, world.phrases(), world.phrases()):
+        yield f"the {aspect} {verb} {first} but {second} ."
 
 
 # P(+) or P(-) · feeling · loved or hated · strong ..., then whether to go on and one of 8 aspects
@@ -302,11 +318,18 @@ def test_exact_figures_are_those_of_the_enumerated_world(small_world):
     small_world.setattr(world, "STOP", {1: 0.0, 2: 1.0})  # all responses have two sentences
     small_world.setattr(world, "MAX_SENTENCES", 2)
     small_world.setattr(world, "VERBS", {"was": 1.0})
-    prompts = {"acting": PROMPT, "music": PROMPT.replace("acting and music", "music and acting")}
-    acting, music = [
-        [s for s in candidate_sentences(aspect) if world.parse(prompt, s)[0].probability]
-        for aspect, prompt in prompts.items()
-    ]
+
+    def possible(prompt, aspect):
+        """The sentences that may come first."""
+        found = []
+        for text in candidate_sentences(aspect):
+            (sentence,) = world.parse(prompt, text)
+            if sentence.probability:
+                found.append(text)
+        return found
+
+    acting = possible(PROMPT, "acting")
+    music = possible(PROMPT.replace("acting and music", "music and acting"), "music")
     responses = [f"{first} {second}" for first, second in product(acting, music)]
     logs = np.array([world.log_prob(PROMPT, response) for response in responses])
     p = np.exp(logs)
@@ -323,19 +346,23 @@ def test_exact_figures_are_those_of_the_enumerated_world(small_world):
 @pytest.mark.parametrize("number", [2, 3])
 def test_entropy_grows_by_that_of_the_enumerated_next_sentence(small_world, number):
     known = ["i loved the brilliant acting .", "i loved the brilliant music ."][: number - 1]
-    entropies, lengths = {}, {}
+    entropies = {}
+    lengths = {}
     for last in (number - 1, number):
         small_world.setattr(world, "STOP", {n: float(n == last) for n in range(1, 5)})  # always `last` sentences
-        entropies[last], lengths[last] = world.entropy(), world.expected_length()
+        entropies[last] = world.entropy()
+        lengths[last] = world.expected_length()
     plus = world.sentence_polarities()[number - 2][1]  # probability that the sentence before is positive
     expected = expected_length = 0.0
     for feeling, weight in (("loved the brilliant", plus), ("hated the awful", 1 - plus)):
         before = " ".join([*known[:-1], known[-1].replace("loved the brilliant", feeling)])
-        aspects = ["music"] if number == 2 else world.FURTHER[0]
-        texts = [sentence for aspect in aspects for sentence in candidate_sentences(aspect)]
+        texts = []
+        for aspect in ["music"] if number == 2 else world.FURTHER[0]:
+            texts += candidate_sentences(aspect)
         logs = np.array([world.log_prob(PROMPT, f"{before} {text}") for text in texts])
         p = np.exp(logs) / np.exp(logs).sum()
-        expected -= weight * (p[p > 0] @ np.log(p[p > 0]))
+        likely = p[p > 0]
+        expected -= weight * (likely @ np.log(likely))
         expected_length += weight * (p @ [len(text.split()) for text in texts])
     assert entropies[number] - entropies[number - 1] == pytest.approx(expected)
     assert lengths[number] - lengths[number - 1] == pytest.approx(expected_length)
@@ -344,18 +371,21 @@ def test_entropy_grows_by_that_of_the_enumerated_next_sentence(small_world, numb
 def test_the_weights_are_distributions():
     tables = [world.STRENGTHS, world.VERBS, world.FORMS, world.START]
     tables += [{word: p for word, (_, p) in world.DEGREES.items()}]
-    tables += [table(sign) for table in (world.adjective_probabilities, world.phrase_probabilities) for sign in (1, -1)]
-    tables += [world.of_polarity(world.FEELINGS, sign) for sign in (1, -1)]
+    for sign in (1, -1):
+        tables.append(world.adjective_probabilities(sign))
+        tables.append(world.phrase_probabilities(sign))
+        tables.append(world.of_polarity(world.FEELINGS, sign))
     for table in tables:
         assert math.fsum(table.values()) == pytest.approx(1)
         assert min(table.values()) > 0
 
 
 def test_log_prob_and_entropy_by_hand():
-    # - · plain · felt · strong, 1 of 4, without not or degree; stays · feeling · hated · strong, 1 of 4; stop
     response = "the acting felt awful . i hated the awful music ."
-    by_hand = (0.6 * 0.5 * 0.2 * 0.7 / 4 * 0.5 * 0.85) * (0.9 * 0.3 * 0.6 * 0.7 / 4) * 0.3
-    assert world.log_prob(PROMPT, response) == pytest.approx(math.log(by_hand))
+    first = 0.6 * 0.5 * 0.2 * 0.7 / 4 * 0.5 * 0.85  # - · plain · felt · strong, 1 of 4, without degree or not
+    second = 0.9 * 0.3 * 0.6 * 0.7 / 4  # stays · feeling · hated · strong, 1 of 4
+    stop = 0.3
+    assert world.log_prob(PROMPT, response) == pytest.approx(math.log(first * second * stop))
     assert world.entropy_of([0.5, 0.25, 0.25, 0.0]) == pytest.approx(1.5 * math.log(2))
 
 
@@ -392,21 +422,28 @@ def test_the_optimum_is_that_of_brute_force_and_no_other_policy_beats_it(beta, s
 
     def objective(policy):
         """E[r] and KL of a distribution over golds."""
-        return scale * (policy @ golds), policy[policy > 0] @ np.log(policy[policy > 0] / p[policy > 0])
+        likely = policy > 0
+        kl = policy[likely] @ np.log(policy[likely] / p[likely])
+        return scale * (policy @ golds), kl
 
     policy = p * np.exp(scale * golds / beta)
-    policy /= policy.sum()
+    partition = policy.sum()
+    policy /= partition
     reward, kl = objective(policy)
     assert best.j_star == pytest.approx(reward - beta * kl)
     assert best.kl_star == pytest.approx(kl)
     assert best.gold_star == pytest.approx(policy @ golds)
     assert best.j_ref == pytest.approx(scale * (p @ golds))
-    assert best.j_star == pytest.approx(beta * math.log(p @ np.exp(scale * golds / beta)))
+    assert best.j_star == pytest.approx(beta * math.log(partition))
     assert best.reliable
     assert best.standard_error == 0
-    others = [p * np.exp(scale * golds / (beta * factor)) for factor in (0.5, 0.9, 1.1, 2)]
-    noise = np.random.default_rng(1)
-    others += [policy * np.exp(0.1 * noise.normal(size=len(p))) for _ in range(5)]
+    others = []
+    for factor in (0.5, 0.9, 1.1, 2):
+        others.append(p * np.exp(scale * golds / (beta * factor)))
+    rng = np.random.default_rng(1)
+    for _ in range(5):
+        noise = rng.normal(size=len(p))
+        others.append(policy * np.exp(0.1 * noise))
     for other in others:
         reward, kl = objective(other / other.sum())
         assert reward - beta * kl < best.j_star
@@ -447,15 +484,15 @@ def test_bayes_accuracy_by_hand_and_against_simulated_labels():
 
     assert world.preference_probability(0.5, 0.0) == pytest.approx(sigmoid(1.5))
     assert world.preference_probability(-1, 1) == pytest.approx(sigmoid(-6.0))
-    assert world.bayes_accuracy([(1, -1), (-0.5, 0.0), (0.3, 0.3)]) == pytest.approx(
-        (sigmoid(6) + sigmoid(1.5) + 0.5) / 3
-    )
+    expected = (sigmoid(6) + sigmoid(1.5) + 0.5) / 3
+    assert world.bayes_accuracy([(1, -1), (-0.5, 0.0), (0.3, 0.3)]) == pytest.approx(expected)
     golds, p = distribution()
     rng = np.random.default_rng(3)
     a, b = rng.choice(golds, p=p, size=(2, 20_000))
     a_wins = rng.random(20_000) < world.preference_probability(a, b)
-    assert_is_mean(world.bayes_accuracy(np.stack([a, b], axis=1)), np.where(a > b, a_wins, ~a_wins))
-    assert_is_mean(world.expected_bayes_accuracy(), np.where(a > b, a_wins, ~a_wins))
+    right = np.where(a > b, a_wins, ~a_wins)
+    assert_is_mean(world.bayes_accuracy(np.stack([a, b], axis=1)), right)
+    assert_is_mean(world.expected_bayes_accuracy(), right)
     assert_is_mean(world.expected_bayes_accuracy(), [world.bayes_accuracy([pair]) for pair in zip(a[:4000], b)])
 
 

@@ -18,9 +18,10 @@ from transformers import (
 )
 
 WORDS = "review of : the acting plot music was felt great dull fine bad . very not film user assistant".split()
-TEXTS = [
-    f"the {a} was {d} {j} ." for a in ("acting", "plot") for d in ("very", "not") for j in ("great", "dull", "bad")
-]
+TEXTS = []
+for aspect in ("acting", "plot"):
+    for degree in ("very", "not"):
+        TEXTS += [f"the {aspect} was {degree} {adjective} ." for adjective in ("great", "dull", "bad")]
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -29,15 +30,23 @@ LLAMA_STYLE = (  # BOS and EOS are in the template
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
     "{% else %}[{{ m.role }}] {{ m.content }} :{% endif %}{% endfor %}"
 )
-_SHARED = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 128}
-CONFIGS = {
-    "gpt2": lambda vocab: GPT2Config(vocab_size=vocab, n_embd=32, n_head=4, n_layer=2, n_positions=128),
-    "llama": lambda vocab: LlamaConfig(vocab_size=vocab, intermediate_size=64, tie_word_embeddings=True, **_SHARED),
-    "qwen3": lambda vocab: Qwen3Config(
-        vocab_size=vocab, intermediate_size=64, head_dim=8, num_key_value_heads=2, **_SHARED
-    ),
-    "gpt_neox": lambda vocab: GPTNeoXConfig(vocab_size=vocab, intermediate_size=64, **_SHARED),
-    "mistral": lambda vocab: MistralConfig(vocab_size=vocab, intermediate_size=64, num_key_value_heads=2, **_SHARED),
+GPT2_SIZES = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 128}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 128,
+}
+LLAMA_SIZES = {**SIZES, "tie_word_embeddings": True}
+MISTRAL_SIZES = {**SIZES, "num_key_value_heads": 2}
+QWEN3_SIZES = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
+CONFIGS = {  # a class and its arguments, besides the size of the vocabulary
+    "gpt2": (GPT2Config, GPT2_SIZES),
+    "llama": (LlamaConfig, LLAMA_SIZES),
+    "qwen3": (Qwen3Config, QWEN3_SIZES),
+    "gpt_neox": (GPTNeoXConfig, SIZES),
+    "mistral": (MistralConfig, MISTRAL_SIZES),
 }
 
 
@@ -98,8 +107,10 @@ def phi_like() -> PreTrainedTokenizerFast:
 def metaspace() -> PreTrainedTokenizerFast:
     """A Unigram tokenizer whose blanks are ▁, as SentencePiece's."""
     words = ["<pad>", "</s>", "<unk>", "<s>", "<end>", "▁", *[f"▁{word}" for word in WORDS], *WORDS]
-    backend = Tokenizer(models.Unigram([(word, -1.0 - i / 100) for i, word in enumerate(words)], unk_id=2))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    scores = [(word, -1.0 - i / 100) for i, word in enumerate(words)]
+    backend = Tokenizer(models.Unigram(scores, unk_id=2))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
     backend.add_special_tokens([AddedToken(word, special=True) for word in words[:5]])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
@@ -110,9 +121,12 @@ def metaspace() -> PreTrainedTokenizerFast:
 
 def wordpiece() -> PreTrainedTokenizerFast:
     """WordPiece as BERT's, which puts [CLS] before and [SEP] after every text."""
-    words = ["[PAD]", "[SEP]", "[UNK]", "[CLS]", *WORDS, *[f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]]
-    backend = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=False)
+    letters = [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    words = ["[PAD]", "[SEP]", "[UNK]", "[CLS]", *WORDS, *letters]
+    vocab = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(cleanup=False)
     backend.add_special_tokens([AddedToken(word, special=True) for word in words[:4]])
     ends = [("[CLS]", 3), ("[SEP]", 1)]
     backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
@@ -152,7 +166,8 @@ def make_model(folder: Path, arch: str = "llama", tokenizer: PreTrainedTokenizer
                **config) -> PreTrainedModel:  # fmt: skip
     """A random model of an architecture of CONFIGS and its tokenizer, saved in `folder`; returns the model."""
     tokenizer = tokenizer or word_tokenizer()
-    settings = CONFIGS[arch](len(tokenizer))
+    kind, sizes = CONFIGS[arch]
+    settings = kind(vocab_size=len(tokenizer), **sizes)
     settings.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, **config})
     settings.bos_token_id = tokenizer.bos_token_id
     torch.manual_seed(seed)
@@ -169,33 +184,39 @@ def make_model(folder: Path, arch: str = "llama", tokenizer: PreTrainedTokenizer
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     """One JSON object a line; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps(row) + "\n" for row in rows]
+    path.write_text("".join(lines))
     return path
 
 
 def completions(rows: int) -> list[dict]:
     """prompt and completion rows of unequal lengths."""
-    return [
-        {"prompt": f"review of {WORDS[4 + i % 3]} :", "completion": " " + " ".join([TEXTS[i % 12]] * (1 + i % 3))}
-        for i in range(rows)
-    ]
+    found = []
+    for i in range(rows):
+        aspect = WORDS[4 + i % 3]
+        sentences = [TEXTS[i % 12]] * (1 + i % 3)
+        found.append({"prompt": f"review of {aspect} :", "completion": " " + " ".join(sentences)})
+    return found
 
 
 def preferences(rows: int) -> list[dict]:
     """prompt, chosen and rejected rows of unequal lengths: a positive text is preferred."""
-    return [
-        {
-            "prompt": f"review of {WORDS[4 + i % 3]} :" if i % 2 else f"the film : review of {WORDS[4 + i % 3]} :",
-            "chosen": " " + " ".join([f"the {WORDS[4 + i % 3]} was great ."] * (1 + i % 2)),
-            "rejected": " " + " ".join([f"the {WORDS[5 + i % 2]} felt very dull ."] * (1 + i % 3)),
-        }
-        for i in range(rows)
-    ]
+    found = []
+    for i in range(rows):
+        aspect = WORDS[4 + i % 3]
+        prompt = f"review of {aspect} :"
+        if i % 2 == 0:
+            prompt = f"the film : {prompt}"
+        good = [f"the {aspect} was great ."] * (1 + i % 2)
+        bad = [f"the {WORDS[5 + i % 2]} felt very dull ."] * (1 + i % 3)
+        found.append({"prompt": prompt, "chosen": " " + " ".join(good), "rejected": " " + " ".join(bad)})
+    return found
 
 
 def as_messages(row: dict) -> dict:
     """The conversational form of a row: the prompt a user's message, completions an assistant's."""
-    return {
-        column: [{"role": "user" if column == "prompt" else "assistant", "content": text.strip()}]
-        for column, text in row.items()
-    }
+    found = {}
+    for column, text in row.items():
+        role = "user" if column == "prompt" else "assistant"
+        found[column] = [{"role": role, "content": text.strip()}]
+    return found

@@ -13,6 +13,7 @@ standard deviation over seeds.
 import argparse
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,16 @@ def label_settings(flags: list[dict[str, Any]]) -> list[str]:
     for script, own in zip(scripts, flags):
         alike = [other for other, other_script in zip(flags, scripts) if other_script == script]
         names = dict.fromkeys(name for other in alike for name in other if name not in NOT_A_SETTING)
-        differing = [name for name in names if any(x.get(name, "absent") != own.get(name, "absent") for x in alike)]
+        differing = [name for name in names if differ(alike, name)]
         words = [f"--{name.replace('_', '-')} {own.get(name, 'absent')}" for name in differing]
         labels.append(" ".join([script] * (len(set(scripts)) > 1) + words) or OURS)
     return labels
+
+
+def differ(flags: list[dict[str, Any]], name: str) -> bool:
+    """Whether runs were given several values of one flag."""
+    first, *others = [each.get(name, "absent") for each in flags]
+    return any(value != first for value in others)
 
 
 def reached(run: Logged, level: float, last: int) -> float:
@@ -80,9 +87,17 @@ def reached(run: Logged, level: float, last: int) -> float:
     steps, values, numbers = run
     way = 1 if level > values[0] else -1
     for k in np.flatnonzero(np.cumsum(numbers) >= last):
-        if way * final_level(values[: k + 1], numbers[: k + 1], last) >= way * level:
+        recent = final_level(values[: k + 1], numbers[: k + 1], last)
+        if way * recent >= way * level:
             return float(steps[k])
     return np.inf
+
+
+def until(run: Logged, step: int) -> Logged:
+    """What a run logged up to a step."""
+    steps, values, numbers = run
+    early = steps <= step
+    return steps[early], values[early], numbers[early]
 
 
 def chance(ours: np.ndarray, others: np.ndarray) -> str:
@@ -119,7 +134,7 @@ def load_settings(run_dirs: list[Path], tag: str | None) -> tuple[dict[str, Sett
         setting.runs.append(run)
         setting.steps = min(setting.steps, steps)
     for setting in settings.values():
-        setting.runs = [tuple(x[run[0] <= setting.steps] for x in run) for run in setting.runs]
+        setting.runs = [until(run, setting.steps) for run in setting.runs]
     return settings, tag, tasks.pop()
 
 
@@ -156,5 +171,7 @@ def compare(args: argparse.Namespace) -> None:
     if args.picture:
         unit = "environment steps" if tag.startswith("charts/") else "steps"
         groups = {name: (setting.curves, setting.steps) for name, setting in settings.items()}
-        save(args.picture, [lambda axes: draw_panel(axes, groups, args.title or task, unit, tag, {})], (7, 3.6))
+        title = args.title or task
+        panel = partial(draw_panel, groups=groups, title=title, unit=unit, name=tag, levels={})
+        save(args.picture, [panel], (7, 3.6))
         print(f"wrote {args.picture}")

@@ -28,13 +28,13 @@ def load_run(run_dir: Path, tag: str = "charts/episodic_return") -> Logged:
         what = "run with finished episodes" if tag == "charts/episodic_return" else f"values of {tag}"
         raise LookupError(f"{run_dir} holds no {what}")
     values = events.Scalars(tag)
+    steps = np.array([event.step for event in values])
+    means = np.array([event.value for event in values])
     counted = tag.startswith("charts/episodic") and "charts/episodes" in events.Tags()["scalars"]
-    numbers = events.Scalars("charts/episodes") if counted else []
-    return (
-        np.array([event.step for event in values]),
-        np.array([event.value for event in values]),
-        np.array([event.value for event in numbers] or [1.0] * len(values)),
-    )
+    if not counted:
+        return steps, means, np.ones(len(values))
+    numbers = np.array([event.value for event in events.Scalars("charts/episodes")])
+    return steps, means, numbers
 
 
 def curve(steps: np.ndarray, returns: np.ndarray, numbers: np.ndarray, total_steps: int) -> np.ndarray:
@@ -57,7 +57,8 @@ def final_level(returns: np.ndarray, numbers: np.ndarray, episodes: int = 100) -
 
 def episodes_of(data: Mapping[str, list]) -> Logged:
     """Of a peer's file, which holds each finished episode of a seed."""
-    return np.array(data["step"]), np.array(data["return"]), np.ones(len(data["step"]))
+    steps = np.array(data["step"])
+    return steps, np.array(data["return"]), np.ones(len(steps))
 
 
 def figures_of(steps: np.ndarray, values: np.ndarray, numbers: np.ndarray, total: int, last: int) -> dict[str, Any]:

@@ -68,7 +68,8 @@ def write(path: Path, pictures: list[np.ndarray], width: int) -> None:
     """An endless gif of pictures scaled to a width, in the few colours of all of them."""
     height = round(pictures[0].shape[0] * width / pictures[0].shape[1])
     small = [Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS) for picture in pictures]
-    sample = np.concatenate([np.asarray(picture) for picture in small[:: max(1, len(small) // 8)]])
+    every = max(1, len(small) // 8)
+    sample = np.concatenate([np.asarray(picture) for picture in small[::every]])
     palette = Image.fromarray(sample).quantize(COLOURS)
     first, *others = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in small)
     first.save(path, save_all=True, append_images=others, duration=DELAY, loop=0)

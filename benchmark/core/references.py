@@ -86,7 +86,9 @@ def published(spec: Spec, trained: int) -> list[Published]:
     found = []
     for collection in collections():
         for row in collection["rows"]:
-            if row["script"].split("_")[0] != spec.script or family(row["env"]) != family(spec.task):
+            if row["script"].split("_")[0] != spec.script:
+                continue
+            if family(row["env"]) != family(spec.task):
                 continue
             steps = row.get("steps")
             unlike = "" if row["env"] in (spec.task, f"{spec.task}NoFrameskip-v4") else "another version"
@@ -106,7 +108,8 @@ def machine() -> str:
     """Processor and GPU in words."""
     names = []
     if Path("/proc/cpuinfo").exists():
-        models = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = [line.split(":")[1].strip() for line in lines if "model name" in line]
         names.append(f"{os.cpu_count()} x {models[0]}" if models else f"{os.cpu_count()} cores")
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -130,6 +133,10 @@ def record(spec: Spec, number: int, runs: Path) -> Path:
         raise SystemExit(f"error: {fault}")
     first = notes[wanted[0]]
     flags = shlex.join(spec.flags)
+    seeds = {}
+    for seed in wanted:
+        note = notes[seed]
+        seeds[str(seed)] = {"seconds": note["seconds"], "measures": note["measures"]}
     content = {
         "command": f"python algos/{spec.script}.py {flags} --seed S",
         "key": key(spec),
@@ -139,7 +146,7 @@ def record(spec: Spec, number: int, runs: Path) -> Path:
         "machine": f"{machine()}; one thread per run",
         "what": f"of each seed: seconds; of each measure a curve ({curves.BINS} equal bins of steps), final level",
         "steps": first["steps"],
-        "seeds": {str(seed): {name: notes[seed][name] for name in ("seconds", "measures")} for seed in wanted},
+        "seeds": seeds,
     }
     path = specs.REFERENCE / "ours" / f"{spec.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -258,7 +258,10 @@ def against_peers() -> str:
         ours = references.ours(spec)
         peer = references.peer(spec)
         for row in compare(spec, ours.seeds, peer) if ours and peer else ():
-            cells = [as_text(row[x]).replace("-", "−") if x in row else "" for x in ("area", "final")]
+            cells = []
+            for statistic in ("area", "final"):
+                shown = as_text(row[statistic]) if statistic in row else ""
+                cells.append(shown.replace("-", "−"))
             rows.append(
                 [spec.name, name_of_peer(spec, peer), row["measure"], *cells, f"{row['margin']:.0%}", row["answer"]]
             )
@@ -280,7 +283,9 @@ def alarms() -> str:
     rows = []
     for name, sizes in specs.results("alarms").items():
         for size, counts in sizes.items():
-            rows.append([name, size, str(sum(counts.values())), *(str(counts[x]) for x in verdict.ANSWERS)])
+            repeats = sum(counts.values())
+            cells = [str(counts[answer]) for answer in verdict.ANSWERS]
+            rows.append([name, size, str(repeats), *cells])
     text = (
         "## False alarms\n\nRuns of the unchanged scripts with seeds that are not in the reference, judged against "
         "it in disjoint groups (`run.py run SPEC --seeds 25`, then `run.py alarms SPEC --seeds 25`). Every regression "
@@ -338,11 +343,19 @@ def learning_curves(folder: Path) -> str:
     return "## Learning curves\n\n" + note + table(["", ""], rows)
 
 
+def curves_of(measure: Measure, reference: Reference) -> list[list[float]]:
+    """The measure's curve of each seed that has one."""
+    figures = [each[measure.tag] for each in reference.seeds.values() if measure.tag in each]
+    return [each["curve"] for each in figures if "curve" in each]
+
+
 def has_curve(measure: Measure, known: list[Reference]) -> bool:
     """Whether a reference logged the measure more than once."""
-    curves = [figures[measure.tag].get("curve", []) for each in known for figures in each.seeds.values()
-              if measure.tag in figures]  # fmt: skip
-    return any(len(set(curve)) > 1 for curve in curves)
+    for reference in known:
+        for curve in curves_of(measure, reference):
+            if len(set(curve)) > 1:
+                return True
+    return False
 
 
 def pong(folder: Path) -> str:
@@ -364,7 +377,7 @@ def draw_measure(axes: Any, spec: Spec, measure: Measure, known: list[Reference]
     """Ours and the peer's curve, the published number and the optimum."""
     groups = {}
     for reference in known:
-        found = [f[measure.tag]["curve"] for f in reference.seeds.values() if "curve" in f.get(measure.tag, {})]
+        found = curves_of(measure, reference)
         if found:
             is_ours = reference.name == "ours"
             name = pictures.OURS if is_ours else name_of_peer(spec, reference).replace(", ", ",\n")
@@ -382,8 +395,11 @@ def draw_measure(axes: Any, spec: Spec, measure: Measure, known: list[Reference]
     title = f"{spec.script}.py, {spec.task}"
     pictures.draw_panel(axes, groups, title, unit, measure.name, levels, is_sparse=spec.language)
     if not measure.higher and measure.optimum:  # what is above the first tenth of a falling loss hides the rest
-        highest = max(curves[:, curves.shape[1] // 10 :].max() for curves, _ in groups.values())
-        span = highest - measure.optimum()
+        highest = []
+        for curves, _ in groups.values():
+            tenth = curves.shape[1] // 10
+            highest.append(curves[:, tenth:].max())
+        span = max(highest) - measure.optimum()
         axes.set_ylim(measure.optimum() - 0.1 * span, measure.optimum() + 1.1 * span)
 
 

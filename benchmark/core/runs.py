@@ -36,12 +36,17 @@ POLL = 0.2  # seconds
 # --- where runs are kept ---
 
 
+def is_text(node: ast.stmt) -> bool:
+    """Whether a statement is a docstring."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
 def code_of(path: Path) -> str:
     """The code of a Python file without comments and docstrings."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(getattr(node, "body", None), list):
-            node.body = [x for x in node.body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
+            node.body = [statement for statement in node.body if not is_text(statement)]
     return ast.dump(tree)
 
 
@@ -76,7 +81,9 @@ def folder(spec: Spec, runs: Path) -> Path:
 
 def finished(spec: Spec, runs: Path) -> dict[int, dict[str, Any]]:
     """What is noted of each finished run, by seed."""
-    notes = {int(path.stem): json.loads(path.read_text()) for path in folder(spec, runs).glob("*.json")}
+    notes = {}
+    for path in folder(spec, runs).glob("*.json"):
+        notes[int(path.stem)] = json.loads(path.read_text())
     return dict(sorted(notes.items()))
 
 
@@ -131,11 +138,12 @@ class Run:
 
     def launch(self, script: Path, *flags: str) -> None:
         """Start a process on one thread; it adds to the log."""
+        command = [sys.executable, str(script), *flags]
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(script), *flags], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
+                command, env=one_thread, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
 
     def poll(self) -> str | None:
         """None while at it, '' when all is done and noted, else what went wrong."""
@@ -156,8 +164,9 @@ class Run:
             figures = read_run(self.spec, self.dir)
         except LookupError as fault:
             return f"{fault}; see {self.log}"
+        seconds = None if self.continued else round(time.time() - self.start, 1)
         note = {
-            "seconds": None if self.continued else round(time.time() - self.start, 1),
+            "seconds": seconds,
             "date": str(date.today()),
             "versions": versions(self.spec),
             "steps": figures.pop("steps"),
@@ -196,7 +205,10 @@ def run_all(todo: list[Run], jobs: int) -> dict[str, str]:
     def left() -> str:
         rate = float(np.median(pace)) if pace else 1.0
         seconds = sum(60 * run.spec.minutes * rate for run in waiting)
-        seconds += sum(max(0.0, 60 * run.spec.minutes * rate - (time.time() - run.start)) for run in active)
+        for run in active:
+            expected = 60 * run.spec.minutes * rate
+            spent = time.time() - run.start
+            seconds += max(0.0, expected - spent)
         return f"about {seconds / min(jobs, max(1, len(todo))) / 60:.1f} min left"
 
     try:

@@ -6,10 +6,11 @@ start, a random or untrained policy's level, to the reference. References are re
 (reference/ours), or are a peer's (reference/peers); published numbers and known optima are only shown.
 """
 
+import fnmatch
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,13 @@ def bayes_accuracy() -> float:
 def bayes_loss() -> float:
     """Expected loss -log P(label) on the held-out pairs of someone who knows the gold rewards."""
     p = grammar.preference_probability(*held_out_golds().T)
-    return float(-(p * np.log(p) + (1 - p) * np.log(1 - p)).mean())
+    losses = -(p * np.log(p) + (1 - p) * np.log(1 - p))
+    return float(losses.mean())
+
+
+def is_named(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name matches one of the patterns, in which * and ? match any."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 LN2 = 0.6931
@@ -142,27 +149,17 @@ SFT = (Measure("eval/loss", "held-out loss", higher=False, margin=0.01, optimum=
 ACCURACY = {"name": "held-out accuracy", "margin": 0.25, "start": 0.5, "optimum": bayes_accuracy}
 PAIR_LOSS = Measure("eval/loss", "held-out loss", higher=False, margin=0.5, start=LN2, optimum=bayes_loss)
 REWARD = (Measure("eval/accuracy", **ACCURACY), PAIR_LOSS)
-DPO = (
-    Measure("eval/rewards/accuracies", **ACCURACY),
-    PAIR_LOSS,
-    Measure("evaluation/share", "share of J* - J_ref", margin=0.25, start=0.0, optimum=lambda: 1.0),
-    Measure("evaluation/gold", "gold reward", margin=0.25, start=-0.2),  # about that of SFT
-    Measure("evaluation/kl", "KL from the reference", higher=False, margin=0.25, start=0.0),
-)
-RLHF = (
-    Measure("objective/rlhf_reward", "score - β·KL", margin=0.25, last=4),
-    Measure("objective/scores", "score", margin=0.25, last=4),
-    Measure("objective/kl", "KL from the reference", higher=False, margin=0.4, last=4, start=0.0),
-    Measure("evaluation/share", "share of J* - J_ref", margin=0.25, start=0.0, optimum=lambda: 1.0),
-    Measure("evaluation/gold", "gold reward", margin=0.25, start=-0.2),
-)
-GRPO = (
-    Measure("objective/scores", "score", margin=0.25, last=4),
-    Measure("eval/scores", "held-out score", margin=0.25),
-    Measure("objective/kl", "KL from the reference", higher=False, margin=0.4, last=4, start=0.0),
-    Measure("evaluation/share", "share of J* - J_ref", margin=0.25, start=0.0, optimum=lambda: 1.0),
-    Measure("evaluation/gold", "gold reward", margin=0.25, start=-0.2),
-)
+PAIR_ACCURACY = Measure("eval/rewards/accuracies", **ACCURACY)
+RLHF_REWARD = Measure("objective/rlhf_reward", "score - β·KL", margin=0.25, last=4)
+SCORE = Measure("objective/scores", "score", margin=0.25, last=4)
+HELD_OUT_SCORE = Measure("eval/scores", "held-out score", margin=0.25)
+KL = Measure("objective/kl", "KL from the reference", higher=False, margin=0.4, last=4, start=0.0)
+SHARE = Measure("evaluation/share", "share of J* - J_ref", margin=0.25, start=0.0, optimum=lambda: 1.0)
+GOLD = Measure("evaluation/gold", "gold reward", margin=0.25, start=-0.2)  # it starts about where SFT is
+FINAL_KL = Measure("evaluation/kl", "KL from the reference", higher=False, margin=0.25, start=0.0)
+DPO = (PAIR_ACCURACY, PAIR_LOSS, SHARE, GOLD, FINAL_KL)
+RLHF = (RLHF_REWARD, SCORE, KL, SHARE, GOLD)
+GRPO = (SCORE, HELD_OUT_SCORE, KL, SHARE, GOLD)
 CPU = ("--device", "cpu")
 EVALUATE = ("evaluate", "{run}", "--prompts", "1000", "--reference-samples", "30000",
             "--golds", "{cache}", "--json", "{run}/evaluation.json")  # fmt: skip

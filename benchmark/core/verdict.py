@@ -10,7 +10,7 @@ from all seeds together (Student's t with pooled variance; with one seed of ours
 tests/test_benchmark.py simulates how often either is wrong.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,18 @@ def expanded(seeds: int, freedom: int) -> float:
     return float(1 - 2 * norm.sf(quantile))
 
 
+def gap_of_means(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
+    """Mean of one sample less mean of the other, of each resample."""
+    return a.mean(axis) - b.mean(axis)
+
+
+def resampled_ends(samples: tuple[np.ndarray, ...], statistic: Callable, level: float) -> tuple[float, float]:
+    """Ends of the bootstrap's percentile interval of a statistic."""
+    found = bootstrap(samples, statistic, method="percentile", n_resamples=20_000, rng=0, confidence_level=level)
+    interval = found.confidence_interval
+    return float(interval.low), float(interval.high)
+
+
 def difference(ours: Sequence[float], reference: Sequence[float]) -> tuple[float, float, float]:
     """Mean of ours (n,) less mean of the reference (m,), and the ends of its 95 % interval."""
     a = np.asarray(ours, float)
@@ -41,16 +53,15 @@ def difference(ours: Sequence[float], reference: Sequence[float]) -> tuple[float
     n = len(a)
     m = len(b)
     gap = float(a.mean() - b.mean())
+    freedom = n + m - 2
     if min(n, m) >= ENOUGH:
-        found = bootstrap(
-            (a, b), lambda x, y, axis: x.mean(axis) - y.mean(axis), method="percentile", n_resamples=20_000, rng=0,
-            confidence_level=expanded(min(n, m), n + m - 2),
-        ).confidence_interval  # fmt: skip
-        return gap, float(found.low), float(found.high)
-    if n + m < 3:
+        level = expanded(min(n, m), freedom)
+        return gap, *resampled_ends((a, b), gap_of_means, level)
+    if freedom < 1:
         return gap, -np.inf, np.inf
-    variance = (a.var() * n + b.var() * m) / (n + m - 2)
-    half = float(t.ppf((1 + LEVEL) / 2, n + m - 2) * (variance * (1 / n + 1 / m)) ** 0.5)
+    variance = (a.var() * n + b.var() * m) / freedom
+    error = (variance * (1 / n + 1 / m)) ** 0.5
+    half = float(t.ppf((1 + LEVEL) / 2, freedom) * error)
     return gap, gap - half, gap + half
 
 
@@ -62,20 +73,23 @@ def detectable(reference: Sequence[float], seeds: int, margin: float) -> float:
     m = len(reference)
     freedom = seeds + m - 2
     error = float(np.std(reference, ddof=1)) * (1 / seeds + 1 / m) ** 0.5
-    return margin + float(t.ppf((1 + LEVEL) / 2, freedom) + t.ppf(0.8, freedom)) * error
+    errors = t.ppf((1 + LEVEL) / 2, freedom) + t.ppf(0.8, freedom)
+    return margin + float(errors) * error
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean of one sample (n,) and the ends of its 95 % interval, by the same rules."""
     x = np.asarray(values, float)
-    if len(x) >= ENOUGH and x.std() > 0:
-        found = bootstrap(
-            (x,), np.mean, method="percentile", n_resamples=20_000, rng=0,
-            confidence_level=expanded(len(x), len(x) - 1),
-        ).confidence_interval  # fmt: skip
-        return float(x.mean()), float(found.low), float(found.high)
-    half = t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else np.inf
-    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+    n = len(x)
+    mean = float(x.mean())
+    if n >= ENOUGH and x.std() > 0:
+        level = expanded(n, n - 1)
+        return mean, *resampled_ends((x,), np.mean, level)
+    if n < 2:
+        return mean, -np.inf, np.inf
+    quantile = t.ppf((1 + LEVEL) / 2, n - 1)
+    half = float(quantile * x.std(ddof=1) / n**0.5)
+    return mean, mean - half, mean + half
 
 
 def answer(low: float, high: float, margin: float) -> str:
@@ -103,8 +117,10 @@ def unit_of(measure: Measure, reference: Reference, statistic: str) -> float:
     """|reference - start|, what margins and differences are shares of."""
     start = measure.start
     if start is None:
-        start = float(np.mean([each[measure.tag]["curve"][0] for each in reference.seeds.values()]))
-    return max(abs(float(np.mean(values_of(measure, reference.seeds, statistic))) - start), 1e-9)
+        first = [each[measure.tag]["curve"][0] for each in reference.seeds.values()]
+        start = float(np.mean(first))
+    level = float(np.mean(values_of(measure, reference.seeds, statistic)))
+    return max(abs(level - start), 1e-9)
 
 
 def compare(spec: Spec, ours: dict[int, Figures], reference: Reference) -> list[dict[str, Any]]:
@@ -122,8 +138,9 @@ def compare(spec: Spec, ours: dict[int, Figures], reference: Reference) -> list[
             row[statistic] = [gap, min(ends), max(ends)]  # above 0 is better than the reference
             row["answers"][statistic] = answer(min(ends), max(ends), measure.margin)
         if row["answers"]:
-            row |= {"margin": measure.margin, "answer": worst(list(row["answers"].values())),
-                    "seeds": [len(ours), len(reference.seeds)]}  # fmt: skip
+            row["margin"] = measure.margin
+            row["answer"] = worst(list(row["answers"].values()))
+            row["seeds"] = [len(ours), len(reference.seeds)]
             found.append(row)
     return found
 
@@ -190,11 +207,13 @@ def measure_alarms(chosen: list[tuple[Spec, int]], runs: Path) -> None:
             raise SystemExit(f"error: {spec.name}: all finished runs are in the reference: more by run.py run --seeds")
         seeds, kept[spec.name] = list(notes), {}
         for size in (1, 2, 5):
-            groups = [seeds[i : i + size] for i in range(0, len(seeds) - size + 1, size)]
-            answers = [
-                worst([row["answer"] for row in compare(spec, {s: notes[s] for s in group}, reference)])
-                for group in groups
-            ]
+            starts = range(0, len(seeds) - size + 1, size)
+            groups = [seeds[start : start + size] for start in starts]
+            answers = []
+            for group in groups:
+                ours = {seed: notes[seed] for seed in group}
+                rows = compare(spec, ours, reference)
+                answers.append(worst([row["answer"] for row in rows]))
             kept[spec.name][str(size)] = {answer: answers.count(answer) for answer in ANSWERS}
             counts = ", ".join(f"{answers.count(answer)} {answer}" for answer in ANSWERS)
             print(f"{spec.name}, {len(groups)} repeats of {size} seeds: {counts}")

@@ -8,7 +8,6 @@ and the largest resident memory of the process, of which about 0.4 GB (control) 
 Lengths: reviews strung together to L tokens; vocabularies: the shipped models with rows for more tokens.
 """
 
-import fnmatch
 import itertools
 import json
 import os
@@ -47,21 +46,15 @@ class Row:
         return f"{self.script} {self.what}"
 
 
-ROWS = (
-    *(Row(script, "environments", "--num-envs", (8, 16, 32, 64)) for script in ("dqn", "reinforce", "a2c", "ppo")),
-    Row("dqn", "batch", "--batch-size", (128, 256, 512, 1024)),
-    Row("a2c", "batch", "--num-steps", (5, 10, 20, 40)),
-    Row("ppo", "batch", "--num-steps", (32, 64, 128, 256)),
-    *(
-        Row(script, what, flag, sizes)
-        for script in ("sft", "reward_model", "dpo", *SAMPLERS)
-        for what, flag, sizes in (
-            ("batch", "--batch-size", (64, 128, 256, 512) if script in SAMPLERS else (32, 64, 128, 256)),
-            ("sequence length", "", (32, 64, 128, 256)),
-            ("vocabulary", "", (1024, 2048, 4096, 8192)),
-        )
-    ),
-)
+ROWS = [Row(script, "environments", "--num-envs", (8, 16, 32, 64)) for script in ("dqn", "reinforce", "a2c", "ppo")]
+ROWS.append(Row("dqn", "batch", "--batch-size", (128, 256, 512, 1024)))
+ROWS.append(Row("a2c", "batch", "--num-steps", (5, 10, 20, 40)))
+ROWS.append(Row("ppo", "batch", "--num-steps", (32, 64, 128, 256)))
+for script in ("sft", "reward_model", "dpo", *SAMPLERS):
+    batches = (64, 128, 256, 512) if script in SAMPLERS else (32, 64, 128, 256)
+    ROWS.append(Row(script, "batch", "--batch-size", batches))
+    ROWS.append(Row(script, "sequence length", "", (32, 64, 128, 256)))
+    ROWS.append(Row(script, "vocabulary", "", (1024, 2048, 4096, 8192)))
 
 
 # --- inputs of other sizes ---
@@ -117,8 +110,9 @@ def flags_of(row: Row, size: int, folder: Path) -> list[str]:
         if row.what == "sequence length":  # random weights seldom stop
             sized = ["--response-length", str(size), "--model", str(ASSETS / "base")]
         if row.what == "vocabulary":
-            sized = ["--model", str(wide_model(ASSETS / "sft", size, folder)),
-                     "--reward-model", str(wide_model(ASSETS / "reward", size, folder))]  # fmt: skip
+            policy = wide_model(ASSETS / "sft", size, folder)
+            scorer = wide_model(ASSETS / "reward", size, folder)
+            sized = ["--model", str(policy), "--reward-model", str(scorer)]
         return [*sized, "--total-episodes", str(2 * size if row.what == "batch" else 256)]
     steps = ["--max-steps", str(UPDATES), "--eval-split", ""]
     if row.what == "sequence length":
@@ -152,7 +146,7 @@ def run(row: Row, size: int) -> dict[str, float]:
 
 def measure(patterns: list[str]) -> None:
     """Run the rows that match, print and keep what they need."""
-    chosen = [row for row in ROWS if not patterns or any(fnmatch.fnmatchcase(row.name, x) for x in patterns)]
+    chosen = [row for row in ROWS if not patterns or specs.is_named(row.name, patterns)]
     if not chosen:
         raise SystemExit(f"error: no row is called {patterns[0]}: {', '.join(row.name for row in ROWS)}")
     for row in chosen:

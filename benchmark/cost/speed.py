@@ -79,7 +79,8 @@ SETTINGS = {
 def rate(run_dir: Path, tag: str) -> float:
     """Speed between the first and the last entry of a run's log: without the samples and evaluation before training."""
     steps, speeds, _ = curves.load_run(run_dir, tag)
-    return float((steps[-1] - steps[0]) / (steps[-1] / speeds[-1] - steps[0] / speeds[0]))
+    seconds = steps / speeds  # since the start of training
+    return float((steps[-1] - steps[0]) / (seconds[-1] - seconds[0]))
 
 
 def output(command: list) -> str:
@@ -112,7 +113,8 @@ def peers(peer_python: Path, script: str, steps: int) -> float:
             return float(output([peer_python, "-c", SB3, json.dumps(settings)]))
         command = [peer_python, PEERS / "trl_ppo.py", "--out", f"{folder}/out", "--total-episodes", str(steps)]
         output(command)
-        ends = [json.loads(line)["seconds"] for line in (Path(folder) / "out" / "log.jsonl").read_text().splitlines()]
+        log = Path(folder) / "out" / "log.jsonl"
+        ends = [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
         return steps * (1 - 1 / len(ends)) / (ends[-1] - ends[0])
 
 
@@ -144,7 +146,8 @@ def measure(script: str, peer_python: Path, steps: int, repeats: int) -> None:
     a, b = (median(column) for column in zip(*pairs))
     print(f"median ratio {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); medians: ours {a:,.0f}, "
           f"{peer} {b:,.0f} {unit}")  # fmt: skip
-    found = {"peer": peer, "unit": unit, "pairs": [[round(a, 1), round(b, 1)] for a, b in pairs]}
+    rounded = [[round(a, 1), round(b, 1)] for a, b in pairs]
+    found = {"peer": peer, "unit": unit, "pairs": rounded}
     specs.keep("speed", dict(sorted((specs.results("speed") | {script: found}).items())))
 
 

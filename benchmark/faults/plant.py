@@ -6,7 +6,6 @@
 What came of it is kept in results/faults.json.
 """
 
-import fnmatch
 import json
 import re
 import shutil
@@ -96,9 +95,18 @@ def run_tests(fault: Fault, repo: Path) -> dict[str, Any]:
     done = subprocess.run(command, cwd=repo, capture_output=True, text=True)
     failing = re.findall(r"(?m)^FAILED tests/(\S+?::\S+)", done.stdout)
     answer = {0: "green", 1: "red"}.get(done.returncode, f"pytest ended with status {done.returncode}")
-    said = effect(done.stdout) if answer == "red" else (done.stdout.strip().splitlines() or ["nothing"])[-1][:150]
+    if answer == "red":
+        said = effect(done.stdout)
+    else:
+        lines = done.stdout.strip().splitlines() or ["nothing"]
+        said = lines[-1][:150]
     seconds = round(time.time() - start, 1)
     return {"answer": answer, "test": failing[0] if failing else "", "seconds": seconds, "effect": said}
+
+
+def lowest(row: dict[str, Any]) -> float:
+    """Upper end of the interval that lies lowest: of the area, or of the final level."""
+    return min(row[name][2] for name in ("area", "final") if name in row)
 
 
 def run_spec(fault: Fault, repo: Path) -> dict[str, Any]:
@@ -107,18 +115,19 @@ def run_spec(fault: Fault, repo: Path) -> dict[str, Any]:
     command = [sys.executable, repo / "benchmark" / "run.py", "run", fault.spec, "--tier", "quick", "--jobs", "1",
                "--json", answers]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
-    rows = [row for row in json.loads(answers.read_text()) if row["reference"] == "ours"] if answers.exists() else []
+    rows = json.loads(answers.read_text()) if answers.exists() else []
+    rows = [row for row in rows if row["reference"] == "ours"]
     if not rows:
         failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
         return {"answer": "the run failed" if failed else "no reference", "effect": failed[0][:150] if failed else ""}
-    worst = min(rows, key=lambda row: min(row[x][2] for x in ("area", "final") if x in row))
+    worst = min(rows, key=lowest)
     shown = ", ".join(f"{name} {worst[name][0]:+.0%}" for name in ("area", "final") if name in worst)
     return {"answer": verdict.worst([row["answer"] for row in rows]), "effect": f"{worst['measure']}: {shown}"}
 
 
 def plant_all(names: list[str], with_specs: bool, jobs: int) -> int:
     """Plant faults and keep what comes of it; exit status 1 when one stays unnoticed."""
-    chosen = [fault for fault in FAULTS if not names or any(fnmatch.fnmatchcase(fault.name, x) for x in names)]
+    chosen = [fault for fault in FAULTS if not names or specs.is_named(fault.name, names)]
     if not chosen:
         raise SystemExit(f"error: no fault is called {' or '.join(names)}")
 

@@ -53,7 +53,8 @@ def policy_figures(spec: specs.Spec, row: dict[str, Any]) -> Figures:
     folder = Path(row["name"])
     for tag, name in LOGGED.get(spec.script, {}).items():
         log = (folder.parent if folder.name == "model" else folder) / "log.jsonl"
-        values = np.array([line[name] for line in map(json.loads, log.open()) if name in line])
+        lines = [json.loads(line) for line in log.open()]
+        values = np.array([line[name] for line in lines if name in line])
         steps = np.arange(1, len(values) + 1)
         ones = np.ones(len(values))
         found[tag] = figures_of(steps, values, ones, len(values), 4)
@@ -69,7 +70,11 @@ def record(script: str, files: list[Path]) -> None:
     trainer, peer, requirements = TRAINERS[script]
     pinned = (Path(__file__).parent / requirements).read_text()
     versions = dict(re.findall(r"^(\S+)==(\S+)$", pinned, re.MULTILINE))
-    found = [one for path in files for one in figures(spec, path)]
+    found = []
+    for path in files:
+        found += figures(spec, path)
+    ours = json.loads((specs.REFERENCE / "ours" / f"{spec.name}.json").read_text())
+    seeds = {str(seed): one for seed, one in enumerate(found, 1)}
     content = {
         "library": f"TRL {versions['trl']}",
         "script": f"{trainer}, benchmark/peers/{peer}",
@@ -77,8 +82,8 @@ def record(script: str, files: list[Path]) -> None:
         "versions": versions,
         "machine": f"{machine()}; one thread per run",
         "what": "of each measure the final level and, where there is one, the curve in equal bins of updates",
-        "total_steps": json.loads((specs.REFERENCE / "ours" / f"{spec.name}.json").read_text())["steps"],
-        "seeds": {str(seed): one for seed, one in enumerate(found, 1)},
+        "total_steps": ours["steps"],
+        "seeds": seeds,
     }
     path = specs.REFERENCE / "peers" / spec.peer
     write(path, content)

@@ -68,6 +68,12 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
+def trl_pair_logprobs(model: torch.nn.Module, inputs: dict[str, object]) -> torch.Tensor:
+    """log π(y|x) (2, B) of TRL's model: of the chosen, then of the rejected."""
+    logprobs = model(**inputs, fused_lm_head=True).log_probs
+    return logprobs.sum(1).view(2, -1)
+
+
 def equal(args: argparse.Namespace) -> None:
     """Print the relative differences; exit 1 when one exceeds 1e-5."""
     args.split, device, worst = "test[:32]", torch.device("cpu"), 0.0
@@ -82,14 +88,14 @@ def equal(args: argparse.Namespace) -> None:
         policy = trainer.model.eval()
         reference = trainer.ref_model.eval()
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
-        read = [ids[seen].tolist() for ids, seen in zip(batch["input_ids"], batch["attention_mask"].bool())]
+        seen = batch["attention_mask"].bool()
+        read = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], seen)]
         assert read == [row[0] + row[i] for i in (1, 2) for row in rows], "TRL reads other tokens"
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")} | {"labels": labels, "use_cache": False}
         with torch.no_grad():
-            trl_logprobs, trl_ref = (
-                model(**inputs, fused_lm_head=True).log_probs.sum(1).view(2, -1) for model in (policy, reference)
-            )
+            trl_logprobs = trl_pair_logprobs(policy, inputs)
+            trl_ref = trl_pair_logprobs(reference, inputs)
             ref_logprobs = dpo.pair_logprobs(reference, rows, device)
         policy.zero_grad()
         trl_loss = trainer._compute_loss(policy, batch, return_outputs=False)
@@ -98,14 +104,17 @@ def equal(args: argparse.Namespace) -> None:
 
         policy.zero_grad()
         logprobs = dpo.pair_logprobs(policy, rows, device)
-        lengths = torch.tensor([[len(row[i]) if loss_type == "ipo" else 1 for row in rows] for i in (1, 2)])
+        lengths = torch.ones(2, len(rows))
+        if loss_type == "ipo":
+            lengths = torch.tensor([[len(row[i]) for row in rows] for i in (1, 2)])
         loss = dpo.preference_loss(logprobs / lengths, ref_logprobs / lengths, args.beta, 0, loss_type)["loss"].mean()
         loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
         pairs = {
             "log π": (logprobs.detach(), trl_logprobs),
             "log π_ref": (ref_logprobs, trl_ref),
             "loss": (loss.detach(), trl_loss.detach()),
-            "gradient": (torch.cat([p.grad.flatten() for p in policy.parameters()]), trl_gradient),
+            "gradient": (gradient, trl_gradient),
         }
         found = {name: difference(*pair) for name, pair in pairs.items()}
         worst = max(worst, *found.values())

@@ -143,8 +143,10 @@ def watch(args: grpo.Args) -> dict[str, list]:
 
         def clip_grad_norm_(self, parameters: object, *norm: float) -> Tensor:
             parameters = list(parameters)
-            gradient, weights = (parameters_to_vector(x).detach() for x in ((p.grad for p in parameters), parameters))
-            seen["steps"].append((weights, sum(seen.pop("losses")), gradient))
+            weights = parameters_to_vector(parameters).detach()
+            gradient = parameters_to_vector(p.grad for p in parameters).detach()
+            loss = sum(seen.pop("losses"))
+            seen["steps"].append((weights, loss, gradient))
             return super().clip_grad_norm_(parameters, *norm)
 
     def watched(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -158,6 +160,17 @@ def watch(args: grpo.Args) -> dict[str, list]:
     with mock.patch.multiple(grpo, Accelerator=Accelerator, **calls):
         grpo.main(args)
     return seen
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """|ours - theirs| / |theirs|, as norms."""
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def unpadded(batch: dict[str, Tensor], part: str) -> list[list[int]]:
+    """Tokens of each prompt or of each completion of TRL's batch."""
+    mask = batch[f"{part}_mask"].bool()
+    return [ids[there].tolist() for ids, there in zip(batch[f"{part}_ids"], mask)]
 
 
 def differences(args: argparse.Namespace, flags: dict[str, object], config: dict[str, object]) -> dict[str, float]:
@@ -185,25 +198,26 @@ def differences(args: argparse.Namespace, flags: dict[str, object], config: dict
     trainer._generate_single_turn = lambda *_: (responses, None)
     vector_to_parameters(rollout, policy.parameters())
     batch = trainer._generate_and_score_completions([{"prompt": trainer._tokenizer.decode(x)} for x in prompts])
-    read = ([row[there.bool()].tolist() for row, there in zip(batch[f"{part}_ids"], batch[f"{part}_mask"])]
-                  for part in ("prompt", "completion"))  # fmt: skip
     mask = batch["completion_mask"].bool()
-    assert [*read] == [prompts, responses], "TRL reads other tokens"
+    assert unpadded(batch, "prompt") == prompts, "TRL reads other prompts"
+    assert unpadded(batch, "completion") == responses, "TRL reads other responses"
     vector_to_parameters(weights, policy.parameters())
     loss = trainer._compute_loss(policy, batch)
     loss.backward()
-    pairs = {
-        "advantages": (seen["group_advantages"][-1][1].flatten(), batch["advantages"]),
-        "log π_old": (old, batch["old_per_token_logps"][mask]),
-        "log π_ref": (ref, batch["ref_per_token_logps"][mask]),
-        "loss": (torch.tensor(our_loss), loss.detach()),
-        "gradient": (our_gradient, parameters_to_vector(p.grad for p in policy.parameters())),
+    _, advantages = seen["group_advantages"][-1]
+    gradient = parameters_to_vector(p.grad for p in policy.parameters())
+    found = {
+        "advantages": difference(advantages.flatten(), batch["advantages"]),
+        "log π_old": difference(old, batch["old_per_token_logps"][mask]),
     }
+    found["log π_ref"] = difference(ref, batch["ref_per_token_logps"][mask])
+    found["loss"] = difference(torch.tensor(our_loss), loss.detach())
+    found["gradient"] = difference(our_gradient, gradient)
     outside = ((new - old).expm1().abs() > DEFAULTS.clip_coef).float().mean()
     kl = (old - ref).sum() / len(prompts)
     print(f"{len(prompts)} responses, {len(old)} tokens, {outside:.1%} of the ratios outside the clip range, KL of the "
           f"rollout {kl:.2f}, loss {our_loss:.6f}")  # fmt: skip
-    return {name: ((a - b).norm() / b.norm()).item() for name, (a, b) in pairs.items()}
+    return found
 
 
 def equal(args: argparse.Namespace) -> None:
@@ -222,7 +236,8 @@ def train(args: argparse.Namespace) -> None:
     trainer = make_trainer(args, args.out, args.total_episodes // DEFAULTS.batch_size, log)
     trainer.train()
     trainer.save_model(args.out)
-    Path(args.out, "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log.rows))
+    lines = [json.dumps(row) + "\n" for row in log.rows]
+    Path(args.out, "log.jsonl").write_text("".join(lines))
     first = log.rows[0]
     last = log.rows[-1]
     print(f"reward {first['reward']:.3f} to {last['reward']:.3f}, {last['seconds']:.0f} s")
@@ -237,8 +252,11 @@ def speed(args: argparse.Namespace) -> None:
             grpo.main(our_args(args, f"{out}/run", total_episodes=args.updates * B))
             logged = EventAccumulator(f"{out}/run").Reload().Scalars("episodes_per_second")
             make_trainer(args, f"{out}/trl", args.updates, log := Log()).train()
-        ends = [entry.step * B / entry.value for entry in logged], [row["seconds"] for row in log.rows]
-        ours, theirs = ((args.updates - 1) * B / (seconds[-1] - seconds[0]) for seconds in ends)
+        our_ends = [entry.step * B / entry.value for entry in logged]
+        their_ends = [row["seconds"] for row in log.rows]
+        episodes = (args.updates - 1) * B
+        ours = episodes / (our_ends[-1] - our_ends[0])
+        theirs = episodes / (their_ends[-1] - their_ends[0])
         ratios.append(ours / theirs)
         print(f"grpo.py {ours:.2f} episodes/s, TRL {theirs:.2f} episodes/s, ratio {ratios[-1]:.2f}", flush=True)
     print(f"median ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) over {len(ratios)}, "

@@ -92,16 +92,20 @@ def main() -> None:
         vf_coef=0.1,
         gradient_checkpointing=False,
     )
+    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    few = prompts.select(range(8))
+    log = Log(args.out / "log.jsonl")
     trainer = PPOTrainer(
         args=config,
         processing_class=tokenizer,
-        model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
-        ref_model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+        model=policy,
+        ref_model=reference,
         reward_model=scorer,
         value_model=critic,
         train_dataset=prompts,
-        eval_dataset=prompts.select(range(8)),
-        callbacks=[Log(args.out / "log.jsonl")],
+        eval_dataset=few,
+        callbacks=[log],
     )
     trainer.train()
     trainer.policy_model.save_pretrained(args.out / "model")

@@ -77,7 +77,8 @@ def equality(args: Args, folder: Path) -> None:
     trainer = trl_trainer(args, folder, tokenizer, split)
     model = trainer.model.eval()
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
-    read = [ids[seen].tolist() for ids, seen in zip(batch["input_ids"], batch["attention_mask"].bool())]
+    seen = batch["attention_mask"].bool()
+    read = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], seen)]
     assert read == [row[0] + row[i] for i in (1, 2) for row in rows], "TRL reads other tokens"
     their_loss, output = trainer.compute_loss(model, batch, return_outputs=True)
     their_loss.backward()

@@ -88,15 +88,20 @@ def verdict(folder: Path) -> tuple[str, str, str]:
         return "–", "–", f"refused: {said[:110]}"
     rows = [list(pair) for pair in zip(PROMPTS, RESPONSES)]
     together, mask = rlhf_ppo.completion_logprobs(model, rows, CPU)
-    alone = torch.cat([x[m] for x, m in (rlhf_ppo.completion_logprobs(model, [row], CPU) for row in rows)])
-    apart = (together[mask] - alone).abs().max().item()
+    alone = []
+    for row in rows:
+        logprobs, is_token = rlhf_ppo.completion_logprobs(model, [row], CPU)
+        alone.append(logprobs[is_token])
+    apart = (together[mask] - torch.cat(alone)).abs().max().item()
     sampled = rlhf_ppo.sample(model, PROMPTS, uniform)
     same = True
     for prompt, numbers, found in zip(PROMPTS, uniform, sampled):
         expected = []
         while len(expected) < 12 and expected[-1:] != [1]:
             logits = model(torch.tensor([prompt + expected]), use_cache=False).logits[0, -1]
-            expected.append((logits.double().softmax(-1).cumsum(-1) <= numbers[len(expected)]).sum().item())
+            cumulative = logits.double().softmax(-1).cumsum(-1)
+            is_passed = cumulative <= numbers[len(expected)]
+            expected.append(is_passed.sum().item())
         same &= found == expected
     return f"{apart:.0e}", "equal" if same else "differ", "accepted" if same and apart < 1e-4 else "WRONG"
 

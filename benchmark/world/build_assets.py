@@ -136,7 +136,8 @@ def build(out: Path) -> None:
     sft = AutoModelForCausalLM.from_pretrained(out / "sft").eval()
     torch.manual_seed(SEED)
     for split, rows in ROWS["prompts"].items():
-        write_rows(out / "prompts" / f"{split}.jsonl", ({"prompt": p} for p, _ in zip(prompts, range(rows))))
+        asked = [{"prompt": p} for p, _ in zip(prompts, range(rows))]
+        write_rows(out / "prompts" / f"{split}.jsonl", asked)
     for split, rows in ROWS["preferences"].items():
         asked = [p for p, _ in zip(prompts, range(rows))]
         responses = sample(sft, tokenizer, [p for p in asked for _ in range(2)])

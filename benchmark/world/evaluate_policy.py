@@ -64,10 +64,10 @@ def encoded(tokenizer: PreTrainedTokenizerFast, prompts: list[str], responses: l
     """
     asked = tokenizer(prompts).input_ids
     texts = tokenizer([text for text, _ in responses]).input_ids
-    rows = [
-        prompt + ids + [tokenizer.eos_token_id] * finished
-        for prompt, ids, (_, finished) in zip(asked, texts, responses)
-    ]
+    rows = []
+    for prompt, ids, (_, finished) in zip(asked, texts, responses):
+        end = [tokenizer.eos_token_id] * finished
+        rows.append(prompt + ids + end)
     length = max(map(len, rows))
     padded = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
     return padded, torch.tensor(list(map(len, asked))), torch.tensor(list(map(len, rows)))
@@ -84,7 +84,8 @@ def sequence_logprobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
         logprobs = model(rows[:, :-1], use_cache=False).logits.double().log_softmax(-1)
         logprobs = logprobs.gather(-1, rows[:, 1:, None])[..., 0]
         position = torch.arange(1, rows.shape[1])  # causal: nothing reads the padding
-        found.append((logprobs * ((begin[:, None] <= position) & (position < end[:, None]))).sum(1))
+        is_response = (begin[:, None] <= position) & (position < end[:, None])
+        found.append((logprobs * is_response).sum(1))
     return torch.cat(found).numpy()
 
 
@@ -92,9 +93,12 @@ def sequence_logprobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 def proxy_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str],
                  responses: list[Response]) -> np.ndarray:  # fmt: skip
     """Scores (n,) of a reward model, up to a constant."""
-    parts = [slice(start, start + 250) for start in range(0, len(prompts), 250)]
-    logits = [model(encoded(tokenizer, prompts[part], responses[part])[0]).logits[:, 0] for part in parts]
-    return torch.cat(logits).double().numpy()
+    found = []
+    for start in range(0, len(prompts), 250):
+        part = slice(start, start + 250)
+        rows, _, _ = encoded(tokenizer, prompts[part], responses[part])
+        found.append(model(rows).logits[:, 0])
+    return torch.cat(found).double().numpy()
 
 
 def is_faulty(prompt: str, response: Response) -> bool:

@@ -54,7 +54,9 @@ def draw(rows: list[dict], golds: np.ndarray, path: Path) -> None:
         for script, line in LINES.items():
             found = points(rows, script, figure)
             style = {"color": COLOURS[script], "label": f"{script}.py{NOTES.get(script, '')}"}
-            axes.plot([x for x, _, _ in found], [y for _, y, _ in found], line, **style)
+            kls = [x for x, _, _ in found]
+            values = [y for _, y, _ in found]
+            axes.plot(kls, values, line, **style)
             for x, y, beta in found:
                 place = {"xy": (x, y), "xytext": SIDES[script], "ha": "center"}
                 axes.annotate(f"{beta:g}", **place, color=COLOURS[script], **LABEL)

@@ -74,8 +74,10 @@ BT_SCALE = 3.0  # gold reward to Bradley-Terry logits
 
 def vocabulary() -> list[str]:
     """All words of prompts and responses, sorted, without special tokens."""
-    texts = [*TITLES, *GENRES, *ADJECTIVES.values(), *ASPECTS, *FURTHER[0], *FURTHER[1], *DEGREES, *VERBS, *FEELINGS]
-    return sorted(set(" ".join([*texts, "review of a on and : , the i not but ."]).split()))
+    texts = [*TITLES, *GENRES, *ADJECTIVES.values(), *aspects(), *DEGREES, *VERBS, *FEELINGS]
+    texts.append("review of a on and : , the i not but .")
+    words = " ".join(texts).split()
+    return sorted(set(words))
 
 
 @cache
@@ -87,11 +89,13 @@ def aspects() -> frozenset[str]:
 @cache
 def adjectives() -> dict[str, tuple[int, float]]:
     """The adjectives: points, and probability given the polarity."""
-    return {
-        word: (polarity * POINTS[strength], STRENGTHS[strength] / len(words.split()))
-        for (strength, polarity), words in ADJECTIVES.items()
-        for word in words.split()
-    }
+    found = {}
+    for (strength, polarity), words in ADJECTIVES.items():
+        points = polarity * POINTS[strength]
+        probability = STRENGTHS[strength] / len(words.split())
+        for word in words.split():
+            found[word] = (points, probability)
+    return found
 
 
 @cache
@@ -297,7 +301,8 @@ def log_prob(prompt: str, response: str) -> float:
     possible = possible_aspects(asked_aspects(prompt))
     for number, sentence in enumerate(sentences, start=1):
         stop = STOP[number] if number == len(sentences) else 1 - STOP[number]
-        total += math.log(polarities[sentence.polarity] * sentence.probability / len(possible[number - 1]) * stop)
+        probability = polarities[sentence.polarity] * sentence.probability / len(possible[number - 1])
+        total += math.log(probability * stop)
         polarities = next_polarity(sentence.polarity)
     return total
 
@@ -331,15 +336,18 @@ def sentence_entropy(polarity: int) -> float:
     verb = entropy_of(VERBS.values())
     feeling = entropy_of(of_polarity(FEELINGS, polarity).values())
     feeling += entropy_of(adjective_probabilities(polarity).values())
-    words = FORMS["plain"] * (verb + phrase) + FORMS["feeling"] * feeling + FORMS["contrast"] * (verb + other + phrase)
+    words = FORMS["plain"] * (verb + phrase)
+    words += FORMS["feeling"] * feeling
+    words += FORMS["contrast"] * (verb + other + phrase)
     return entropy_of(FORMS.values()) + words
 
 
 def sentence_length(polarity: int) -> float:
     """Mean length of a sentence given its polarity, in tokens."""
-    length = {
-        sign: sum(p * len(phrase.split()) for phrase, p in phrase_probabilities(sign).items()) for sign in (1, -1)
-    }
+    length = {1: 0.0, -1: 0.0}
+    for sign in length:
+        for phrase, p in phrase_probabilities(sign).items():
+            length[sign] += p * len(phrase.split())
     plain = 4 + length[polarity]
     feeling = 6
     contrast = 5 + length[polarity] + length[-polarity]
@@ -392,7 +400,11 @@ def entropy() -> float:
 
 def expected_length() -> float:
     """Mean length of a response in tokens, the end-of-sequence token included."""
-    return 1 + sum(p * sentence_length(sign) for step in sentence_polarities() for sign, p in step.items())
+    words = 0.0
+    for polarities in sentence_polarities():
+        for polarity, p in polarities.items():
+            words += p * sentence_length(polarity)
+    return 1 + words
 
 
 def max_length() -> int:
@@ -428,7 +440,8 @@ def reward_distribution() -> dict[float, float]:
                 gold = total / (1000 * number)
                 found[gold] = found.get(gold, 0.0) + p * STOP[number]
                 for sign, q in next_polarity(polarity).items():
-                    following[sign][total] = following[sign].get(total, 0.0) + p * (1 - STOP[number]) * q
+                    reached = following[sign].get(total, 0.0)
+                    following[sign][total] = reached + p * (1 - STOP[number]) * q
         sums = following
     return {gold: p for gold, p in sorted(found.items()) if p > 0}
 
@@ -526,7 +539,8 @@ def show(samples: int, seed: int) -> None:
         print(f"{prompt}\n  {response}\n  gold {gold_reward(prompt, response):+.3f}, ", end="")
         print(f"log-probability {log_prob(prompt, response):.2f} nats, {len(response.split()) + 1} tokens with EOS")
     golds, p = map(np.array, zip(*reward_distribution().items()))
-    prompts = math.prod(len(words.split()) for words in TITLES) * len(GENRES) * len(ASPECTS) * (len(ASPECTS) - 1)
+    titles = math.prod(len(words.split()) for words in TITLES)
+    prompts = titles * len(GENRES) * len(ASPECTS) * (len(ASPECTS) - 1)
     print(f"\nvocabulary            {len(vocabulary())} words, {prompts:,} prompts")
     print(f"response length       {expected_length():.3f} tokens with EOS, at most {max_length()}")
     print(f"entropy               {entropy():.3f} nats per response, {entropy_per_token():.4f} per token")
