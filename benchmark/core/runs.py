@@ -68,7 +68,8 @@ def key(spec: Spec) -> str:
     """Fingerprint of all that a run depends on, bar its seed."""
     scripts = [specs.ALGOS / f"{spec.script}.py"]
     scripts += [BENCHMARK / "world" / "evaluate_policy.py"] if spec.evaluation else []
-    parts = [*map(code_of, scripts), *spec.flags, *spec.evaluation, str(versions(spec))]
+    flags = [flag.replace(str(BENCHMARK), "benchmark") for flag in spec.flags]  # wherever the repository lies
+    parts = [*map(code_of, scripts), *flags, *spec.evaluation, str(versions(spec))]
     if spec.language:
         parts.append(assets_key())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]

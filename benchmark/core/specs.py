@@ -159,6 +159,7 @@ GOLD = Measure("evaluation/gold", "gold reward", margin=0.25, start=-0.2)  # it 
 FINAL_KL = Measure("evaluation/kl", "KL from the reference", higher=False, margin=0.25, start=0.0)
 DPO = (PAIR_ACCURACY, PAIR_LOSS, SHARE, GOLD, FINAL_KL)
 RLHF = (RLHF_REWARD, SCORE, KL, SHARE, GOLD)
+TRUE_REWARD = (RLHF_REWARD, SHARE, GOLD, KL)
 GRPO = (SCORE, HELD_OUT_SCORE, KL, SHARE, GOLD)
 CPU = ("--device", "cpu")
 EVALUATE = ("evaluate", "{run}", "--prompts", "1000", "--reference-samples", "30000",
@@ -231,6 +232,8 @@ SPECS = (
          evaluation=EVALUATE),
     Spec("rlhf_ppo", "prompts", {"quick": 1, "full": 5}, 4, RLHF, CPU, peer="trl_rlhf_ppo_prompts.json",
          evaluation=EVALUATE),
+    Spec("rlhf_ppo", "true-reward", {"full": 3}, 12, TRUE_REWARD,
+         (*CPU, "--reward-model", f"{BENCHMARK}/world/true_reward.py:reward", "--total-episodes", "16384"), evaluation=EVALUATE),
     Spec("grpo", "prompts", {"quick": 1, "full": 5}, 3, GRPO, (*CPU, "--save-every", "8"), peer="trl_grpo_prompts.json",
          evaluation=EVALUATE),
     Spec("ppo", "Pong", {"atari": 1}, 150, returns(-20.7, optimum=21.0),
