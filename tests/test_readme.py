@@ -104,7 +104,10 @@ def test_its_recipes_reach_what_is_recorded():
             assert bool(found) == (cell != "–"), (task, script)
             if found:
                 (figures,) = zip(*(each.values() for each in references.ours(found[0]).seeds.values()))
-                assert number(cell) == round(np.mean([figure["final"] for figure in figures])), (task, script)
+                finals = [figure["final"] for figure in figures]
+                mean, _, spread = cell.partition(" ± ")
+                assert number(mean) == round(np.mean(finals)), (task, script)
+                assert not spread or number(spread) == round(np.std(finals, ddof=1)), (task, script)
                 shown.add(found[0].name)
     recorded = {s.name for s in specs.SPECS if s.script in scripts and references.ours(s) and "Pong" not in s.name}
     assert shown == recorded
