@@ -38,7 +38,11 @@ def load(run_dir: Path) -> tuple[nn.Module, gym.vector.VectorEnv, str, int]:
     module = importlib.import_module(script)
     args = module.Args(**saved["args"])
     os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")  # SDL, which draws, misses it on servers
-    envs = module.make_envs(args.env_id, 1, json.loads(args.env_kwargs) | {"render_mode": "rgb_array"})
+    kwargs = json.loads(args.env_kwargs) | {"render_mode": "rgb_array"}
+    registered = gym.registry.get(args.env_id)
+    if registered and "mujoco" in str(registered.entry_point):
+        kwargs.setdefault("camera_name", "track")  # it follows the robot
+    envs = module.make_envs(args.env_id, 1, kwargs)
     spaces = envs.single_observation_space, envs.single_action_space
     if script == "dqn":
         network = module.QNetwork(*spaces)
