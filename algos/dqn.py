@@ -10,10 +10,10 @@ of the next state. Random replay breaks the correlation of successive steps; a l
 Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (target network, clipped error, CNN).
 
     python algos/dqn.py                                           # CartPole-v1, which the defaults are made for: 492
-    python algos/dqn.py --env-id LunarLander-v3 --buffer-size 100000 --train-every 4 --target-every 1000 --loss huber \\
-        --learning-rate 6.3e-4 --max-grad-norm 10 --learning-starts 10000 --exploration-fraction 0.5  # 231
+    python algos/dqn.py --env-id LunarLander-v3 --buffer-size 100000 --train-every 4 --target-every 1000 \\
+        --learning-rate 6.3e-4 --loss huber --max-grad-norm 10  # 231
     python algos/dqn.py --env-id MountainCar-v0 --env-kwargs '{"max_episode_steps": 1000}' --num-envs 16 \\
-        --train-every 4 --buffer-size 100000 --learning-rate 1e-3 --target-every 600 --exploration-fraction 0.5  # -135
+        --train-every 4 --buffer-size 100000 --learning-rate 1e-3 --learning-starts 1000 --target-every 600  # -135
     python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --learning-rate 1e-4 --batch-size 32 \\
         --num-envs 8 --train-every 4 --buffer-size 1000000 --learning-starts 80000 --target-every 1000 \\
         --epsilon-end 0.01 --exploration-fraction 0.1 --save-every 2000000      # 7 GB of memory, 14 of disk
@@ -85,13 +85,13 @@ class Args:
     max_grad_norm: float = 0.0  # Clip the norm of the gradient to this; 0 does not clip.
     batch_size: int = 128  # Number B of steps in a minibatch.
     train_every: int = 10  # Environment steps per minibatch.
-    learning_starts: int = 1_000  # Environment steps before the first minibatch.
+    learning_starts: int = 10_000  # Environment steps before the first minibatch.
     gamma: float = 0.99  # Discount factor γ.
     loss: Literal["mse", "huber"] = "mse"  # Loss of the error: its square (Eq. 2), or linear beyond ±1 (Nature).
     buffer_size: int = 10_000  # Rows of the replay buffer: one per step, and one more for each final observation.
     target_every: int = 500  # Environment steps between copies of the network to θ⁻ (Nature Algorithm 1).
     epsilon_end: float = 0.05  # Share ε of random actions in the end; it starts at 1.
-    exploration_fraction: float = 0.1  # Share of total_timesteps in which ε falls linearly.
+    exploration_fraction: float = 0.5  # Share of total_timesteps in which ε falls linearly.
 
     def __post_init__(self) -> None:
         if type(json.loads(self.env_kwargs)) is not dict:

@@ -64,12 +64,12 @@ SETTINGS = {
         "model": {
             "learning_rate": 2.5e-4,
             "buffer_size": 10_000,
-            "learning_starts": 1_000,
+            "learning_starts": 10_000,
             "batch_size": 128,
             "train_freq": 1,  # of each environment: one minibatch per 10 steps
             "gradient_steps": 2,
             "target_update_interval": 500,
-            "exploration_fraction": 0.1,
+            "exploration_fraction": 0.5,
             "policy_kwargs": {"net_arch": [120, 84]},
         },
     },
