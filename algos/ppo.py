@@ -14,8 +14,8 @@ Papers: Schulman et al. 2017, arXiv 1707.06347 (PPO); Schulman et al. 2015, arXi
         --num-minibatches 16 --num-epochs 10 --learning-rate 3e-4 --ent-coef 0 --gamma 0.999 --gae-lambda 0.98  # 227
     python algos/ppo.py --env-id Pendulum-v1 --normalize --total-timesteps 200000 --num-envs 8 --num-steps 256 \\
         --num-minibatches 16 --num-epochs 10 --ent-coef 0 --gamma 0.9  # -172
-    python algos/ppo.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 1 --num-steps 2048 \\
-        --num-minibatches 32 --num-epochs 10 --learning-rate 3e-4 --ent-coef 0 --gamma 0.99  # 1718
+    python algos/ppo.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 64 --num-epochs 10 \\
+        --num-minibatches 32 --learning-rate 3e-4 --ent-coef 0 --gamma 0.99 --log-std-init -1  # 4987
 
 Environments reset one step after an episode has ended (gymnasium's NEXT_STEP). So the observation that comes with
 `done` is the true final one, and its value is that of the next row. This next row is the reset: its action is ignored,

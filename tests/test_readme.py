@@ -129,6 +129,13 @@ def test_its_figures_of_the_language_scripts_are_those_recorded(script):
     assert [float(text) for text in said] == pytest.approx(exact, abs=0.00051)
 
 
+def test_its_share_with_the_true_reward_is_that_recorded():
+    (spec,) = [spec for spec in specs.SPECS if spec.name == "rlhf_ppo-true-reward"]
+    finals = [figures["evaluation/share"]["final"] for figures in references.ours(spec).seeds.values()]
+    (said,) = re.findall(r"16,384 episodes, rlhf_ppo reaches ([\d.]+)\.\s", README)
+    assert float(said) == round(np.mean(finals), 3)
+
+
 def test_its_speeds_are_those_measured():
     scripts, ratios = rows("ppo | a2c")
     measured = specs.results("speed")

@@ -66,7 +66,7 @@ def record(script: str, files: list[Path]) -> None:
     for path in files:
         if not path.is_file():
             raise SystemExit(f"error: {path}: no such file")
-    (spec,) = (spec for spec in specs.SPECS if spec.script == script)
+    (spec,) = (spec for spec in specs.SPECS if spec.script == script and spec.peer)
     trainer, peer, requirements = TRAINERS[script]
     pinned = (Path(__file__).parent / requirements).read_text()
     versions = dict(re.findall(r"^(\S+)==(\S+)$", pinned, re.MULTILINE))
