@@ -576,7 +576,7 @@ def test_what_trl_wrote_becomes_a_peer_by_the_tags_of_the_spec(monkeypatch, caps
     other = {"name": str(tmp_path / "model"), "share": 0.9, "gold": 0.45}
     evaluated.write_text(json.dumps([one, other]))
     record_trl.record("rlhf_ppo", [evaluated])
-    (spec,) = (spec for spec in specs.SPECS if spec.script == "rlhf_ppo")
+    (spec,) = (spec for spec in specs.SPECS if spec.name == "rlhf_ppo-prompts")
     ours, peer = references.load(spec)
     assert peer.name == "TRL 1.10.0"
     assert list(peer.seeds) == ["1", "2"]

@@ -23,7 +23,7 @@ BENCHMARK = Path(__file__).resolve().parent.parent
 ALGOS = BENCHMARK.parent / "algos"
 REFERENCE = BENCHMARK / "reference"
 RESULTS = BENCHMARK / "results"
-TIERS = ("quick", "full", "mujoco", "atari")  # about 10, 90 and 110 minutes on two cores; Atari is not measured
+TIERS = ("quick", "full", "mujoco", "atari")  # about 10, 130 and 120 minutes on two cores; Atari is not measured
 
 
 @dataclass(frozen=True)
