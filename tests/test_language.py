@@ -573,11 +573,15 @@ def test_two_processes_that_share_the_weights_by_fsdp2_compute_the_updates_of_on
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
-@pytest.mark.parametrize("script", ["reward_model", "dpo", "rlhf_ppo"])
-def test_bfloat16_under_fsdp2_stays_near_float32(finished, world, script, tmp_path):
+@pytest.mark.parametrize(
+    "script,tag,update",
+    [("reward_model", "loss", 6), ("dpo", "loss", 6), ("rlhf_ppo", "objective/entropy", 1)],
+)
+def test_bfloat16_under_fsdp2_stays_near_float32(finished, world, script, tag, update, tmp_path):
+    """In rlhf_ppo a rounded probability may draw another token, so that only the first rollout is comparable."""
     two = sharded(world, script, tmp_path / "two", bf16=True)
-    expected = dict(scalars(finished(script), LOSS[script]))[6]
-    found = dict(scalars(two, LOSS[script]))[6]
+    expected = dict(scalars(finished(script), tag))[update]
+    found = dict(scalars(two, tag))[update]
     assert found == pytest.approx(expected, rel=0.1, abs=0.1)
     assert found != pytest.approx(expected, rel=1e-6)
     assert {tensor.dtype for tensor in weights(two).values()} == {torch.float32}
