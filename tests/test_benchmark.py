@@ -794,3 +794,12 @@ def test_the_known_optimum_of_taxi_is_the_mean_return_of_the_optimal_policy_over
             equations[state, following] -= 0 if terminated else probability
     returns = np.linalg.lstsq(equations, rewards, rcond=None)[0]  # undiscounted
     assert env.initial_state_distrib @ returns == pytest.approx(specs.TAXI, abs=1e-6)
+
+
+def test_the_key_of_a_run_does_not_depend_on_where_the_repository_lies():
+    spec = specs.SPECS[0]
+    here = replace(spec, flags=("--file", f"{specs.BENCHMARK}/world/one.py"))
+    anywhere = replace(spec, flags=("--file", "benchmark/world/one.py"))
+    other = replace(spec, flags=("--file", "benchmark/world/other.py"))
+    assert runs.key(here) == runs.key(anywhere)
+    assert runs.key(here) != runs.key(other)

@@ -1,9 +1,12 @@
 """benchmark/core/gifs.py: what the gifs of finished runs show, and what is refused."""
 
+import dataclasses
+
 import dqn
 import numpy as np
 import ppo
 import pytest
+import torch
 from PIL import Image
 
 import run as benchmark
@@ -47,3 +50,22 @@ def test_a_gif_above_the_limit_is_made_smaller(tmp_path):
 def test_runs_that_are_not_finished_or_not_of_networks_are_refused_in_one_line(tmp_path, capsys):
     assert benchmark.main(["gif", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path} holds no finished run of dqn, reinforce, a2c, ppo\n"
+
+
+@pytest.mark.parametrize("env_id,camera", [("HalfCheetah-v5", "track"), ("CartPole-v1", None)])
+def test_the_camera_follows_a_robot_of_mujoco(env_id, camera, tmp_path, monkeypatch):
+    asked = []
+
+    def note(env_id, num_envs, env_kwargs):
+        asked.append(env_kwargs)
+        raise SystemExit
+
+    monkeypatch.setattr(ppo, "make_envs", note)
+    args = dataclasses.asdict(ppo.Args(env_id=env_id))
+    torch.save({"script": "ppo", "args": args}, tmp_path / "checkpoint.pt")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(SystemExit):
+        gifs.load(tmp_path)
+    (kwargs,) = asked
+    assert kwargs.get("camera_name") == camera
+    assert kwargs["render_mode"] == "rgb_array"

@@ -1,5 +1,6 @@
 """benchmark/world/grammar.py: scores by hand, probabilities by enumeration, exact figures against simulation."""
 
+import importlib
 import math
 import random
 import subprocess
@@ -535,3 +536,13 @@ def test_the_command_prints_reviews_and_figures_without_heavy_imports():
 def test_the_example_reward_is_1_where_every_aspect_asked_for_has_a_sentence_on_feelings():
     reviews = ["i loved the dull acting . i hated the music .", "i loved the acting . the music was dull .", "music"]
     assert reward([PROMPT] * 3, reviews, gold=[1, 2, 3]) == [1.0, 0.0, 0.0]
+
+
+def test_the_true_reward_is_the_gold_reward_in_units_of_the_preferences(monkeypatch):
+    monkeypatch.syspath_prepend(REPO / "benchmark" / "world")  # as a script that is given the file
+    module = importlib.import_module("true_reward")
+    prompt = "review of silent river , a drama , on acting and music :"
+    review = "the acting was not very awful . i loved the good music . the script felt rather brilliant ."
+    good, empty = module.reward([prompt, prompt], [review, ""], gold=[1, 2])
+    assert good == pytest.approx(3 * (0.5 + 0.6 + 0.6) / 3)
+    assert empty == -3
