@@ -12,6 +12,7 @@
     python benchmark/run.py evaluate runs/dpo          # a policy of the small language world beside its optimum
     python benchmark/run.py world                      # samples of that world and its exact figures
     python benchmark/run.py speed ppo --peer-python /tmp/sb3/bin/python
+    python benchmark/run.py levels --peer-python /tmp/sb3/bin/python      # time until a task is learnt
     python benchmark/run.py growth                     # time and memory as batches, lengths and others double
     python benchmark/run.py faults                     # plant faults in copies of the repository: do tests turn red?
 
@@ -154,10 +155,11 @@ def alarms_command(args: argparse.Namespace) -> None:
 def report_command(args: argparse.Namespace) -> None:
     """Write results/*.md and pictures/ from what is recorded."""
     from core import report
-    from cost import growth, speed
+    from cost import growth, levels, speed
     from faults import plant
 
-    report.write(args.out, {"faults": plant.section(), "growth": f"{speed.section()}\n{growth.section()}"})
+    cost = "\n".join([levels.section(), speed.section(), growth.section()])
+    report.write(args.out, {"faults": plant.section(), "growth": cost})
 
 
 # --- runs of your own ---
@@ -279,6 +281,18 @@ def speed_command(args: argparse.Namespace) -> None:
     from cost import speed
 
     speed.measure(args.script, args.peer_python, args.steps, args.repeats)
+
+
+@command(
+    "levels",
+    argument("tasks", nargs="*", help="CartPole-v1, say; default: all"),
+    argument("--peer-python", type=Path, required=True, help="python of an environment with Stable-Baselines3"),
+)
+def levels_command(args: argparse.Namespace) -> None:
+    """Time until ppo.py has learnt a task, beside its peer."""
+    from cost import levels
+
+    levels.measure(args.peer_python, args.tasks)
 
 
 @command("growth", argument("rows", nargs="*", help="'dqn *', say; default: all"))

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run as benchmark
 from core import pictures, references, report, runs, specs, verdict
-from cost import floor, growth, speed
+from cost import floor, growth, levels, speed
 from faults import plant
 from peers import record_trl
 from world import ASSETS, smollm2
@@ -522,6 +522,43 @@ def test_speeds_are_taken_in_turns_and_kept(monkeypatch, capsys, tmp_path):
     assert list(speed.pairs_of_runs("dpo", "python", 5, 2)) == [(300, 100), (50, 100)]
     assert benchmark.main(["speed", "ppo", "--peer-python", "/nowhere/python"]) == 2
     assert capsys.readouterr().err == "error: --peer-python /nowhere/python: no such file\n"
+
+
+def test_the_time_until_a_level_is_read_from_the_logs_of_both(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(specs, "RESULTS", tmp_path)
+    commands = []
+
+    def output(command):
+        commands.append([str(part) for part in command])
+        if "--run-dir" not in command:  # the peer's: 120 episodes, one per 10 steps and second
+            episodes = range(1, 121)
+            curve = {"step": [10 * k for k in episodes], "return": [500] * 120, "seconds": list(episodes)}
+            if "Acrobot-v1" in command:
+                curve["return"] = [-500] * 120
+            command[5].write_text(json.dumps({"seeds": {command[6]: curve}}))
+            return
+        with SummaryWriter(command[-1]) as writer:  # ours: 50 episodes per 1,000 steps and two seconds
+            for step, reward in ((1000, -400), (2000, 0), (3000, 500), (4000, 500)):
+                writer.add_scalar("charts/episodic_return", reward, step)
+                writer.add_scalar("charts/episodes", 50, step)
+                writer.add_scalar("charts/SPS", 500, step)
+
+    monkeypatch.setattr(levels, "output", output)
+    assert benchmark.main(["levels", "CartPole-v1", "Acrobot-v1", "--peer-python", sys.executable]) == 0
+    found = specs.results("levels")
+    assert found["CartPole-v1"] == [[[4000, 8], [1200, 120]]] * 3  # ours needs 100 episodes of 500
+    assert found["Acrobot-v1"] == [[[3000, 6], [None, None]]] * 3  # the mean of 0 and 500 is above -100
+    seeds = [command[command.index("--seed") + 1] for command in commands if "--seed" in command]
+    assert seeds == ["1000", "2000", "3000"] * 2
+    assert [command[-2:] for command in commands[1::2]] == [["--until", "475"]] * 3 + [["--until", "-100"]] * 3
+    assert commands[1][2:5] == ["ppo", "CartPole-v1", "100000"]
+    text = levels.section()
+    assert "| CartPole-v1 | 475 | 8 s | 4,000 | 120 s | 1,200 | 100,000 |" in text
+    assert "| Acrobot-v1 | −100 | 6 s | 3,000 | never | – | 1,000,000 |" in text
+    assert levels.in_words([[10, 1], [30, 3], [None, None]]) == ("2 s (2 of 3 seeds)", "20")
+    capsys.readouterr()
+    assert benchmark.main(["levels", "Pong", "--peer-python", sys.executable]) == 2
+    assert "there is no level for Pong: choose from CartPole-v1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["sft", "dpo"])
