@@ -12,8 +12,6 @@ Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 15
     python algos/a2c.py                                           # CartPole-v1, which the defaults are made for: 500
     python algos/a2c.py --env-id LunarLander-v3 --normalize --total-timesteps 2000000 --learning-rate 5e-3 \\
         --anneal-lr --gamma 0.995 --gae-lambda 0.95 --ent-coef 0.002  # 245
-    python algos/a2c.py --env-id Pendulum-v1 --normalize --total-timesteps 2000000 --num-envs 8 --num-steps 16 \\
-        --learning-rate 1.5e-3 --anneal-lr --gamma 0.9 --gae-lambda 0.9  # -170
     python algos/a2c.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-steps 16 \\
         --learning-rate 2e-3 --anneal-lr --gae-lambda 0.95 --log-std-init -1  # 3726
 

@@ -8,10 +8,13 @@
 The gradient of the expected return needs no model of the environment: make each action more likely in proportion to the
 return that followed it (Sutton et al. 1999). Only a policy is learnt; no value estimate lowers the gradient's variance.
 
-    python algos/reinforce.py      # CartPole-v1, which the defaults are made for; Acrobot-v1 wants --learning-rate 5e-3
+    python algos/reinforce.py                                     # CartPole-v1, which the defaults are made for: 498
+    python algos/reinforce.py --env-id Acrobot-v1 --learning-rate 5e-3 --gamma 0.95  # -86
+    python algos/reinforce.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 4 \\
+        --learning-rate 3e-3 --gamma 0.97 --log-std-init -1.5  # 1190
 
-Each update plays one new episode per environment. Logged values are means since the last log. Returns are those of the
-environment.
+Each update plays one new episode per environment. The row after its end is the reset: the action there is ignored,
+and it is not counted as a step. Logged values are means since the last log. Returns are those of the environment.
 
 Differs from the paper:
  1. The returns of an update are normalised over all its steps, which scales the gradient and subtracts a baseline.

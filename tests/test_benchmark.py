@@ -794,7 +794,7 @@ RECORDED = [spec for spec in specs.SPECS if references.ours(spec)]
 RETURNS = [spec for spec in RECORDED if spec.measures[0].tag == "charts/episodic_return"]
 
 
-@pytest.mark.parametrize("script", ["a2c", "dqn", "ppo"])
+@pytest.mark.parametrize("script", ["reinforce", "a2c", "dqn", "ppo"])
 def test_the_commands_of_a_docstring_end_where_it_says(script):
     module = importlib.import_module(script)
     command = r"(?m)^ *python algos/\w+\.py([^#\n]*)#.*?(-?\d+)$"
