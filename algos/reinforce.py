@@ -9,7 +9,7 @@ The gradient of the expected return needs no model of the environment: make each
 return that followed it (Sutton et al. 1999). Only a policy is learnt; no value estimate lowers the gradient's variance.
 
     python algos/reinforce.py                                     # CartPole-v1, which the defaults are made for: 498
-    python algos/reinforce.py --env-id Acrobot-v1 --learning-rate 5e-3 --gamma 0.95  # -86
+    python algos/reinforce.py --env-id Acrobot-v1 --learning-rate 5e-3 --gamma 0.95  # -89
     python algos/reinforce.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 4 \\
         --learning-rate 3e-3 --gamma 0.97 --log-std-init -1.5  # 1190
 
