@@ -10,9 +10,8 @@ of the next state. Random replay breaks the correlation of successive steps; a l
 Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (target network, clipped error, CNN).
 
     python algos/dqn.py                                           # CartPole-v1, which the defaults are made for: 492
-    python algos/dqn.py --env-id LunarLander-v3 --num-envs 4 --buffer-size 100000 --learning-starts 1000 \\
-        --train-every 4 --target-every 1000 --learning-rate 6.3e-4 --loss huber --max-grad-norm 10 --epsilon-end 0.1 \\
-        --exploration-fraction 0.1  # 231
+    python algos/dqn.py --env-id LunarLander-v3 --buffer-size 100000 --train-every 4 --target-every 1000 \\
+        --learning-rate 6.3e-4 --loss huber --max-grad-norm 10  # 231
     python algos/dqn.py --env-id MountainCar-v0 --env-kwargs '{"max_episode_steps": 1000}' --num-envs 16 \\
         --buffer-size 100000 --learning-starts 1000 --train-every 4 --target-every 600 --learning-rate 1e-3 \\
         --epsilon-end 0.01  # -135
