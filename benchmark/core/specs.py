@@ -238,6 +238,8 @@ SPECS = (
          (*CPU, "--reward-model", f"{BENCHMARK}/world/true_reward.py:reward", "--total-episodes", "16384"), evaluation=EVALUATE),
     Spec("grpo", "prompts", {"quick": 1, "full": 5}, 3, GRPO, (*CPU, "--save-every", "8"), peer="trl_grpo_prompts.json",
          evaluation=EVALUATE),
+    Spec("grpo", "kl-in-reward", {"full": 3}, 4, GRPO,
+         (*CPU, "--save-every", "8", "--kl-in", "reward", "--no-normalize-by-std"), evaluation=EVALUATE),
     Spec("ppo", "Pong", {"atari": 1}, 150, returns(-20.7, optimum=21.0),
          (*CONTROL, "--env-id", "ALE/Pong-v5", "--total-timesteps", "2000000", "--num-envs", "16", "--num-steps", "128",
           "--num-minibatches", "4", "--clip-coef", "0.1", "--learning-rate", "3e-4", "--gamma", "0.99")),
