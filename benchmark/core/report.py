@@ -22,7 +22,7 @@ these pages from what is recorded in `../reference` and `*.json`: do not edit th
 """
 MORE = {  # a file beside README.md: its title, and what it holds
     "published": ("Published numbers", "ours beside what others published"),
-    "growth": ("Time and memory", "speed beside the peers, and how cost grows as sizes double"),
+    "growth": ("Time and memory", "time until a task is learnt, speed beside the peers, and cost as sizes double"),
     "faults": ("Planted faults", "mistakes that were planted in the scripts, and the test that noticed each"),
     "method": ("Method", "how an answer is found, what a check can see, and how often it is a false alarm"),
     "tiers": ("Tiers", "what each tier runs and how long it takes"),

@@ -68,12 +68,12 @@ def measure(peer_python: Path, tasks: list[str]) -> None:
 
 
 def in_words(runs: list[list[float | None]]) -> tuple[str, str]:
-    """Median seconds and steps of the runs that got there, and how many did where not all."""
-    there = [run for run in runs if run != NEVER]
-    if not there:
+    """Median seconds and steps of runs, where never is longest, and how many got there if not all."""
+    there = sum(run != NEVER for run in runs)
+    steps, seconds = (median(np.inf if value is None else value for value in column) for column in zip(*runs))
+    if not np.isfinite(seconds):
         return "never", "–"
-    steps, seconds = map(median, zip(*there))
-    share = "" if len(there) == len(runs) else f" ({len(there)} of {len(runs)} seeds)"
+    share = "" if there == len(runs) else f" ({there} of {len(runs)} seeds)"
     return f"{seconds:,.0f} s{share}", f"{steps:,.0f}"
 
 
