@@ -11,6 +11,7 @@ Papers: Shao et al. 2024, arXiv 2402.03300 (GRPO); Liu et al. 2025, arXiv 2503.2
 arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
 
     python algos/grpo.py  # the small language world: 0.81 of the possible gain
+    python algos/grpo.py --kl-in reward --no-normalize-by-std  # the same, with the KL penalty in the score: 0.89
     python algos/grpo.py --kl-coef 0.05 --reward-model benchmark/world/own_feelings.py:reward  # 6 % right, then 99 %
     accelerate launch algos/grpo.py --model Qwen/Qwen3-0.6B --dataset my.jsonl --reward-model my_rewards.py:correct \\
         --chat-template-kwargs '{"enable_thinking": false}' --response-length 256 --max-length 1024 --kl-coef 0.05 \\
@@ -24,6 +25,7 @@ Differs from the paper:
  1. The reference is the policy at the start throughout; no new reward model is trained (Algorithm 1's outer loop).
  2. The KL term is multiplied by π/π_old (DeepSeek-V3.2, 2512.02556). Without it the gradient is not that of the KL.
  3. AdamW without weight decay, a learning rate that falls linearly to 0, the gradient's norm clipped to 1, no dropout.
+ 4. `--kl-in reward` takes the penalty off the score. In the loss, no token answers for the KL of those after it.
 """
 
 import argparse

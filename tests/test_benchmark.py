@@ -794,6 +794,15 @@ RECORDED = [spec for spec in specs.SPECS if references.ours(spec)]
 RETURNS = [spec for spec in RECORDED if spec.measures[0].tag == "charts/episodic_return"]
 
 
+@pytest.mark.parametrize("task, flags", [("prompts", ""), ("kl-in-reward", " --kl-in reward --no-normalize-by-std")])
+def test_the_share_that_grpos_docstring_says_is_that_recorded(task, flags):
+    (spec,) = [spec for spec in RECORDED if spec.name == f"grpo-{task}"]
+    finals = [figures["evaluation/share"]["final"] for figures in references.ours(spec).seeds.values()]
+    text = importlib.import_module("grpo").__doc__
+    (said,) = re.findall(rf"python algos/grpo\.py{flags}  # the .*?([\d.]+)(?: of the possible gain)?\n", text)
+    assert_rounded(said, np.mean(finals))
+
+
 @pytest.mark.parametrize("script", ["reinforce", "a2c", "dqn", "ppo"])
 def test_the_commands_of_a_docstring_end_where_it_says(script):
     module = importlib.import_module(script)
