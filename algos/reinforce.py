@@ -11,7 +11,7 @@ return that followed it (Sutton et al. 1999). Only a policy is learnt; no value 
     python algos/reinforce.py                                     # CartPole-v1, which the defaults are made for: 498
     python algos/reinforce.py --env-id Acrobot-v1 --learning-rate 5e-3 --gamma 0.95  # -89
     python algos/reinforce.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 4 \\
-        --learning-rate 3e-3 --gamma 0.97 --log-std-init -1.5  # 1190
+        --learning-rate 3e-3 --gamma 0.97 --log-std-init -1.5  # 986
 
 Each update plays one new episode per environment. The row after its end is the reset: the action there is ignored,
 and it is not counted as a step. Logged values are means since the last log. Returns are those of the environment.
