@@ -158,7 +158,7 @@ def report_command(args: argparse.Namespace) -> None:
     from cost import growth, levels, speed
     from faults import plant
 
-    cost = "\n".join([levels.section(), speed.section(), growth.section()])
+    cost = f"{levels.section()}\n{speed.section()}\n{growth.section()}"
     report.write(args.out, {"faults": plant.section(), "growth": cost})
 
 

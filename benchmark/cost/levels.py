@@ -61,10 +61,11 @@ def measure(peer_python: Path, tasks: list[str]) -> None:
     for task in tasks or LEVELS:
         pairs = []
         for seed in SEEDS:
-            pairs.append([ours(task, seed), peers(peer_python, task, seed)])
-            print(f"{task}, seed {seed}: steps and seconds of ours {pairs[-1][0]}, of the peer {pairs[-1][1]}", flush=True)
-        found = specs.results("levels") | {task: pairs}
-        specs.keep("levels", {name: found[name] for name in LEVELS if name in found})
+            found = [ours(task, seed), peers(peer_python, task, seed)]
+            print(f"{task}, seed {seed}: steps and seconds of ours {found[0]}, of the peer {found[1]}", flush=True)
+            pairs.append(found)
+        known = specs.results("levels") | {task: pairs}
+        specs.keep("levels", {name: known[name] for name in LEVELS if name in known})
 
 
 def in_words(runs: list[list[float | None]]) -> tuple[str, str]:
