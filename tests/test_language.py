@@ -749,6 +749,13 @@ def test_a_reward_model_is_no_language_model_and_one_with_two_labels_no_reward_m
 
 
 @scripts
+def test_a_prompt_is_found_in_a_chat_whatever_blanks_are_around_it(script):
+    chat = [{"role": "user", "content": " What is it?"}, {"role": "assistant", "content": "A film."}]
+    module = importlib.import_module(script)
+    assert module.prompt_turns("What is it? ", [chat]) == chat[:1]
+
+
+@scripts
 def test_noise_of_training_is_off_whatever_it_is_called(script, tmp_path):
     moe = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 4}
     noise = {"input_jitter_noise": 0.1, "router_jitter_noise": 0.1, "attention_dropout": 0.1}
@@ -759,6 +766,21 @@ def test_noise_of_training_is_off_whatever_it_is_called(script, tmp_path):
         ids = torch.arange(4, 20)[None]
         with torch.no_grad():
             assert torch.equal(model.eval()(ids).logits, model.train()(ids).logits)
+
+
+@scripts
+def test_noise_and_positions_are_read_in_a_config_within_the_models_own(script, tmp_path):
+    small = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    text = {"vocab_size": 23, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 1}
+    text |= {"attention_dropout": 0.5, "max_position_embeddings": 64}
+    vision = small | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=small | text, vision_config=vision)
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "nested")
+    tiny.word_tokenizer().save_pretrained(tmp_path / "nested")
+    model = loads(script, tmp_path / "nested")[0]
+    assert model.config.get_text_config().attention_dropout == 0
+    with pytest.raises(SystemExit, match="has 64 positions"):
+        loads(script, tmp_path / "nested", max_length=65)
 
 
 @scripts
