@@ -556,6 +556,9 @@ def test_the_time_until_a_level_is_read_from_the_logs_of_both(monkeypatch, capsy
     assert "| CartPole-v1 | 475 | 8 s | 4,000 | 120 s | 1,200 | 100,000 |" in text
     assert "| Acrobot-v1 | −100 | 6 s | 3,000 | never | – | 1,000,000 |" in text
     assert levels.in_words([[10, 1], [30, 3], [None, None]]) == ("3 s (2 of 3 seeds)", "30")
+    short = {"step": [10], "return": [500], "seconds": [1]}
+    monkeypatch.setattr(levels, "output", lambda command: command[5].write_text(json.dumps({"seeds": {"1": short}})))
+    assert levels.peers("python", "CartPole-v1", 1) == [None, None]  # one episode is not 100
     capsys.readouterr()
     assert benchmark.main(["levels", "Pong", "--peer-python", sys.executable]) == 2
     assert "there is no level for Pong: choose from CartPole-v1" in capsys.readouterr().err

@@ -46,7 +46,8 @@ def peers(peer_python: Path, task: str, seed: int) -> list[float | None]:
         until = ["--until", str(LEVELS[task])]
         output([peer_python, PEERS / "sb3.py", "ppo", task, str(steps), file, str(seed), *until])
         curve = json.loads(file.read_text())["seeds"][str(seed)]
-    if np.mean(curve["return"][-100:]) < LEVELS[task]:
+    last = curve["return"][-100:]
+    if len(last) < 100 or np.mean(last) < LEVELS[task]:
         return NEVER
     return [curve["step"][-1], curve["seconds"][-1]]
 
