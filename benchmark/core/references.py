@@ -30,12 +30,17 @@ class Reference:
     """of a run, where it was measured"""
 
 
+def record_of(spec: Spec) -> dict[str, Any] | None:
+    """The whole record of this repository's runs."""
+    path = specs.REFERENCE / "ours" / f"{spec.name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def ours(spec: Spec) -> Reference | None:
     """What is recorded of this repository."""
-    path = specs.REFERENCE / "ours" / f"{spec.name}.json"
-    if not path.exists():
+    record = record_of(spec)
+    if record is None:
         return None
-    record = json.loads(path.read_text())
     seeds = {seed: noted["measures"] for seed, noted in record["seeds"].items()}
     seconds = [noted["seconds"] for noted in record["seeds"].values() if noted["seconds"]]
     return Reference("ours", record["steps"], seeds, record["key"], sum(seconds) / len(seconds) if seconds else None)
@@ -136,7 +141,8 @@ def record(spec: Spec, number: int, runs: Path) -> Path:
     seeds = {}
     for seed in wanted:
         note = notes[seed]
-        seeds[str(seed)] = {"seconds": note["seconds"], "measures": note["measures"]}
+        kept = ("seconds", "gigabytes", "measures", "answers")  # answers of a real model only
+        seeds[str(seed)] = {name: note[name] for name in kept if name in note}
     content = {
         "command": f"python algos/{spec.script}.py {flags} --seed S",
         "key": key(spec),

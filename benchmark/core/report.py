@@ -278,6 +278,74 @@ def against_peers() -> str:
     )
 
 
+def convergence(folder: Path) -> str:
+    """Draw how near policies come to the optimum with more data; returns Markdown that shows it."""
+    shares = specs.results("convergence")
+    if not shares:
+        return ""
+    from world import convergence as room
+
+    room.draw(shares, folder / "convergence.png")
+    sizes = sorted({int(size) for points in shares.values() for size in points})
+    rows = [
+        [line, *(shown(points[str(size)]) if str(size) in points else "" for size in sizes)]
+        for line, points in shares.items()
+    ]
+    return (
+        "## The small language world: more data\n\nThe share of J* − J_ref against the answers sampled in training "
+        "(rlhf_ppo.py, grpo.py) or the pairs (dpo.py), by `python benchmark/run.py convergence`: each point a run of "
+        "its own, seed 1, 1,000 prompts. Between the true reward and the learned one lies what a reward model costs.\n\n"
+        f"![share against data](../pictures/convergence.png)\n\n{table(['', *map(pictures.in_words, sizes)], rows)}"
+    )
+
+
+def quoted(text: str) -> str:
+    """An answer of a model as one cell of a table."""
+    return f"`{text.strip().replace(chr(10), ' ⏎ ').replace('`', chr(39))}`" if text.strip() else "(nothing)"
+
+
+def real_model() -> str:
+    """Answers of a real model before and after training on four tasks."""
+    rows, samples = [], []
+    for spec in specs.SPECS:
+        ours = spec.is_real and references.record_of(spec)
+        if not ours:
+            continue
+        (seed,) = ours["seeds"].values()
+        answers = seed["answers"]
+        measures = [f"{measure.name} {shown(seed['measures'][measure.tag]['final'])}" for measure in spec.measures[:-1]]
+        rows.append([
+            f"{spec.script}.py", spec.task, spec.measures[-1].name, shown(answers["before"]), shown(answers["after"]),
+            f"{answers['words_before']:.0f} to {answers['words_after']:.0f}", "; ".join(measures),
+            f"{seed['seconds'] / 60:.0f} min", f"{seed['gigabytes']:.1f} GB",
+        ])  # fmt: skip
+        samples += [
+            [spec.task, *(quoted(each[name]) for name in ("asked", "before", "after"))] for each in answers["samples"]
+        ]
+    if not rows:
+        return ""
+    header = [
+        "script",
+        "task",
+        "figure, held-out rows",
+        "before",
+        "after",
+        "words of an answer",
+        "also logged",
+        "time",
+        "memory",
+    ]
+    return (
+        "## A real model\n\nSmolLM2-135M-Instruct, one run per task on one thread, in bfloat16. `../real/tasks.py` "
+        "makes the data and judges the answers. Once `python benchmark/run.py smollm2` has written the model, "
+        "`python benchmark/run.py run --tier real` trains and measures all four, and `benchmark/run.py record --tier "
+        "real` keeps the result. Before and after are the same held-out questions, answered by the likeliest tokens "
+        "(films: by samples).\n\n"
+        f"{table(header, rows)}\nThe first held-out questions and their answers (⏎ is a new line):\n\n"
+        f"{table(['task', 'asked', 'before', 'after'], samples)}"
+    )
+
+
 def alarms() -> str:
     """How often the unchanged scripts were judged what."""
     rows = []
@@ -413,6 +481,7 @@ def write(out: Path, more: dict[str, str]) -> None:
         (folder / f"{name}.md").write_text(f"# {title}\n\nOf [the results](README.md).\n\n{more[name]}")
         links.append(f"- [{title}]({name}.md): {what}.\n")
     parts = [INTRO, against_peers(), results(), learning_curves(out / "pictures"), pong(out / "pictures"), policies()]
+    parts += [convergence(out / "pictures"), real_model()]
     parts.append(f"## More\n\n{''.join(links)}")
     (folder / "README.md").write_text("\n".join(part for part in parts if part))
     print(f"wrote {folder}/README.md, {', '.join(f'{name}.md' for name in MORE)} and the pictures")

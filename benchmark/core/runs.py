@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -67,8 +68,11 @@ def assets_key() -> str:
 def key(spec: Spec) -> str:
     """Fingerprint of all that a run depends on, bar its seed."""
     scripts = [specs.ALGOS / f"{spec.script}.py"]
-    scripts += [BENCHMARK / "world" / "evaluate_policy.py"] if spec.evaluation else []
-    flags = [flag.replace(str(BENCHMARK), "benchmark") for flag in spec.flags]  # wherever the repository lies
+    if spec.is_real:
+        scripts += sorted((BENCHMARK / "real").glob("*.py"))
+    elif spec.evaluation:
+        scripts.append(BENCHMARK / "world" / "evaluate_policy.py")
+    flags = [flag.replace(f"{BENCHMARK.parent}/", "") for flag in spec.flags]  # wherever the repository lies
     parts = [*map(code_of, scripts), *flags, *spec.evaluation, str(versions(spec))]
     if spec.language:
         parts.append(assets_key())
@@ -91,6 +95,13 @@ def finished(spec: Spec, runs: Path) -> dict[int, dict[str, Any]]:
 # --- run ---
 
 
+def peak_memory(process: subprocess.Popen) -> float:
+    """GB that a process has held at most so far; 0 where the system does not say it, or when the process has ended."""
+    status = Path(f"/proc/{process.pid}/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) / 1e6 if found else 0.0
+
+
 @dataclass
 class Run:
     """One seed of a spec, and the process that is at it."""
@@ -102,6 +113,8 @@ class Run:
     """run directory of the script"""
     process: subprocess.Popen | None = None
     start: float = 0.0
+    gigabytes: float = 0.0
+    """of memory, at most"""
     continued: bool = False
     evaluated: bool = False
 
@@ -148,6 +161,7 @@ class Run:
 
     def poll(self) -> str | None:
         """None while at it, '' when all is done and noted, else what went wrong."""
+        self.gigabytes = max(self.gigabytes, peak_memory(self.process))
         status = self.process.poll()
         if status is None:
             return None
@@ -168,11 +182,14 @@ class Run:
         seconds = None if self.continued else round(time.time() - self.start, 1)
         note = {
             "seconds": seconds,
+            "gigabytes": round(self.gigabytes, 2),
             "date": str(date.today()),
             "versions": versions(self.spec),
             "steps": figures.pop("steps"),
             "measures": figures,
         }
+        if self.spec.is_real:
+            note["answers"] = json.loads((self.dir / "evaluation.json").read_text())[0]
         new = self.dir.with_suffix(".new")
         new.write_text(json.dumps(note) + "\n")
         os.replace(new, self.dir.with_suffix(".json"))

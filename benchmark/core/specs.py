@@ -23,7 +23,8 @@ BENCHMARK = Path(__file__).resolve().parent.parent
 ALGOS = BENCHMARK.parent / "algos"
 REFERENCE = BENCHMARK / "reference"
 RESULTS = BENCHMARK / "results"
-TIERS = ("quick", "full", "mujoco", "atari")  # about 10, 130 and 120 minutes on two cores; Atari is not measured
+REAL = BENCHMARK.parent / "runs" / "smollm2"  # a real model and its data, by run.py smollm2
+TIERS = ("quick", "full", "mujoco", "real", "atari")  # results/tiers.md has their minutes; Atari is not measured
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class Spec:
     def language(self) -> bool:
         """Whether it is a script on text, which reads the assets."""
         return self.script in ("sft", "reward_model", "dpo", "rlhf_ppo", "grpo")
+
+    @property
+    def is_real(self) -> bool:
+        """Whether it trains the real model on a task of real/tasks.py."""
+        return "real" in self.seeds
 
     @property
     def recorded_seeds(self) -> int:
@@ -172,6 +178,19 @@ def mujoco(env_id: str) -> tuple[str, ...]:
     return (*CONTROL, "--env-id", env_id, "--normalize", "--total-timesteps", "1000000")
 
 
+def real(data: str, *flags: str) -> dict[str, Any]:
+    """A task of the tier real, on the model and data that run.py smollm2 writes."""
+    model = (*CPU, "--bf16", "--model", f"{REAL}/model", "--dataset", f"{REAL}/{data}")
+    evaluation = ("evaluate-real", "{run}", "--json", "{run}/evaluation.json")
+    return {"task": data, "seeds": {"real": 1}, "flags": (*model, *flags), "evaluation": evaluation}
+
+
+def judged(name: str, start: float, best: float | None = None) -> Measure:
+    """What the judge of a task says of the held-out answers after training; `start` is what it says before."""
+    optimum = (lambda: best) if best is not None else None
+    return Measure("evaluation/after", name, margin=0.25, start=start, optimum=optimum)
+
+
 PPO_MUJOCO = ("--num-envs", "1", "--num-steps", "2048", "--num-minibatches", "32", "--num-epochs", "10",
               "--learning-rate", "3e-4", "--ent-coef", "0", "--gamma", "0.99")  # fmt: skip
 CARTPOLE = {"task": "CartPole-v1", "flags": CONTROL, "measures": returns(22, optimum=500.0)}
@@ -243,6 +262,22 @@ SPECS = (
     Spec("grpo", "true-reward", {"full": 3}, 5, GRPO,
          (*CPU, "--save-every", "32", "--kl-in", "reward", "--no-normalize-by-std", "--total-episodes", "16384",
           "--reward-model", f"{BENCHMARK}/world/true_reward.py:reward"), evaluation=EVALUATE),
+    Spec("sft", minutes=20, measures=(Measure("eval/loss", "held-out loss", higher=False), judged("right JSON", 0.0, 1.0)),
+         **real("extraction", "--max-length", "256", "--batch-size", "16", "--epochs", "1", "--learning-rate", "5e-5",
+                "--eval-every", "25")),
+    Spec("dpo", minutes=10, measures=(PAIR_ACCURACY, judged("bare right answers", 0.0, 1.0)),
+         **real("comparisons", "--max-length", "256", "--batch-size", "16", "--max-steps", "40", "--learning-rate", "1e-5",
+                "--beta", "0.1", "--eval-every", "20")),
+    Spec("grpo", minutes=18, measures=(HELD_OUT_SCORE, KL, judged("right sums", 0.3, 1.0)),
+         **real("sums", "--reward-model", f"{BENCHMARK}/real/rewards.py:right_sum", "--response-length", "6",
+                "--max-length", "64", "--total-episodes", "4096", "--batch-size", "64", "--num-minibatches", "1",
+                "--num-epochs", "1", "--learning-rate", "1e-5", "--kl-coef", "0.02", "--missing-eos-penalty", "0",
+                "--save-every", "16")),
+    Spec("rlhf_ppo", minutes=20, measures=(KL, judged("VADER's sentiment", 0.2)),
+         **real("films", "--reward-model", f"{BENCHMARK}/real/rewards.py:sentiment", "--response-length", "24",
+                "--max-length", "64", "--total-episodes", "1024", "--batch-size", "64", "--num-minibatches", "2",
+                "--num-ppo-epochs", "2", "--learning-rate", "2e-5", "--kl-coef", "0.05", "--missing-eos-penalty", "0",
+                "--save-every", "16")),
     Spec("ppo", "Pong", {"atari": 1}, 150, returns(-20.7, optimum=21.0),
          (*CONTROL, "--env-id", "ALE/Pong-v5", "--total-timesteps", "2000000", "--num-envs", "16", "--num-steps", "128",
           "--num-minibatches", "4", "--clip-coef", "0.1", "--learning-rate", "3e-4", "--gamma", "0.99")),
