@@ -5,9 +5,9 @@
 # ///
 """Direct preference optimisation (DPO): learn from preferences between two completions, without a reward model.
 
-RLHF's best policy is π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β). Solved for r, each policy is the best for some reward:
-β·log π(y|x)/π_ref(y|x), plus a function of x. Put into the Bradley-Terry likelihood of the pairs, σ(r(x, y_w) -
-r(x, y_l)), this reward gives a loss on π itself.
+RLHF's best policy is π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β). We solve this for r: every policy π is the best one for the
+reward β·log π(y|x)/π_ref(y|x) plus a function of x. The Bradley-Terry model says how likely the pairs are under a
+reward: σ(r(x, y_w) - r(x, y_l)). With this reward, that likelihood is a loss on π itself.
 Papers: Rafailov et al. 2023, arXiv 2305.18290 (DPO); Azar et al. 2023, arXiv 2310.12036 (IPO); Mitchell 2023, "A note
 on DPO with noisy preferences" (cDPO).
 

@@ -5,8 +5,9 @@
 # ///
 """Deep Q-Network (DQN): Q-learning with a network, from replayed steps and towards a network that lags behind.
 
-Q(s, a) is the return of action a in state s when the best actions follow. It is fitted to the reward plus the largest Q
-of the next state. Random replay breaks the correlation of successive steps; a lagging copy θ⁻ keeps the target still.
+Q(s, a) is the expected return of action a in state s when the best actions follow. It is fitted to the reward plus γ
+times the largest Q of the next state. Random replay breaks the correlation of successive steps. A lagging copy θ⁻ of
+the network keeps the target still.
 Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (target network, clipped error, CNN).
 
     python algos/dqn.py                                           # CartPole-v1, which the defaults are made for: 492
@@ -25,10 +26,10 @@ last log. Returns are those of the environment, q_values are Q(s, a) of the repl
 
 Differs from the paper:
  1. Adam, and the plain squared error; `--loss huber` has the gradient of the clipped error of 2015.
- 2. N environments are stepped side by side. All intervals count their steps together, that of the target network too.
+ 2. N environments are stepped side by side. All intervals count the steps of all N, also the target network's.
  3. A truncated episode continues with the Q of its final observation; only a termination ends the return.
  4. Vectors: an MLP of 120 and 84 units. Atari: no sticky actions, whole games, rewards clipped to their sign.
- 5. A run that is lengthened by --resume stretches the fall of ε over the new total, and says so where ε goes up.
+ 5. A run that is lengthened by --resume stretches the fall of ε over the new total, and prints a line if ε rises.
 """
 
 import argparse
@@ -87,7 +88,7 @@ class Args:
     train_every: int = 10  # Environment steps per minibatch.
     learning_starts: int = 10_000  # Environment steps before the first minibatch.
     gamma: float = 0.99  # Discount factor γ.
-    loss: Literal["mse", "huber"] = "mse"  # Loss of the error: its square (Eq. 2), or linear beyond ±1 (Nature).
+    loss: Literal["mse", "huber"] = "mse"  # Loss of the error: its square (DQN Eq. 2), or linear beyond ±1 (Nature).
     buffer_size: int = 10_000  # Rows of the replay buffer: one per step, and one more for each final observation.
     target_every: int = 500  # Environment steps between copies of the network to θ⁻ (Nature Algorithm 1).
     epsilon_end: float = 0.05  # Share ε of random actions in the end; it starts at 1.

@@ -12,20 +12,21 @@ arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
 
     python algos/grpo.py  # the small language world: 0.81 of the possible gain
     python algos/grpo.py --kl-in reward --no-normalize-by-std  # the KL penalty in the score: 0.89
-    python algos/grpo.py --kl-coef 0.05 --reward-model benchmark/world/own_feelings.py:reward  # 6 % right, then 99 %
+    python algos/grpo.py --kl-coef 0.05 --reward-model benchmark/world/own_feelings.py:reward  # 0.06 to 0.99
     accelerate launch algos/grpo.py --model Qwen/Qwen3-0.6B --dataset my.jsonl --reward-model my_rewards.py:correct \\
         --chat-template-kwargs '{"enable_thinking": false}' --response-length 256 --max-length 1024 --kl-coef 0.05 \\
         --total-episodes 100000 --batch-size 512 --bf16 --gradient-checkpointing
 
 Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
 completions, **other columns) -> list of numbers, as in TRL. Letters: B responses of a rollout, G of a group, b of a
-micro-batch, R tokens of a response, L of a whole row, V words of the vocabulary. Logged: objective/kl and /entropy are
-sums over a response of log π/π_ref and -log π; frac_reward_zero_std is the share of groups of equal scores.
+micro-batch, R tokens of a response, L of a whole row, V words of the vocabulary. Logged: objective/kl sums log π/π_ref
+over a response, objective/entropy sums -log π; frac_reward_zero_std is the share of groups of equal scores.
 Differs from the paper:
  1. The reference is the policy at the start throughout; no new reward model is trained (Algorithm 1's outer loop).
  2. The KL term is multiplied by π/π_old (DeepSeek-V3.2, 2512.02556). Without it the gradient is not that of the KL.
  3. AdamW without weight decay, a learning rate that falls linearly to 0, the gradient's norm clipped to 1, no dropout.
- 4. `--kl-in reward` takes the penalty off the score. In the loss, no token answers for the KL of those after it.
+ 4. `--kl-in reward` subtracts the penalty from the score instead. In the loss, a token does not count the KL of later
+    tokens.
 """
 
 import argparse
@@ -95,7 +96,7 @@ class Args:
     kl_in: Literal["loss", "reward"] = "loss"  # Where the penalty is: the loss, as in the paper, or the score (RLOO).
     group_size: int = 8  # Number G of responses to each prompt of a rollout.
     baseline: Literal["group", "leave-one-out"] = "group"  # Mean of the whole group, or of the other responses (RLOO).
-    normalize_by_std: bool = True  # Divide by the group's std and each response's length; without it by R (Dr. GRPO).
+    normalize_by_std: bool = True  # Divide by group std and response length; if off, only by R (Dr. GRPO).
     clip_coef: float = 0.2  # Clip range ε of the ratio (PPO Eq. 7).
     missing_eos_penalty: float = 1.0  # Taken off the score of a response without a stop token.
 

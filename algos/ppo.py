@@ -18,7 +18,7 @@ Papers: Schulman et al. 2017, arXiv 1707.06347 (PPO); Schulman et al. 2015, arXi
         --num-minibatches 32 --learning-rate 3e-4 --ent-coef 0 --gamma 0.99 --log-std-init -1  # 4987
 
 Environments reset one step after an episode has ended (gymnasium's NEXT_STEP). So the observation that comes with
-`done` is the true final one, and its value is that of the next row. This next row is the reset: its action is ignored,
+`done` is the true final one, and its value stands in the next row. This next row is the reset: its action is ignored,
 and it is not counted as a step. Logged values are means since the last log. Returns are those of the environment.
 
 Differs from the paper:
@@ -87,7 +87,7 @@ class Args:
     gamma: float = 0.98  # Discount factor γ.
     gae_lambda: float = 0.95  # Factor λ of generalised advantage estimation (GAE Eq. 16).
     clip_coef: float = 0.2  # Clip range ε of the ratio (PPO Eq. 7).
-    target_kl: float = 0.0  # Stop the epochs of an update once approx_kl exceeds this; 0 never does.
+    target_kl: float = 0.0  # End an update's epochs once approx_kl, the KL from the old policy, exceeds this; 0: off.
     ent_coef: float = 0.01  # Coefficient c2 of the entropy bonus (PPO Eq. 9).
     vf_coef: float = 0.5  # Coefficient c1 of the value loss (PPO Eq. 9).
     log_std_init: float = 0.0  # Logarithm of the standard deviation of Box actions at the start.

@@ -6,7 +6,7 @@
 """REINFORCE: the policy gradient itself, from whole episodes (Williams 1992, Machine Learning 8).
 
 The gradient of the expected return needs no model of the environment: make each action more likely in proportion to the
-return that followed it (Sutton et al. 1999). Only a policy is learnt; no value estimate lowers the gradient's variance.
+return that followed it (Sutton et al. 1999). Only a policy is learnt. There is no critic to lower the variance.
 
     python algos/reinforce.py                                     # CartPole-v1, which the defaults are made for: 498
     python algos/reinforce.py --env-id Acrobot-v1 --learning-rate 5e-3 --gamma 0.95  # -89

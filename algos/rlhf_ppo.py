@@ -19,15 +19,15 @@ arXiv 1707.06347 (PPO); Schulman et al. 2015, arXiv 1506.02438 (GAE).
 Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
 completions, **other columns) -> list of numbers, as in TRL; the critic then starts from the policy. A state is a prompt
 with the response so far, an action the next token. Letters: B responses of a rollout, b of a micro-batch, R tokens of a
-response, L of a whole row, V words of the vocabulary, d width of a model. Logged: objective/kl and /entropy are sums
-over a response of log π/π_ref and -log π; objective/scores is r(x, y) less the penalty of an unfinished response.
+response, L of a whole row, V words of the vocabulary, d width of a model. Logged: objective/kl sums log π/π_ref over
+a response, objective/entropy sums -log π; objective/scores is r(x, y) less the penalty of an unfinished response.
 
 Differs from the papers:
  1. Policy and critic are two models, as in InstructGPT, and both learning rates fall linearly to 0.
  2. No dropout, so that π_old is π before the first step. β is constant: no controller (Ziegler 2.2).
  3. A response without a stop token is scored as it is, less a penalty. Ziegler gives it a fixed reward of -1.
- 4. Advantages are normalised over the rollout, gradients are clipped to norm 1, a value's change to ± clip-coef.
- 5. No pretraining gradients (InstructGPT Eq. 2 with γ = 0).
+ 4. Advantages are normalised over the rollout, gradients are clipped to norm 1, value changes to ± clip-coef.
+ 5. No pretraining gradients (InstructGPT's PPO without its "ptx").
 """
 
 import argparse

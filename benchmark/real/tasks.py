@@ -17,7 +17,12 @@ from typing import Any
 from real import rewards
 
 Row = dict[str, Any]
-NUMBERS = {"sums": (4000, 400), "comparisons": (1000, 200), "extraction": (2000, 200), "films": (2000, 200)}
+NUMBERS = {
+    "sums": (4000, 400),
+    "comparisons": (1000, 200),
+    "extraction": (2000, 200),
+    "films": (2000, 200),
+}  # rows to train on, and held-out rows
 
 NAMES = "Ada Ben Carla David Elena Farid Grace Hugo Ines Jonas Kavya Liam Mira Noah Olga Pablo Quinn Rosa Sven Tara"
 CITIES = "Athens Berlin Cairo Dublin Edinburgh Florence Geneva Hanoi Istanbul Jakarta Kyoto Lima Madrid Nairobi Oslo"
@@ -40,7 +45,7 @@ OPENING = "To solve this problem, we need to find the larger of the two numbers.
 
 
 def sum_row(rng: random.Random) -> Row:
-    """A sum of two numbers below 100 after one that is done."""
+    """One solved sum, and then a sum of two numbers below 100."""
     first, second = rng.randint(10, 99), rng.randint(10, 99)
     return {"prompt": f"12 + 25 = 37\n{first} + {second} =", "answer": str(first + second)}
 
@@ -91,7 +96,7 @@ def question_of(row: Row) -> Any:
 
 
 def judge(task: str, row: Row, answer: str) -> float:
-    """1 for a right answer, 0 for another; of films the sentiment."""
+    """1 for a right answer and 0 for any other; for films, the sentiment."""
     if task == "sums":
         return rewards.right_sum([row["prompt"]], [answer], [row["answer"]])[0]
     if task == "films":
