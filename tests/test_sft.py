@@ -1,5 +1,6 @@
 """sft.py: which tokens have a loss, how texts become tokens, in which order rows come, and what main does with flags."""
 
+import functools
 import gzip
 import itertools
 import json
@@ -191,6 +192,13 @@ def test_texts_that_were_rendered_beforehand_get_no_second_bos_or_stop():
     row = {"prompt": "<turn>user plot", "completion": f" {SENTENCE}<|im_end|>\n"}
     ((_, completion),) = rows_of(tiny.gemma_like(), [row])
     assert tiny.gemma_like().convert_ids_to_tokens(completion[-1]) == "<|im_end|>"  # its turn's end, not EOS after it
+
+
+def test_an_ordinary_word_that_a_template_puts_behind_an_answer_does_not_end_answers():
+    tokenizer = tiny.word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %} {{ m.role }} : {{ m.content }} . {% endfor %}"
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    assert sft.stop_tokens(tokenizer, render) == [tokenizer.eos_token_id]
 
 
 def test_the_first_of_several_stop_tokens_ends_an_answer_and_one_within_it_does_not():
