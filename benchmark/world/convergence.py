@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import ASSETS, build_assets
 
 ROOT = Path(__file__).resolve().parents[2]
-EPISODES = (1_024, 2_048, 4_096, 8_192, 16_384)
+EPISODES = (1_024, 4_096, 16_384)
 PAIRS = (4_000, 16_000, 64_000)
 SEED = 1
 TRUE_REWARD = ("--reward-model", str(ROOT / "benchmark" / "world" / "true_reward.py:reward"))
