@@ -130,13 +130,14 @@ def test_its_figures_of_the_language_scripts_are_those_recorded(script):
     assert [float(text) for text in said] == pytest.approx(exact, abs=0.00051)
 
 
-def test_its_shares_with_the_true_reward_are_those_recorded():
-    (said,) = re.findall(r"With the true reward and 16,384 episodes (.*)\.\n", README)
-    shares = dict(zip(("rlhf_ppo", "grpo"), re.findall(r"0\.\d+", said), strict=True))
-    for script, share in shares.items():
-        (spec,) = [spec for spec in specs.SPECS if spec.name == f"{script}-true-reward"]
-        finals = [figures["evaluation/share"]["final"] for figures in references.ours(spec).seeds.values()]
-        assert float(share) == round(np.mean(finals), 3), script
+def test_what_it_says_of_a_real_model_is_recorded():
+    (said,) = re.findall(r"(?m)^A real model, .*$", README)
+    shares = dict(zip(("grpo-sums", "sft-extraction"), re.findall(r"from (\d+) to (\d+) %", said), strict=True))
+    for name, (before, after) in shares.items():
+        (spec,) = [spec for spec in specs.SPECS if spec.name == name]
+        answers = references.record_of(spec)["seeds"]["1"]["answers"]
+        assert int(before) == round(100 * answers["before"])
+        assert int(after) == round(100 * answers["after"])
 
 
 def test_its_speeds_are_those_measured():

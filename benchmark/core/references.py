@@ -137,7 +137,7 @@ def record(spec: Spec, number: int, runs: Path) -> Path:
         fault = f"{spec.name}: no finished run of seed {', '.join(missing)}: run.py run {spec.name} --seeds {number}"
         raise SystemExit(f"error: {fault}")
     first = notes[wanted[0]]
-    flags = shlex.join(spec.flags)
+    flags = shlex.join(flag.replace(f"{specs.BENCHMARK.parent}/", "") for flag in spec.flags)
     seeds = {}
     for seed in wanted:
         note = notes[seed]
