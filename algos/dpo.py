@@ -127,6 +127,7 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
     first = max(1, min(len(prompt) for prompt, completion in rows))  # a row's first token has none before it
     labels = labels[:, first:]  # (b, R)
+    # The logits at a token are those of the next one, so the last token of ids is only predicted.
     logits = model(ids[:, :-1], logits_to_keep=labels.shape[1], use_cache=False).logits.float()  # (b, R, V)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return -losses.view_as(labels), labels != -100
@@ -386,7 +387,7 @@ def stop_tokens(tokenizer: Any, render: Callable) -> list[int]:
 
 def end_once(tokenizer: Any, ids: list[int], stops: list[int]) -> list[int]:
     """Ids of a completion up to the first of the stop tokens that close it; one without them gets EOS."""
-    end = len(ids)
+    end = len(ids)  # of the text; behind it stand stop tokens and blanks
     while end > 0 and (ids[end - 1] in stops or not tokenizer.decode(ids[end - 1]).strip()):
         end -= 1
     for i in range(end, len(ids)):

@@ -141,6 +141,7 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
     first = max(1, min(len(prompt) for prompt, completion in rows))  # a row's first token has none before it
     labels = labels[:, first:]  # (b, R)
+    # The logits at a token are those of the next one, so the last token of ids is only predicted.
     logits = model(ids[:, :-1], logits_to_keep=labels.shape[1], use_cache=False).logits.float()  # (b, R, V)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return -losses.view_as(labels), labels != -100
@@ -844,6 +845,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
                     loss = losses.sum() / len(minibatch)  # GRPO Eq. 3, negated
                     accelerator.backward(loss * processes)  # the gradient becomes the mean over the processes
                     log_ratio = log_ratio.detach()
+                    # Logged are means over all tokens of the minibatch.
                     metrics["loss/policy"].append((pg_losses.detach() * mask[mine]).sum() / num_tokens)
                     metrics["loss/kl"].append(kl_losses.detach().sum() / num_tokens)
                     metrics["policy/approxkl"].append((log_ratio.exp() - 1 - log_ratio).sum() / num_tokens)

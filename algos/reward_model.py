@@ -348,7 +348,7 @@ def stop_tokens(tokenizer: Any, render: Callable) -> list[int]:
 
 def end_once(tokenizer: Any, ids: list[int], stops: list[int]) -> list[int]:
     """Ids of a completion up to the first of the stop tokens that close it; one without them gets EOS."""
-    end = len(ids)
+    end = len(ids)  # of the text; behind it stand stop tokens and blanks
     while end > 0 and (ids[end - 1] in stops or not tokenizer.decode(ids[end - 1]).strip()):
         end -= 1
     for i in range(end, len(ids)):

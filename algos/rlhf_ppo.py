@@ -139,6 +139,7 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
     first = max(1, min(len(prompt) for prompt, completion in rows))  # a row's first token has none before it
     labels = labels[:, first:]  # (b, R)
+    # The logits at a token are those of the next one, so the last token of ids is only predicted.
     logits = model(ids[:, :-1], logits_to_keep=labels.shape[1], use_cache=False).logits.float()  # (b, R, V)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return -losses.view_as(labels), labels != -100

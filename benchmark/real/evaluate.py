@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from real import tasks
 from real.tasks import Row
 
-LENGTHS = {"sums": 6, "comparisons": 40, "extraction": 60, "films": 24}  # tokens
+LENGTHS = {"sums": 6, "comparisons": 6, "extraction": 60, "films": 24}  # tokens
 BATCH = 50
 SHOWN = 3
 

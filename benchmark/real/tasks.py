@@ -3,7 +3,7 @@
 | folder | trained by | asked | what is measured on held-out rows |
 | --- | --- | --- | --- |
 | sums | grpo | "59 + 63 =", after one example | share of right answers |
-| comparisons | dpo | which of two numbers is larger; the pairs prefer a bare right answer | share of bare right answers |
+| comparisons | dpo | "The larger of 850 and 819 is", after one example; the right number is preferred | share of right answers |
 | extraction | sft | a sentence about a person, as JSON | share of answers that are that JSON |
 | films | rlhf_ppo | to go on with a review; the reward is VADER's | mean of VADER's compound score, -1 to 1 |
 """
@@ -41,7 +41,6 @@ BEGINNINGS = (
     'My review of the {kind} "{title}": the acting is',
     'The new {kind} "{title}" is in cinemas now, and the story is',
 )
-OPENING = "To solve this problem, we need to find the larger of the two numbers. The larger number is "
 
 
 def sum_row(rng: random.Random) -> Row:
@@ -51,16 +50,11 @@ def sum_row(rng: random.Random) -> Row:
 
 
 def comparison_row(rng: random.Random) -> Row:
-    """A pair: the larger number alone is preferred to the smaller one, or to an answer in the model's wordy manner."""
-    numbers = rng.sample(range(100, 1000), 2)
-    right, wrong = f"{max(numbers)}.", f"{min(numbers)}."
-    question = f"Which number is larger, {numbers[0]} or {numbers[1]}?"
-    rejected = wrong if rng.random() < 0.5 else f"{OPENING}{right}"
-    return {
-        "prompt": [{"role": "user", "content": question}],
-        "chosen": [{"role": "assistant", "content": right}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-    }
+    """A pair: of two numbers the larger is preferred, after one example."""
+    first, second = rng.sample(range(100, 1000), 2)
+    larger, smaller = max(first, second), min(first, second)
+    prompt = f"The larger of 237 and 682 is 682\nThe larger of {first} and {second} is"
+    return {"prompt": prompt, "chosen": f" {larger}", "rejected": f" {smaller}"}
 
 
 def extraction_row(rng: random.Random) -> Row:
@@ -95,14 +89,21 @@ def question_of(row: Row) -> Any:
     return row["prompt"] if "prompt" in row else row["messages"][:1]
 
 
+def right_answer(task: str, row: Row) -> str:
+    """The answer that is right, where there is one."""
+    if task == "sums":
+        return row["answer"]
+    return row["chosen"].strip() if task == "comparisons" else row["messages"][1]["content"]
+
+
 def judge(task: str, row: Row, answer: str) -> float:
     """1 for a right answer and 0 for any other; for films, the sentiment."""
-    if task == "sums":
-        return rewards.right_sum([row["prompt"]], [answer], [row["answer"]])[0]
     if task == "films":
         return rewards.sentiment([row["prompt"]], [answer])[0]
-    right = row["chosen"] if task == "comparisons" else row["messages"][1:]
-    return float(answer.strip() == right[0]["content"])
+    right = right_answer(task, row)
+    if task == "extraction":
+        return float(answer.strip() == right)
+    return rewards.right_sum([row["prompt"]], [answer], [right])[0]  # the first line counts
 
 
 def make(task: str) -> tuple[list[Row], list[Row]]:
