@@ -330,11 +330,13 @@ def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
             if said[end - len(asked) : end] == asked:
                 return chats[0][:end]
         return prompt
+    if len(chats) == 1:
+        return []
     shared = []
-    for turns in zip(*[chat[:-1] for chat in chats]):
-        if len(chats) == 1 or turns[0] != turns[1]:
+    for first, second in zip(chats[0][:-1], chats[1][:-1]):
+        if first != second:
             break
-        shared.append(turns[0])
+        shared.append(first)
     return shared
 
 

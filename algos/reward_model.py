@@ -196,7 +196,8 @@ def draw_new_head(model: nn.Module, name: str) -> None:
     made_for = str(model.config.architectures)
     adapter_file = transformers.utils.find_adapter_config_file(name)
     if adapter_file:
-        made_for += Path(adapter_file).read_text()
+        adapter = json.loads(Path(adapter_file).read_text())
+        made_for += f"{adapter.get('task_type')} {adapter.get('auto_mapping')}"
     if "ForSequenceClassification" not in made_for and "SEQ_CLS" not in made_for:
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)  # arXiv 2009.01325
 
@@ -291,11 +292,13 @@ def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
             if said[end - len(asked) : end] == asked:
                 return chats[0][:end]
         return prompt
+    if len(chats) == 1:
+        return []
     shared = []
-    for turns in zip(*[chat[:-1] for chat in chats]):
-        if len(chats) == 1 or turns[0] != turns[1]:
+    for first, second in zip(chats[0][:-1], chats[1][:-1]):
+        if first != second:
             break
-        shared.append(turns[0])
+        shared.append(first)
     return shared
 
 

@@ -483,11 +483,13 @@ def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
             if said[end - len(asked) : end] == asked:
                 return chats[0][:end]
         return prompt
+    if len(chats) == 1:
+        return []
     shared = []
-    for turns in zip(*[chat[:-1] for chat in chats]):
-        if len(chats) == 1 or turns[0] != turns[1]:
+    for first, second in zip(chats[0][:-1], chats[1][:-1]):
+        if first != second:
             break
-        shared.append(turns[0])
+        shared.append(first)
     return shared
 
 
@@ -842,7 +844,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         next_values = nn.functional.pad(old_values[:, 1:], (0, 1))
         # Time goes first in GAE, and a response ends for good with its last token.
         advantages = compute_gae(
-            token_rewards.T, old_values.T, next_values.T, last.T, last.T, gamma=1.0, lam=args.gae_lambda
+            token_rewards.T, old_values.T, next_values.T, terminated=last.T, done=last.T, gamma=1.0, lam=args.gae_lambda
         ).T
         returns = advantages + old_values
         mean, std = advantages[mask].mean(), advantages[mask].std(correction=0)

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from helpers import ALGOS, samples_logged, scalars, spy_on
 from reward_model import pair_rewards, reward_loss, text_rewards
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 CPU, LOADER = torch.device("cpu"), AutoModelForSequenceClassification
 USER = {"role": "user", "content": "review of plot :"}
@@ -240,6 +240,20 @@ def test_a_reward_model_whose_head_has_another_name_is_refused(world):
     save_file(tensors, f"{args.model}/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SystemExit, match="lacks the weights .*score.weight"):
         run(args)
+
+
+def test_a_head_is_new_whatever_the_folder_of_the_adapters_base_is_called(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    tiny.make_model(tmp_path / "SEQ_CLS")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "SEQ_CLS")
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    tiny.word_tokenizer().save_pretrained(tmp_path / "adapter")
+    model, _, _ = load(tmp_path / "adapter")
+    head = model.score.weight.detach().clone()
+    reward_model.draw_new_head(model, str(tmp_path / "adapter"))
+    assert not torch.equal(model.score.weight, head)
 
 
 def test_the_head_below_an_adapter_without_one_is_kept(tmp_path):
