@@ -295,7 +295,7 @@ def convergence(folder: Path) -> str:
         "## The small language world: more data\n\nThe share of J* − J_ref against the answers sampled in training "
         "(rlhf_ppo.py, grpo.py) or the pairs (dpo.py), by `python benchmark/run.py convergence`: each point a run of "
         "its own, seed 1, 1,000 prompts. Between the true reward and the learned one lies what a reward model costs.\n\n"
-        f"![share against data](../pictures/convergence.png)\n\n{table(['', *map(pictures.in_words, sizes)], rows)}"
+        f"![share against data](../pictures/convergence.png)\n\n{table(['', *(f'{size:,}' for size in sizes)], rows)}"
     )
 
 
