@@ -317,7 +317,7 @@ def real_model() -> str:
         rows.append([
             f"{spec.script}.py", spec.task, spec.measures[-1].name, shown(answers["before"]), shown(answers["after"]),
             f"{answers['words_before']:.0f} to {answers['words_after']:.0f}", "; ".join(measures),
-            f"{seed['seconds'] / 60:.0f} min", f"{seed['gigabytes']:.1f} GB",
+            f"{seed['seconds'] / 60:.0f} min" if seed["seconds"] else "–", f"{seed['gigabytes']:.1f} GB" if seed["gigabytes"] else "–",
         ])  # fmt: skip
         samples += [
             [spec.task, *(quoted(each[name]) for name in ("asked", "before", "after"))] for each in answers["samples"]

@@ -182,7 +182,7 @@ class Run:
         seconds = None if self.continued else round(time.time() - self.start, 1)
         note = {
             "seconds": seconds,
-            "gigabytes": round(self.gigabytes, 2),
+            "gigabytes": None if self.continued else round(self.gigabytes, 2),
             "date": str(date.today()),
             "versions": versions(self.spec),
             "steps": figures.pop("steps"),
