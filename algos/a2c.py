@@ -15,9 +15,10 @@ Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 15
     python algos/a2c.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-steps 16 \\
         --learning-rate 2e-3 --anneal-lr --gae-lambda 0.95 --log-std-init -1  # 3726
 
-Environments reset one step after an episode has ended (gymnasium's NEXT_STEP). So the observation that comes with
-`done` is the true final one, and its value is that of the next row. This next row is the reset: its action is ignored,
-and it is not counted as a step. Logged values are means since the last log. Returns are those of the environment.
+Environments reset one step after an episode has ended (gymnasium's NEXT_STEP). The observation that comes with `done`
+is the episode's last, and its value stands in the next row. There the environment only resets: no step is counted.
+Logged values are means since the last log. Returns are the environment's own; behind a command above stands their mean
+over the last 100 episodes.
 
 Differs from the paper:
  1. Synchronous: one process steps N environments, where the threads of A3C update on their own.
@@ -72,10 +73,10 @@ class Args:
     eval_episodes: int = 20  # Episodes of the greedy policy after training; 0 leaves them out.
     capture_video: bool = False  # Write an mp4 of one greedy episode, of 2,000 steps at most, to <run-dir>/videos.
     env_id: str = "CartPole-v1"  # Environment as gymnasium names it; my_module:Name-v0 imports my_module first.
-    env_kwargs: str = "{}"  # Arguments of the environment, as a JSON object.
+    env_kwargs: str = "{}"  # Arguments for gymnasium.make_vec and the environment, as a JSON object.
     total_timesteps: int = 500_000  # Environment steps to train for.
     num_envs: int = 16  # Number N of environments that are stepped side by side.
-    normalize: bool = False  # Normalise observations, and rewards where there is a critic, by running statistics.
+    normalize: bool = False  # Normalise observations, and in a2c and ppo rewards, by running statistics.
     learning_rate: float = 1e-3  # Learning rate of RMSprop at the start.
     anneal_lr: bool = False  # Let the learning rate fall linearly to 0.
     num_steps: int = 5  # Number T of steps in each environment between two updates (A3C's t_max).
@@ -183,7 +184,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
         """Actions drawn from π(·|s), or the likeliest ones: (B,) integers or (B, A) floats, on the CPU."""
-        policy = self.actor(self.features(obs)).cpu()  # a checkpoint keeps the CPU's random numbers
+        policy = self.actor(self.features(obs)).cpu()  # draws use the CPU's random state, which a checkpoint keeps
         if self.discrete and not greedy:
             policy = policy - torch.empty_like(policy).exponential_().log()  # Gumbel noise: its argmax is a draw
         if self.discrete:
@@ -327,7 +328,7 @@ def load_checkpoint(path: Path) -> dict:
         raise SystemExit(f"--resume {path}: {file} is damaged or no checkpoint ({type(error).__name__})") from error
     if script != SCRIPT:
         raise SystemExit(f"--resume {path}: written by {script}.py, not {SCRIPT}.py")
-    saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # a copy begins a new run
+    saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # renamed: a new run
     return saved
 
 
@@ -511,7 +512,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         for name, value in losses.items():
             metrics[f"losses/{name}"].append(value.detach())
         if args.normalize and not agent.is_image:
-            agent.obs_norm.update(b_obs)  # after the update, which must see what `act` saw
+            agent.obs_norm.update(b_obs / agent.obs_scale)  # after the update, which must see what `act` saw
 
         # ===== log and save =====
         is_last = step >= args.total_timesteps or bool(caught)

@@ -17,7 +17,7 @@ on DPO with noisy preferences" (cDPO).
 Data: columns `prompt`, `chosen` and `rejected`, or the last two alone, both beginning with the prompt. They hold texts
 or lists of {"role", "content"} messages. Letters: B pairs of an update, b of a micro-batch, R tokens of a completion,
 L of a whole row, V words of the vocabulary. Logged: rewards/* is the implicit reward β·log π/π_ref, and logps/* is
-log π(y|x). Both usually fall; only the difference between chosen and rejected counts.
+log π(y|x). Both usually fall, for the chosen and the rejected completion; only their difference counts.
 
 Differs from the paper:
  1. AdamW without weight decay instead of RMSprop, a cosine schedule, the gradient's norm clipped to 1, no dropout.
@@ -50,7 +50,6 @@ from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
@@ -113,9 +112,9 @@ class Args:
 
 
 def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """log π(y_t | x, y_<t) of rows [prompt, completion] of token ids, and a mask of the completions: (b, R) each.
+    """log π(y_t | x, y_<t) of rows [prompt, completion] of token ids, and a mask of the completions: (b, K) each.
 
-    R counts from the first completion's first token to the last one's end. Log-probabilities are 0 outside the mask.
+    The K columns go from where the earliest completion begins to the longest row's end; outside the mask they are 0.
     """
     ids = []
     labels = []
@@ -125,10 +124,10 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     # What fills a row up, here any token, stands to its right, where a causal model does not look.
     ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=int(ids[0][-1])).to(device)  # (b, L)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
-    first = max(1, min(len(prompt) for prompt, completion in rows))  # a row's first token has none before it
-    labels = labels[:, first:]  # (b, R)
+    first = max(1, min(len(prompt) for prompt, completion in rows))  # nothing stands before column 0 to predict it from
+    labels = labels[:, first:]  # (b, K)
     # The logits at a token are those of the next one, so the last token of ids is only predicted.
-    logits = model(ids[:, :-1], logits_to_keep=labels.shape[1], use_cache=False).logits.float()  # (b, R, V)
+    logits = model(ids[:, :-1], logits_to_keep=labels.shape[1], use_cache=False).logits.float()  # (b, K, V)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return -losses.view_as(labels), labels != -100
 
@@ -137,7 +136,7 @@ def pair_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> Te
     """log π(y|x) = Σ_t log π(y_t | x, y_<t) of both completions of rows [prompt, chosen, rejected]: (2, b)."""
     chosen_rows = [[prompt, chosen] for prompt, chosen, rejected in rows]
     rejected_rows = [[prompt, rejected] for prompt, chosen, rejected in rows]
-    logprobs, _ = completion_logprobs(model, chosen_rows + rejected_rows, device)  # (2b, R)
+    logprobs, _ = completion_logprobs(model, chosen_rows + rejected_rows, device)  # (2b, K)
     return logprobs.sum(1).view(2, -1)
 
 
@@ -319,7 +318,7 @@ def check_value(value: Any, place: str) -> None:
 
 
 def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
-    """Turns of a prompt, text or messages: all up to it where a chat repeats it; without one what two chats share."""
+    """A prompt as messages. Where the chat repeats it: all up to its end. Without one: what both chats begin with."""
     if isinstance(prompt, str) and prompt:
         prompt = [{"role": "user", "content": prompt}]
     if prompt and chats[0][0]["role"] == "assistant":
@@ -578,6 +577,8 @@ def catch_signals() -> list[int]:
 
 def keep_float32(accelerator: Accelerator) -> None:
     """Let FSDP2 add gradients up and leave results in float32 where it computes in bfloat16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy  # --help need not wait for it
+
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
@@ -736,7 +737,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         for micro_batch in micro_batches(train, batch, args.micro_batch_size):
             measured = measure(train, ref_logprobs, micro_batch[own])
             loss = measured["loss"].sum() / args.batch_size
-            accelerator.backward(loss * processes)  # the gradient becomes the mean over the processes
+            accelerator.backward(loss * processes)  # accelerate takes the mean over processes, not the sum
             for name, values in measured.items():
                 metrics[name].append(values.detach())
         norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)

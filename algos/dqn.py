@@ -19,10 +19,12 @@ Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (t
         --num-envs 8 --train-every 4 --buffer-size 1000000 --learning-starts 80000 --target-every 1000 \\
         --epsilon-end 0.01 --exploration-fraction 0.1 --save-every 2000000      # 7 GB of memory, 14 of disk
 
-Environments reset one step after an episode has ended (gymnasium's NEXT_STEP). So the observation that comes with
-`done` is the true final one, and the next observation of a step is always in the next row. The row after `done` is
-the reset: its action is ignored, it is not counted as a step, and it is never drawn. Logged values are means since the
-last log. Returns are those of the environment, q_values are Q(s, a) of the replayed steps.
+Environments reset one step after an episode has ended (gymnasium's NEXT_STEP). The observation that comes with `done`
+is the episode's last. It opens the next row, as the next observation of every step does. In that row the environment
+only resets: the action is ignored, no step is counted, and replay never draws it. q_values are Q(s, a) of the replayed
+steps.
+Logged values are means since the last log. Returns are the environment's own; behind a command above stands their mean
+over the last 100 episodes.
 
 Differs from the paper:
  1. Adam, and the plain squared error; `--loss huber` has the gradient of the clipped error of 2015.
@@ -79,7 +81,7 @@ class Args:
     eval_episodes: int = 20  # Episodes of the greedy policy after training; 0 leaves them out.
     capture_video: bool = False  # Write an mp4 of one greedy episode, of 2,000 steps at most, to <run-dir>/videos.
     env_id: str = "CartPole-v1"  # Environment as gymnasium names it; my_module:Name-v0 imports my_module first.
-    env_kwargs: str = "{}"  # Arguments of the environment, as a JSON object.
+    env_kwargs: str = "{}"  # Arguments for gymnasium.make_vec and the environment, as a JSON object.
     total_timesteps: int = 500_000  # Environment steps to train for.
     num_envs: int = 20  # Number N of environments that are stepped side by side.
     learning_rate: float = 2.5e-4  # Learning rate of Adam.
@@ -148,7 +150,7 @@ class QNetwork(nn.Module):
     @torch.no_grad()
     def act(self, obs: Tensor, epsilon: float = 0.0, greedy: bool = False) -> Tensor:
         """Actions (B,) of the largest Q, random ones with probability ε unless greedy, on the CPU."""
-        q = self(obs).cpu()  # a checkpoint keeps the CPU's random numbers
+        q = self(obs).cpu()  # draws use the CPU's random state, which a checkpoint keeps
         explore = torch.rand(len(q)) < (0.0 if greedy else epsilon)
         random_actions = torch.randint(q.shape[1], (len(q),))
         return torch.where(explore, random_actions, q.argmax(-1))
@@ -360,7 +362,7 @@ def load_checkpoint(path: Path) -> dict:
         raise SystemExit(f"--resume {path}: {file} is damaged or no checkpoint ({type(error).__name__})") from error
     if script != SCRIPT:
         raise SystemExit(f"--resume {path}: written by {script}.py, not {SCRIPT}.py")
-    saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # a copy begins a new run
+    saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # renamed: a new run
     return saved
 
 

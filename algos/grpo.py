@@ -11,7 +11,7 @@ Papers: Shao et al. 2024, arXiv 2402.03300 (GRPO); Liu et al. 2025, arXiv 2503.2
 arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
 
     python algos/grpo.py  # the small language world: 0.81 of the possible gain
-    python algos/grpo.py --kl-in reward --no-normalize-by-std  # the KL penalty in the score: 0.85
+    python algos/grpo.py --kl-in reward --scale-rewards batch --learning-rate 3e-4  # the KL in the score: 0.85
     python algos/grpo.py --kl-coef 0.05 --reward-model benchmark/world/own_feelings.py:reward  # 0.06 to 0.99
     accelerate launch algos/grpo.py --model Qwen/Qwen3-0.6B --dataset my.jsonl --reward-model my_rewards.py:correct \\
         --chat-template-kwargs '{"enable_thinking": false}' --response-length 256 --max-length 1024 --kl-coef 0.05 \\
@@ -22,11 +22,13 @@ completions, **other columns) -> list of numbers, as in TRL. Letters: B response
 micro-batch, R tokens of a response, L of a whole row, V words of the vocabulary. Logged: objective/kl sums log π/π_ref
 over a response, objective/entropy sums -log π; frac_reward_zero_std is the share of groups of equal scores.
 Differs from the paper:
- 1. The reference is the policy at the start throughout; no new reward model is trained (Algorithm 1's outer loop).
+ 1. π_ref stays the starting policy. Algorithm 1's outer loop, which renews it and the reward model, is left out.
  2. The KL term is multiplied by π/π_old (DeepSeek-V3.2, 2512.02556). Without it the gradient is not that of the KL.
  3. AdamW without weight decay, a learning rate that falls linearly to 0, the gradient's norm clipped to 1, no dropout.
- 4. `--kl-in reward` subtracts the penalty from the score instead. In the loss, a token does not count the KL of later
-    tokens.
+ 4. In the loss, a token is trained on its own KL, but not on what it does to the KL of later tokens. `--kl-in reward`
+    takes the whole response's KL off its score instead, which counts both.
+ 5. `--scale-rewards group` is the paper's: advantages / std of the group, losses / length of the response. In its place
+    batch divides by the std of the rollout and by R, and none by R alone (Dr. GRPO).
 """
 
 import argparse
@@ -58,7 +60,6 @@ from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
@@ -82,7 +83,7 @@ class Args:
     eval_split: str = "auto"  # Split of prompts to evaluate on; auto takes test or validation, '' the training split.
     chat_template_kwargs: str = "{}"  # Arguments of the chat template, as a JSON object.
     total_episodes: int = 4096  # Responses to sample in all.
-    max_length: int = 512  # Longest row in tokens, prompt and response. Longer prompts are left out.
+    max_length: int = 512  # Longest row in tokens. Prompts that leave no room are left out.
     learning_rate: float = 0  # Learning rate at the start; 0: 5e-4 in the small world, else 3e-6, or 3e-5 with LoRA.
     batch_size: int = 128  # Number B of responses in a rollout, over all processes.
     num_minibatches: int = 4  # Minibatches per epoch, one step of the optimiser each.
@@ -96,7 +97,7 @@ class Args:
     kl_in: Literal["loss", "reward"] = "loss"  # Where the penalty is: the loss, as in the paper, or the score (RLOO).
     group_size: int = 8  # Number G of responses to each prompt of a rollout.
     baseline: Literal["group", "leave-one-out"] = "group"  # Mean of the whole group, or of the other responses (RLOO).
-    normalize_by_std: bool = True  # Divide by group std and response length; if off, only by R (Dr. GRPO).
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # Whose std divides the advantages; none: Dr. GRPO.
     clip_coef: float = 0.2  # Clip range ε of the ratio (PPO Eq. 7).
     missing_eos_penalty: float = 1.0  # Taken off the score of a response without a stop token.
 
@@ -120,16 +121,16 @@ class Args:
         if self.batch_size % math.lcm(self.num_minibatches, self.group_size):
             raise ValueError("batch-size must be a multiple of num-minibatches and of group-size")
         if not 0 < self.batch_size <= self.total_episodes:
-            raise ValueError("batch-size must be at least 1, and total-episodes at least batch-size")
+            raise ValueError("batch-size must be at least 1, total-episodes at least batch-size")
 
 
 # --- algorithm ---
 
 
 def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """log π(y_t | x, y_<t) of rows [prompt, completion] of token ids, and a mask of the completions: (b, R) each.
+    """log π(y_t | x, y_<t) of rows [prompt, completion] of token ids, and a mask of the completions: (b, K) each.
 
-    R counts from the first completion's first token to the last one's end. Log-probabilities are 0 outside the mask.
+    The K columns go from where the earliest completion begins to the longest row's end; outside the mask they are 0.
     """
     ids = []
     labels = []
@@ -139,10 +140,10 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     # What fills a row up, here any token, stands to its right, where a causal model does not look.
     ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=int(ids[0][-1])).to(device)  # (b, L)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
-    first = max(1, min(len(prompt) for prompt, completion in rows))  # a row's first token has none before it
-    labels = labels[:, first:]  # (b, R)
+    first = max(1, min(len(prompt) for prompt, completion in rows))  # nothing stands before column 0 to predict it from
+    labels = labels[:, first:]  # (b, K)
     # The logits at a token are those of the next one, so the last token of ids is only predicted.
-    logits = model(ids[:, :-1], logits_to_keep=labels.shape[1], use_cache=False).logits.float()  # (b, R, V)
+    logits = model(ids[:, :-1], logits_to_keep=labels.shape[1], use_cache=False).logits.float()  # (b, K, V)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return -losses.view_as(labels), labels != -100
 
@@ -162,15 +163,20 @@ def response_logprobs(model: nn.Module, rows: list[Any], R: int, device: torch.d
     return response_columns(logprobs, [length - min(lengths) for length in lengths], rows, R)
 
 
-def group_advantages(scores: Tensor, leave_one_out: bool, by_std: bool) -> Tensor:
-    """A = (r - mean of the group) / std of the group (GRPO 4.1.2), of scores (B/G, G); RLOO: less the others' mean."""
+def group_advantages(scores: Tensor, leave_one_out: bool, scale: str) -> Tensor:
+    """A = (r - mean of the group) / std of the group (GRPO 4.1.2), of scores (B/G, G); RLOO: less the others' mean.
+
+    With scale "batch" the std is that of all advantages of the rollout; "none" divides by nothing (Dr. GRPO).
+    """
     G = scores.shape[1]
     scores = scores - scores[:, :1]  # equal ones are exactly 0
     advantages = scores - scores.mean(1, keepdim=True)
     if leave_one_out:
         advantages = advantages * G / (G - 1)  # = r - mean of the others
-    if by_std:
+    if scale == "group":
         advantages = advantages / (scores.std(1, keepdim=True) + 1e-4)
+    if scale == "batch":
+        advantages = advantages / (advantages.std() + 1e-4)
     return advantages
 
 
@@ -461,7 +467,7 @@ def check_value(value: Any, place: str) -> None:
 
 
 def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
-    """Turns of a prompt, text or messages: all up to it where a chat repeats it; without one what two chats share."""
+    """A prompt as messages. Where the chat repeats it: all up to its end. Without one: what both chats begin with."""
     if isinstance(prompt, str) and prompt:
         prompt = [{"role": "user", "content": prompt}]
     if prompt and chats[0][0]["role"] == "assistant":
@@ -495,7 +501,7 @@ def stop_tokens(tokenizer: Any, render: Callable) -> list[int]:
 
 
 def encode_prompt(row: dict[str, Any], tokenizer: Any, render: Callable, stops: list[int], place: str) -> list[int]:
-    """Token ids of a row's `prompt`, up to where the answer begins. Beside columns of chats it is asked as a chat."""
+    """Token ids of a row's `prompt`, up to where the answer begins. A text becomes a chat where other columns are."""
     prompt = row["prompt"]
     check_value(prompt, f"{place}, column prompt")
     if isinstance(prompt, str) and not prompt.strip():
@@ -649,6 +655,8 @@ def catch_signals() -> list[int]:
 
 def keep_float32(accelerator: Accelerator) -> None:
     """Let FSDP2 add gradients up and leave results in float32 where it computes in bfloat16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy  # --help need not wait for it
+
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
@@ -754,13 +762,13 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     def roll_out(asked: list[Any], noise: torch.Generator) -> tuple[list[Any], Tensor, Tensor, Tensor]:
         """Rows [prompt, response], log π and log π_ref of their tokens, (B, R) each, and their scores, (B,)."""
         # Each process answers its share of the prompts.
-        prompts = [ids for ids, row in asked]
+        asked_ids = [ids for ids, row in asked]
         indices = list(range(len(asked)))
         uniform = torch.rand(len(asked), R, generator=noise, dtype=torch.float64)
         with accelerator.autocast():
-            responses = sample(policy, prompts[own], uniform[own].to(device))
+            responses = sample(policy, asked_ids[own], uniform[own].to(device))
         answered = sorted(gather_object(list(zip(indices[own], responses))))  # in the order of the prompts again
-        rows = [[prompts[i], response] for i, response in answered]
+        rows = [[asked_ids[i], response] for i, response in answered]
 
         # And computes the log-probabilities and scores of its share of the rows.
         logprobs = torch.zeros(len(rows), R, device=device)
@@ -824,8 +832,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         groups = scores.view(-1, G)  # of one prompt each
         if args.kl_in == "reward":
             groups = (scores - args.kl_coef * kl).view(-1, G)
-        advantages = group_advantages(groups, args.baseline == "leave-one-out", args.normalize_by_std).view(B, 1)
-        divisors = lengths if args.normalize_by_std else torch.full_like(lengths, R)  # |o_i| of Eq. 3; R in Dr. GRPO
+        advantages = group_advantages(groups, args.baseline == "leave-one-out", args.scale_rewards).view(B, 1)
+        divisors = lengths if args.scale_rewards == "group" else torch.full_like(lengths, R)  # |o_i| of Eq. 3, or R
         loss_kl_coef = args.kl_coef if args.kl_in == "loss" else 0.0
 
         # ===== update =====
@@ -835,19 +843,21 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         metrics = defaultdict(list)
         for _ in range(args.num_epochs):
             for minibatch in torch.randperm(B, generator=noise).chunk(args.num_minibatches):
+                # Logged are means over the tokens of a minibatch, and then over the processes.
                 num_tokens = mask[minibatch].sum() / processes
                 optimizer.zero_grad()
                 for micro_batch in micro_batches(rows, minibatch.tolist(), args.micro_batch_size):
                     mine = micro_batch[own]
-                    logprobs = response_logprobs(model, [rows[i] for i in mine], R, device)  # (b, R)
+                    my_rows = [rows[i] for i in mine]
+                    logprobs = response_logprobs(model, my_rows, R, device)  # (b, R)
                     log_ratio = logprobs - old_logprobs[mine]
                     pg_losses = policy_loss(log_ratio, advantages[mine], args.clip_coef)
                     kl_losses = kl_penalty(logprobs, old_logprobs[mine], ref_logprobs[mine])
                     losses = (pg_losses + loss_kl_coef * kl_losses) * mask[mine] / divisors[mine]
                     loss = losses.sum() / len(minibatch)  # GRPO Eq. 3, negated
-                    accelerator.backward(loss * processes)  # the gradient becomes the mean over the processes
+                    accelerator.backward(loss * processes)  # accelerate takes the mean over processes, not the sum
                     log_ratio = log_ratio.detach()
-                    # Logged are means over all tokens of the minibatch.
+                    # Behind a response the KLs are 0 already.
                     metrics["loss/policy"].append((pg_losses.detach() * mask[mine]).sum() / num_tokens)
                     metrics["loss/kl"].append(kl_losses.detach().sum() / num_tokens)
                     metrics["policy/approxkl"].append((log_ratio.exp() - 1 - log_ratio).sum() / num_tokens)

@@ -9,15 +9,15 @@ Q*(s, a) is the return of action a in state s when the best actions follow. Each
 a sample of Bellman's optimality equation. Where the environment publishes its transitions (`P`, as toy text does),
 value iteration finds Q* first, and two exact errors are logged. Both are 0 when the optimum is learnt:
 
- - charts/q_error is the mean of |Q - Q*| over all pairs (s, a) that can be reached, where Q is 0 until a first visit.
- - charts/regret is V*(s₀) - V^π(s₀), what the greedy policy π loses to the optimal one from the mean start state s₀.
+ - charts/q_error is the mean of |Q - Q*| over all pairs (s, a) that can be reached. Q is 0 where none was tried.
+ - charts/regret is V*(s₀) - V^π(s₀), what the greedy policy π loses to the optimal one, on average over starts s₀.
 
     python algos/q_learning.py    # Taxi-v4: regret 0, q_error 4.7 (0 with --alpha-decay 0 --epsilon-end 0.5)
     python algos/q_learning.py --env-id FrozenLake-v1 --total-timesteps 500000  # regret 0, q_error 0.013
     python algos/q_learning.py --env-id CliffWalking-v1 --alpha-decay 0 --total-timesteps 100000  # regret 0, q_error 0
 
 Differs from the paper:
- 1. N environments side by side, which update one after another, with targets from the table before these updates.
+ 1. N environments step together. Their N targets come from the same table; then N updates follow one by one.
  2. The step size is α = 1 / n^ω at the n-th visit of a pair; ω > 1/2 averages chance out (Even-Dar & Mansour 2003).
  3. A truncated episode continues with the Q of its final observation; only a termination ends the return.
  4. A run that is lengthened by --resume stretches the fall of ε over the new total, and says so where ε goes up.
@@ -58,7 +58,7 @@ class Args:
     track: bool = False  # Send the logs to Weights & Biases too.
     eval_episodes: int = 100  # Episodes of the greedy policy after training; 0 leaves them out.
     env_id: str = "Taxi-v4"  # Environment as gymnasium names it; my_module:Name-v0 imports my_module first.
-    env_kwargs: str = "{}"  # Arguments of the environment, as a JSON object.
+    env_kwargs: str = "{}"  # Arguments for gymnasium.make_vec and the environment, as a JSON object.
     total_timesteps: int = 300_000  # Environment steps to train for.
     num_envs: int = 16  # Number N of environments that are stepped side by side.
     gamma: float = 0.99  # Discount factor γ.
@@ -174,7 +174,7 @@ def load_checkpoint(path: Path) -> dict:
         raise SystemExit(f"--resume {path}: {file} is damaged or no checkpoint ({type(error).__name__})") from error
     if script != SCRIPT:
         raise SystemExit(f"--resume {path}: written by {script}.py, not {SCRIPT}.py")
-    saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # a copy begins a new run
+    saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # renamed: a new run
     return saved
 
 

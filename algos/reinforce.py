@@ -13,13 +13,13 @@ return that followed it (Sutton et al. 1999). Only a policy is learnt. There is 
     python algos/reinforce.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 4 \\
         --learning-rate 3e-3 --gamma 0.97 --log-std-init -1.5  # 986
 
-Each update plays one new episode per environment. The row after its end is the reset: the action there is ignored,
-and it is not counted as a step. Logged values are means since the last log. Returns are those of the environment.
+Logged values are means since the last log. Returns are the environment's own; behind a command above stands their mean
+over the last 100 episodes.
 
 Differs from the paper:
  1. The returns of an update are normalised over all its steps, which scales the gradient and subtracts a baseline.
  2. The factor γ^t in front of each step's term is left out, as everywhere. Adam, with a falling learning rate.
- 3. A truncated episode counts as one that has ended.
+ 3. A truncated episode counts as one that has ended. What follows an end, while others still play, is not counted.
  4. Networks, Box actions and Atari are as in ppo.py.
 """
 
@@ -69,10 +69,10 @@ class Args:
     eval_episodes: int = 20  # Episodes of the greedy policy after training; 0 leaves them out.
     capture_video: bool = False  # Write an mp4 of one greedy episode, of 2,000 steps at most, to <run-dir>/videos.
     env_id: str = "CartPole-v1"  # Environment as gymnasium names it; my_module:Name-v0 imports my_module first.
-    env_kwargs: str = "{}"  # Arguments of the environment, as a JSON object.
+    env_kwargs: str = "{}"  # Arguments for gymnasium.make_vec and the environment, as a JSON object.
     total_timesteps: int = 500_000  # Environment steps to train for.
     num_envs: int = 8  # Number N of environments that are stepped side by side, one episode in each per update.
-    normalize: bool = False  # Normalise observations, and rewards where there is a critic, by running statistics.
+    normalize: bool = False  # Normalise observations, and in a2c and ppo rewards, by running statistics.
     learning_rate: float = 2e-3  # Learning rate of Adam at the start.
     anneal_lr: bool = True  # Let the learning rate fall linearly to 0.
     num_steps: int = 10_000  # Number T of steps after which a training episode is cut.
@@ -172,7 +172,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
         """Actions drawn from π(·|s), or the likeliest ones: (B,) integers or (B, A) floats, on the CPU."""
-        policy = self.actor(self.features(obs)).cpu()  # a checkpoint keeps the CPU's random numbers
+        policy = self.actor(self.features(obs)).cpu()  # draws use the CPU's random state, which a checkpoint keeps
         if self.discrete and not greedy:
             policy = policy - torch.empty_like(policy).exponential_().log()  # Gumbel noise: its argmax is a draw
         if self.discrete:
@@ -308,7 +308,7 @@ def load_checkpoint(path: Path) -> dict:
         raise SystemExit(f"--resume {path}: {file} is damaged or no checkpoint ({type(error).__name__})") from error
     if script != SCRIPT:
         raise SystemExit(f"--resume {path}: written by {script}.py, not {SCRIPT}.py")
-    saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # a copy begins a new run
+    saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # renamed: a new run
     return saved
 
 
@@ -476,7 +476,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         for name, value in losses.items():
             metrics[f"losses/{name}"].append(value.detach())
         if args.normalize and not agent.is_image:
-            agent.obs_norm.update(b_obs)  # after the update, which must see what `act` saw
+            agent.obs_norm.update(b_obs / agent.obs_scale)  # after the update, which must see what `act` saw
 
         # ===== log and save =====
         is_last = step >= args.total_timesteps or bool(caught)

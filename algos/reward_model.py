@@ -50,7 +50,6 @@ from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
@@ -281,7 +280,7 @@ def check_value(value: Any, place: str) -> None:
 
 
 def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
-    """Turns of a prompt, text or messages: all up to it where a chat repeats it; without one what two chats share."""
+    """A prompt as messages. Where the chat repeats it: all up to its end. Without one: what both chats begin with."""
     if isinstance(prompt, str) and prompt:
         prompt = [{"role": "user", "content": prompt}]
     if prompt and chats[0][0]["role"] == "assistant":
@@ -540,6 +539,8 @@ def catch_signals() -> list[int]:
 
 def keep_float32(accelerator: Accelerator) -> None:
     """Let FSDP2 add gradients up and leave results in float32 where it computes in bfloat16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy  # --help need not wait for it
+
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
@@ -656,7 +657,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         for micro_batch in micro_batches(train, batch, args.micro_batch_size):
             measured = measure(train, micro_batch[own])
             loss = measured["loss"].sum() / args.batch_size
-            accelerator.backward(loss * processes)  # the gradient becomes the mean over the processes
+            accelerator.backward(loss * processes)  # accelerate takes the mean over processes, not the sum
             for name, values in measured.items():
                 metrics[name].append(values.detach())
         norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)

@@ -59,7 +59,6 @@ from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
@@ -83,7 +82,7 @@ class Args:
     train_split: str = "train"  # Split to take prompts from; slices such as train[:95%] work.
     chat_template_kwargs: str = "{}"  # Arguments of the chat template, as a JSON object.
     total_episodes: int = 4096  # Responses to sample in all.
-    max_length: int = 512  # Longest row in tokens, prompt and response. Longer prompts are left out.
+    max_length: int = 512  # Longest row in tokens. Prompts that leave no room are left out.
     learning_rate: float = 0  # Learning rate at the start; 0: 5e-4 in the small world, else 3e-6, or 3e-5 with LoRA.
     batch_size: int = 128  # Number B of responses in a rollout, over all processes.
     num_minibatches: int = 4  # Minibatches per epoch, one step of the optimiser each.
@@ -125,9 +124,9 @@ class Args:
 
 
 def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """log π(y_t | x, y_<t) of rows [prompt, completion] of token ids, and a mask of the completions: (b, R) each.
+    """log π(y_t | x, y_<t) of rows [prompt, completion] of token ids, and a mask of the completions: (b, K) each.
 
-    R counts from the first completion's first token to the last one's end. Log-probabilities are 0 outside the mask.
+    The K columns go from where the earliest completion begins to the longest row's end; outside the mask they are 0.
     """
     ids = []
     labels = []
@@ -137,10 +136,10 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     # What fills a row up, here any token, stands to its right, where a causal model does not look.
     ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=int(ids[0][-1])).to(device)  # (b, L)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
-    first = max(1, min(len(prompt) for prompt, completion in rows))  # a row's first token has none before it
-    labels = labels[:, first:]  # (b, R)
+    first = max(1, min(len(prompt) for prompt, completion in rows))  # nothing stands before column 0 to predict it from
+    labels = labels[:, first:]  # (b, K)
     # The logits at a token are those of the next one, so the last token of ids is only predicted.
-    logits = model(ids[:, :-1], logits_to_keep=labels.shape[1], use_cache=False).logits.float()  # (b, R, V)
+    logits = model(ids[:, :-1], logits_to_keep=labels.shape[1], use_cache=False).logits.float()  # (b, K, V)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return -losses.view_as(labels), labels != -100
 
@@ -472,7 +471,7 @@ def check_value(value: Any, place: str) -> None:
 
 
 def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
-    """Turns of a prompt, text or messages: all up to it where a chat repeats it; without one what two chats share."""
+    """A prompt as messages. Where the chat repeats it: all up to its end. Without one: what both chats begin with."""
     if isinstance(prompt, str) and prompt:
         prompt = [{"role": "user", "content": prompt}]
     if prompt and chats[0][0]["role"] == "assistant":
@@ -506,7 +505,7 @@ def stop_tokens(tokenizer: Any, render: Callable) -> list[int]:
 
 
 def encode_prompt(row: dict[str, Any], tokenizer: Any, render: Callable, stops: list[int], place: str) -> list[int]:
-    """Token ids of a row's `prompt`, up to where the answer begins. Beside columns of chats it is asked as a chat."""
+    """Token ids of a row's `prompt`, up to where the answer begins. A text becomes a chat where other columns are."""
     prompt = row["prompt"]
     check_value(prompt, f"{place}, column prompt")
     if isinstance(prompt, str) and not prompt.strip():
@@ -658,6 +657,8 @@ def catch_signals() -> list[int]:
 
 def keep_float32(accelerator: Accelerator) -> None:
     """Let FSDP2 add gradients up and leave results in float32 where it computes in bfloat16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy  # --help need not wait for it
+
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
@@ -770,13 +771,13 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     def roll_out(asked: list[Any], noise: torch.Generator) -> tuple[list[Any], Tensor, Tensor, Tensor, Tensor]:
         """Rows [prompt, response], log π, log π_ref and V of their tokens, (B, R) each, and their scores, (B,)."""
         # Each process answers its share of the prompts.
-        prompts = [ids for ids, row in asked]
+        asked_ids = [ids for ids, row in asked]
         indices = list(range(len(asked)))
         uniform = torch.rand(len(asked), R, generator=noise, dtype=torch.float64)
         with accelerator.autocast():
-            responses = sample(policy, prompts[own], uniform[own].to(device))
+            responses = sample(policy, asked_ids[own], uniform[own].to(device))
         answered = sorted(gather_object(list(zip(indices[own], responses))))  # in the order of the prompts again
-        rows = [[prompts[i], response] for i, response in answered]
+        rows = [[asked_ids[i], response] for i, response in answered]
 
         # And computes the log-probabilities, values and scores of its share of the rows.
         logprobs = torch.zeros(len(rows), R, device=device)
@@ -859,7 +860,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         metrics = defaultdict(list)
         for _ in range(args.num_ppo_epochs):
             for minibatch in torch.randperm(B, generator=noise).chunk(args.num_minibatches):
-                num_tokens = mask[minibatch].sum() / processes  # the gradient becomes the mean over the processes
+                num_tokens = mask[minibatch].sum() / processes  # accelerate takes the mean over processes
                 policy_optimizer.zero_grad()
                 critic_optimizer.zero_grad()
                 for micro_batch in micro_batches(rows, minibatch.tolist(), args.micro_batch_size):

@@ -2,7 +2,7 @@
 
     python benchmark/run.py list                       # what there is to run
     python benchmark/run.py run                        # quick tier: all ten scripts in about 10 minutes, then answers
-    python benchmark/run.py run --tier full            # five seeds of all but MuJoCo (a tier too) and Atari (another)
+    python benchmark/run.py run --tier full            # more seeds, and all but the tiers mujoco, atari and real
     python benchmark/run.py run 'ppo-*' --seeds 10     # some specs, with more seeds
     python benchmark/run.py check --tier full          # the answers alone, from the runs that there are
     python benchmark/run.py record ppo-CartPole-v1     # make the runs the new reference

@@ -588,17 +588,17 @@ def test_growth_makes_inputs_of_the_size_it_says(script, what, tmp_path):
 
 def test_growth_runs_a_row_and_keeps_its_figures(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(specs, "RESULTS", tmp_path)
-    monkeypatch.setattr(growth, "ROWS", (growth.Row("dpo", "batch", "--batch-size", (8, 16)),))
+    monkeypatch.setattr(growth, "ROWS", (growth.Row("dpo", "sequence length", "", (16, 32)),))
     monkeypatch.setattr(growth, "UPDATES", 2)
     benchmark.main(["growth", "dpo *"])
-    kept = specs.results("growth")["dpo batch"]
-    assert list(kept) == ["8", "16"]
+    kept = specs.results("growth")["dpo sequence length"]
+    assert list(kept) == ["16", "32"]
     for found in kept.values():
         assert 0.2 < found["gigabytes"] < 5
         assert found["speed"] > 0
-    assert "dpo batch 16: " in capsys.readouterr().out
+    assert "dpo sequence length 32: " in capsys.readouterr().out
     assert benchmark.main(["growth", "nothing"]) == 2
-    assert capsys.readouterr().err == "error: no row is called nothing: dpo batch\n"
+    assert capsys.readouterr().err == "error: no row is called nothing: dpo sequence length\n"
 
 
 def test_what_trl_wrote_becomes_a_peer_by_the_tags_of_the_spec(monkeypatch, capsys, tmp_path):
@@ -653,19 +653,15 @@ def test_floor_counts_the_products_of_forward_and_backward_and_can_replay_them()
     assert "scaled_dot_product" in names.popitem()[0]
 
 
-def test_floor_tells_the_share_of_a_script_and_refuses_others():
-    def run(*flags):
-        command = [sys.executable, str(REPO / "benchmark" / "run.py"), "floor", *flags]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    done = run("a2c", "--total-timesteps", "400")
+def test_floor_tells_the_share_of_a_script_and_refuses_others(capsys):
+    command = [sys.executable, str(REPO / "benchmark" / "run.py"), "floor", "a2c", "--total-timesteps", "400"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     said = r"a2c: [\d.]+ s; matrix products [\d.]+ s \(\d+%\), attention 0.00 s \(0%\): .* kinds\n"
     assert re.fullmatch(said, done.stdout)
-    refused = run("sac")
-    wrong = run("ppo", "--gamma", "3")
-    assert refused.returncode == wrong.returncode == 2
-    assert refused.stderr.startswith("error: argument script: invalid choice: 'sac'")
-    assert "gamma and gae-lambda must lie" in wrong.stderr
+    assert benchmark.main(["floor", "sac"]) == 2
+    assert capsys.readouterr().err.startswith("error: argument script: invalid choice: 'sac'")
+    assert benchmark.main(["floor", "ppo", "--gamma", "3"]) == 2
+    assert "gamma and gae-lambda must lie" in capsys.readouterr().err
 
 
 # --- planted faults ---

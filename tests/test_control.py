@@ -323,6 +323,14 @@ def test_a_network_gets_the_numbers_of_any_observation_and_bytes_as_shares_of_th
     torch.testing.assert_close(shown, torch.tensor(numbers).float().expand_as(shown))
 
 
+@pytest.mark.parametrize("script", ["reinforce", "a2c", "ppo"])
+@pytest.mark.parametrize("kind", ["bytes", "tiles"])
+def test_bytes_are_normalised_on_the_scale_that_the_network_gets(script, kind, tmp_path):
+    _, _, numbers = probe_envs.Shows.kinds[kind]
+    run_dir = train(script, tmp_path, **shows(kind), total_timesteps=40, normalize=True)
+    torch.testing.assert_close(weights(run_dir)["obs_norm.mean"].flatten(), torch.tensor(numbers).float())
+
+
 @all_scripts
 @pytest.mark.parametrize("kind", NOT_FLAT)
 def test_an_observation_that_is_not_made_of_numbers_is_refused_with_the_wrappers_that_help(script, kind, tmp_path):

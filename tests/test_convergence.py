@@ -43,6 +43,16 @@ def test_every_point_is_a_run_of_its_own_that_is_made_once(started, tmp_path):
     assert lengths == set(map(str, convergence.EPISODES))
     assert sum("--kl-in" in command for command in trained) == 2 * len(convergence.EPISODES)
     assert sum("--reward-model" in command for command in trained) == 2 * len(convergence.EPISODES)
+    for command in trained:
+        name, _, size = command[command.index("--run-dir") + 1].rpartition("/")[2].rpartition("-")
+        assert command[0].endswith(f"/algos/{name.partition('-')[0]}.py")
+        assert ("--reward-model" in command) == ("true-reward" in name)
+        assert ("--kl-in" in command) == ("kl-in" in name)
+        assert command[-1] in (size, f"train[:{size}]")
+        assert command[command.index("--seed") + 1] == str(convergence.SEED)
+    for command in started:
+        if "evaluate" in command:
+            assert " ".join(command[3:7]) == "--prompts 1000 --reference-samples 30000"  # as the specs measure
     splits = [command[command.index("--train-split") + 1] for command in trained if "dpo.py" in command[0]]
     assert splits == ["train[:20]", "train[:40]"]
     shares = json.loads((tmp_path / "convergence.json").read_text())
@@ -55,6 +65,8 @@ def test_every_point_is_a_run_of_its_own_that_is_made_once(started, tmp_path):
 def test_the_pairs_are_two_samples_of_which_the_better_is_mostly_preferred(tmp_path, monkeypatch):
     monkeypatch.setattr(convergence, "PAIRS", (300,))
     convergence.draw_pairs(tmp_path)
+    convergence.draw_pairs(tmp_path / "again")
+    assert (tmp_path / "again" / "train.jsonl").read_bytes() == (tmp_path / "train.jsonl").read_bytes()
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").open()]
     assert 295 <= len(rows) <= 300
     assert len({row["prompt"] for row in rows}) == len(rows)

@@ -1,14 +1,12 @@
 """benchmark/world/evaluate_policy.py: KL by hand, the reference judged by itself, the command line."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import REPO
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import run as benchmark
 from world import ASSETS, evaluate_policy
 
 SFT = ASSETS / "sft"
@@ -17,9 +15,9 @@ PROMPT = "review of silent river , a drama , on acting and music :"
 RESPONSES = [("the acting was good . i loved the superb music .", True), ("the acting was", False)]
 
 
-def command(*args):
-    entry = [sys.executable, REPO / "benchmark" / "run.py", "evaluate"]
-    return subprocess.run([*entry, *map(str, args)], capture_output=True, text=True, check=False)
+def evaluate(*args):
+    """Call run.py evaluate, which must succeed."""
+    assert benchmark.main(["evaluate", *map(str, args)]) == 0
 
 
 def test_log_probabilities_are_those_of_each_response_alone_with_its_end_if_it_has_one():
@@ -63,37 +61,37 @@ def test_faulty_is_what_the_gold_reward_charges_beside_sentiment(response, fault
     assert evaluate_policy.is_faulty(PROMPT, response) == faulty
 
 
-def test_the_reference_reaches_no_share_at_no_kl(tmp_path):
+def test_the_reference_reaches_no_share_at_no_kl(tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
     (run / "args.json").write_text(json.dumps({"kl_coef": 0.5}))
     (run / "model").symlink_to(SFT)
     flags = ["--prompts", 300, "--reference-samples", 1000, "--golds", tmp_path / "golds.json"]
-    done = command(run, *flags, "--json", tmp_path / "figures.json", "--picture", tmp_path / "picture.png")
-    assert done.returncode == 0, done.stderr
+    evaluate(run, *flags, "--json", tmp_path / "figures.json", "--picture", tmp_path / "picture.png")
     (row,) = json.loads((tmp_path / "figures.json").read_text())
     assert (row["script"], row["beta"]) == ("rlhf_ppo", 0.5)
     assert row["kl"] == 0
     assert row["share"] == pytest.approx(0, abs=0.25)
     assert row["proxy"] == pytest.approx(0, abs=0.3)
     assert (tmp_path / "picture.png").stat().st_size > 10_000
-    again = command(SFT, *flags, "--beta", 0.5)  # a model folder, with stored reference samples
-    assert again.stdout.count("share") == 1  # a bar
-    assert "samples of the policy" in again.stderr
+    capsys.readouterr()
+    evaluate(SFT, *flags, "--beta", 0.5)  # a model folder, with stored reference samples
+    said = capsys.readouterr()
+    assert said.out.count("share") == 1
+    assert "samples of the policy" in said.err  # a bar
     known = ["--golds", tmp_path / "golds.json", "--json", tmp_path / "figures.json"]
-    drawn = command(*known, "--picture", tmp_path / "again.png")  # nothing is evaluated
-    assert drawn.stdout == f"wrote {tmp_path / 'again.png'}\n", drawn.stderr
+    evaluate(*known, "--picture", tmp_path / "again.png")  # nothing is evaluated
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'again.png'}\n"
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "picture.png").read_bytes()
 
 
-def test_a_model_without_beta_is_refused_in_one_line():
-    done = command(SFT)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "give --beta" in done.stderr
+def test_a_model_without_beta_is_refused_in_one_line(capsys):
+    assert benchmark.main(["evaluate", str(SFT)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "give --beta" in message
 
 
-def test_without_policies_or_figures_there_is_nothing_to_do():
-    done = command()
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: name policies to evaluate")
+def test_without_policies_or_figures_there_is_nothing_to_do(capsys):
+    assert benchmark.main(["evaluate"]) == 2
+    assert capsys.readouterr().err.startswith("error: name policies to evaluate")

@@ -77,13 +77,18 @@ def function(world, name):
 def test_advantages_are_those_of_a_group_by_hand():
     scores = torch.tensor([[1.0, 2.0, 3.0, 6.0], [-1.0, -1.0, -1.0, -1.0]])
     std = math.sqrt((4 + 1 + 0 + 9) / 3)
-    plain = grpo.group_advantages(scores, False, False)
+    plain = grpo.group_advantages(scores, False, "none")
     assert plain.tolist() == [[-2, -1, 0, 3], [0, 0, 0, 0]]
-    divided = grpo.group_advantages(scores, False, True)
+    divided = grpo.group_advantages(scores, False, "group")
     expected = [x / (std + 1e-4) for x in (-2, -1, 0, 3)]
     assert divided[0].tolist() == pytest.approx(expected, rel=1e-6)
     assert divided[1].tolist() == [0, 0, 0, 0]
-    others = grpo.group_advantages(scores, True, False)[0].tolist()
+    std = math.sqrt(14 / 7)  # of all eight advantages, whose mean is 0
+    divided = grpo.group_advantages(scores, False, "batch")
+    expected = [x / (std + 1e-4) for x in (-2, -1, 0, 3)]
+    assert divided[0].tolist() == pytest.approx(expected, rel=1e-6)
+    assert divided[1].tolist() == [0, 0, 0, 0]
+    others = grpo.group_advantages(scores, True, "none")[0].tolist()
     expected = [1 - 11 / 3, 2 - 10 / 3, 3 - 9 / 3, 6 - 6 / 3]  # each less the mean of the other three
     assert others == pytest.approx(expected, rel=1e-6)
 
@@ -105,8 +110,9 @@ def test_the_penalty_over_draws_of_the_old_policy_is_the_exact_kl_to_the_referen
 
 
 @pytest.mark.parametrize("score", [0.1, 0.3, 1 / 3])
-def test_equal_scores_that_floats_round_give_advantages_of_exactly_0(score):
-    assert (grpo.group_advantages(torch.full((1, 8), score), False, True) == 0).all()
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_scores_that_floats_round_give_advantages_of_exactly_0(score, scale):
+    assert (grpo.group_advantages(torch.full((1, 8), score), False, scale) == 0).all()
 
 
 RESPONSES = [(0,), *[(first, second) for first in (1, 2) for second in (0, 1, 2)]]  # 3 words, of which 0 stops; R = 2
@@ -146,7 +152,7 @@ def test_with_the_kl_in_the_reward_the_expected_gradient_is_the_exact_one_of_the
     loss = 0
     for group in itertools.product(range(7), repeat=2):
         group = list(group)
-        advantages = grpo.group_advantages(scores[group][None], leave_one_out, False).view(2, 1)
+        advantages = grpo.group_advantages(scores[group][None], leave_one_out, "none").view(2, 1)
         losses = grpo.policy_loss(logprobs[group] - old[group], advantages, 0.2) * mask[group] / 2  # R = 2
         loss = loss + p[group].prod().detach() * losses.sum() / 2
     (found,) = torch.autograd.grad(loss, logits)
@@ -157,14 +163,14 @@ def test_with_the_kl_in_the_reward_the_expected_gradient_is_the_exact_one_of_the
 # --- whole runs ---
 
 
-@pytest.mark.parametrize("by_std", [True, False])
-def test_the_first_gradient_is_that_of_equation_3_written_as_a_loop_over_responses(train, world, tmp_path, by_std):
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_the_first_gradient_is_that_of_equation_3_written_as_a_loop_over_responses(train, world, tmp_path, scale):
     """At the first step the ratio is 1 and the penalty's gradient 0, so the gradient is Σ share·A·∇log π."""
     model = AutoModelForCausalLM.from_pretrained(world / "llama")
     model.generation_config.eos_token_id = [*range(4, 10)]  # so many that no response reaches R
     model.save_pretrained(tmp_path / "model")
     tiny.word_tokenizer().save_pretrained(tmp_path / "model")
-    changed = rollouts.one_step("grpo") | {"normalize_by_std": by_std, "learning_rate": 1e-6, "response_length": 40}
+    changed = rollouts.one_step("grpo") | {"scale_rewards": scale, "learning_rate": 1e-6, "response_length": 40}
     seen = train(tmp_path / "run", model=str(tmp_path / "model"), **changed)
     model = model.double()
     prompts = seen.load_prompts[0].result
@@ -182,7 +188,7 @@ def test_the_first_gradient_is_that_of_equation_3_written_as_a_loop_over_respons
     loss = 0
     for (prompt, response), advantage in zip(rows_of(rollout), call.result.flatten().double()):
         total = replay.logprobs(model, prompt, response).sum()
-        divisor = len(response) if by_std else 40  # |o_i|, or Dr. GRPO's constant R
+        divisor = len(response) if scale == "group" else 40  # |o_i|, or Dr. GRPO's constant R
         loss = loss - advantage * total / divisor / 8
     loss.backward()
     gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
@@ -270,10 +276,10 @@ def test_the_split_named_or_the_one_of_training_is_evaluated(train, world, tmp_p
 
 
 def test_the_baseline_and_the_std_are_those_of_the_flags(train, tmp_path):
-    for baseline, by_std in (("group", True), ("leave-one-out", False)):
-        seen = train(tmp_path / baseline, baseline=baseline, normalize_by_std=by_std, total_episodes=8)
+    for baseline, scale in (("group", "group"), ("leave-one-out", "batch")):
+        seen = train(tmp_path / baseline, baseline=baseline, scale_rewards=scale, total_episodes=8)
         (call,) = seen.group_advantages
-        assert (call.leave_one_out, call.by_std) == (baseline == "leave-one-out", by_std)
+        assert (call.leave_one_out, call.scale) == (baseline == "leave-one-out", scale)
         assert call.scores.shape == (2, 4)
 
 
@@ -301,7 +307,7 @@ def test_flags_that_cannot_work_are_refused(world, tmp_path, changed):
 # --- the whole again, in short ---
 
 
-def plain_advantages(scores, leave_one_out, by_std):
+def plain_advantages(scores, leave_one_out, scale):
     """The advantage of each response of groups of 4, one group after the other."""
     advantages = []
     for start in range(0, len(scores), 4):
@@ -310,11 +316,14 @@ def plain_advantages(scores, leave_one_out, by_std):
         for i, score in enumerate(group):
             others = group[:i] + group[i + 1 :]
             baseline = sum(others) / 3 if leave_one_out else sum(group) / 4
-            advantages.append((score - baseline) / (std + 1e-4 if by_std else 1))
+            advantages.append((score - baseline) / (std + 1e-4 if scale == "group" else 1))
+    if scale == "batch":
+        std = torch.tensor(advantages, dtype=torch.float64).std().item()
+        advantages = [advantage / (std + 1e-4) for advantage in advantages]
     return advantages
 
 
-def plain_grpo(policy, updates, leave_one_out, by_std, kl_in):
+def plain_grpo(policy, updates, leave_one_out, scale, kl_in):
     """GRPO over the rows of each update and its minibatches, one response at a time; what each update logs."""
     reference = copy.deepcopy(policy)
     optimizer = torch.optim.Adam(policy.parameters())
@@ -327,7 +336,7 @@ def plain_grpo(policy, updates, leave_one_out, by_std, kl_in):
         gains = scores
         if kl_in == "reward":
             gains = [score - replay.BETA * kl_of[row] for score, row in zip(scores, rows)]
-        advantages = dict(zip(rows, plain_advantages(gains, leave_one_out, by_std)))
+        advantages = dict(zip(rows, plain_advantages(gains, leave_one_out, scale)))
         groups = [scores[start : start + 4] for start in range(0, len(scores), 4)]
         kl = fmean(kl_of[row] for row in rows)  # a row may be there twice
         log = {"objective/kl": kl, "objective/scores": fmean(scores)}
@@ -347,7 +356,7 @@ def plain_grpo(policy, updates, leave_one_out, by_std, kl_in):
                 gain = replay.clipped(log_ratio, advantages[row])
                 kl = log_ratio.exp() * (to_ref.exp() - to_ref - 1)
                 beta = replay.BETA if kl_in == "loss" else 0
-                divisor = len(row[1]) if by_std else replay.R
+                divisor = len(row[1]) if scale == "group" else replay.R
                 loss = loss - (gain - beta * kl).sum() / divisor / len(minibatch)
                 sums["loss/policy"] -= gain.sum().item() / tokens
                 sums["loss/kl"] += kl.sum().item() / tokens
@@ -361,17 +370,23 @@ def plain_grpo(policy, updates, leave_one_out, by_std, kl_in):
 
 
 @pytest.mark.parametrize(
-    "baseline,by_std,kl_in",
-    [("group", True, "loss"), ("leave-one-out", False, "reward"), ("group", False, "loss"), ("group", True, "reward")],
+    "baseline,scale,kl_in",
+    [
+        ("group", "group", "loss"),
+        ("leave-one-out", "none", "reward"),
+        ("group", "none", "loss"),
+        ("group", "batch", "reward"),
+        ("leave-one-out", "batch", "loss"),
+    ],
 )
-def test_two_updates_are_those_of_a_plain_second_version(train, tmp_path, baseline, by_std, kl_in):
+def test_two_updates_are_those_of_a_plain_second_version(train, tmp_path, baseline, scale, kl_in):
     flags, prompts = replay.make_world(tmp_path, prompts=8, batch_size=16)
-    flags |= {"baseline": baseline, "normalize_by_std": by_std, "kl_in": kl_in}
+    flags |= {"baseline": baseline, "scale_rewards": scale, "kl_in": kl_in}
     seen = train(tmp_path / "run", **flags)
     start = AutoModelForCausalLM.from_pretrained(tmp_path / "model").double()
     policy = copy.deepcopy(start)
     updates = replay.rollouts(seen, 16, prompts)
-    logged = plain_grpo(policy, updates, baseline == "leave-one-out", by_std, kl_in)
+    logged = plain_grpo(policy, updates, baseline == "leave-one-out", scale, kl_in)
     assert logged[1]["objective/kl"] != 0
     for name in logged[0]:
         values = [value for _, value in scalars(tmp_path / "run", name)]

@@ -7,12 +7,12 @@ import gzip
 import importlib
 import json
 import math
+import os
 import random
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,7 +24,8 @@ import tiny
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from helpers import ALGOS, command, run as start, samples_logged, scalars, spy_on, text as logged_text
+from forks import FORCED_FSDP2, fork, fork_two
+from helpers import ALGOS, run as start, samples_logged, scalars, spy_on, text as logged_text
 from safetensors.torch import load_file, save_file
 from tensorboard.summary.writer import event_file_writer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -36,7 +37,7 @@ ROW_FLAGS = {  # of a run of six updates, two epochs
     "device": "cpu",
     "batch_size": 8,
     "micro_batch_size": 4,
-    "max_length": 64,
+    "max_length": 32,
     "learning_rate": 1e-3,
     "save_every": 0,
     "max_steps": 6,
@@ -334,12 +335,12 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights_bit_for_bit(worl
     if script in ROWS:
         length += ["--eval-every", 20]
     flags = [*flags_of(world, script, run_dir=tmp_path / "run", save_every=1), *length]
-    process = subprocess.Popen(command(script, *flags), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "run" / "checkpoint" / "state.json").exists() and process.poll() is None:
+    process = fork(tmp_path / "said", ALGOS / f"{script}.py", *flags)
+    while not (tmp_path / "run" / "checkpoint" / "state.json").exists() and process.is_alive():
         time.sleep(0.01)
     time.sleep(random.uniform(0, 1))
     process.kill()
-    process.wait()
+    process.join()
     time.sleep(1)  # names of event files begin with the second
     shutil.rmtree(tmp_path / "run" / "model", ignore_errors=True)  # if it was quicker than the kill
     assert 0 < state(tmp_path / "run")["step"]
@@ -367,14 +368,15 @@ def stopped(script, run_dir, said):
 def test_ctrl_c_saves_first_and_the_printed_command_goes_on(world, script, tmp_path):
     run_dir = tmp_path / "my run"
     flags = [*flags_of(world, script, run_dir=run_dir, save_every=1), *of_updates(script, 100_000)]
-    process = subprocess.Popen(command(script, *flags), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    while not (run_dir / "checkpoint" / "state.json").exists() and process.poll() is None:
+    process = fork(tmp_path / "said", ALGOS / f"{script}.py", *flags)
+    while not (run_dir / "checkpoint" / "state.json").exists() and process.is_alive():
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == 1
-    assert "Traceback" not in err
-    step, flags = stopped(script, run_dir, err.strip().splitlines()[-1])
+    os.kill(process.pid, signal.SIGINT)
+    process.join(100)
+    assert process.exitcode == 1
+    said = (tmp_path / "said").read_text()
+    assert "Traceback" not in said
+    step, flags = stopped(script, run_dir, said.strip().splitlines()[-1])
     call(script, *flags, *of_updates(script, step + 2))
     assert state(run_dir)["step"] == step + 2
     assert (run_dir / "model").exists()
@@ -510,8 +512,12 @@ def test_off_the_small_world_the_default_learning_rate_of_adapters_is_ten_times_
 
 @scripts
 def test_two_processes_compute_the_updates_of_one(finished, world, script, tmp_path):
-    done = start(script, *flags_of(world, script, run_dir=tmp_path / "two"), processes=2)
-    assert done.returncode == 0, done.stderr
+    flags = flags_of(world, script, run_dir=tmp_path / "two")
+    if script == "dpo":
+        done = start(script, *flags, processes=2)  # once by torchrun itself
+        assert done.returncode == 0, done.stderr
+    else:
+        fork_two(tmp_path / "said", ALGOS / f"{script}.py", *flags)
     for tag in (LOSS[script], "grad_norm", *TAGS[script]):
         one = dict(scalars(finished(script), tag))
         two = dict(scalars(tmp_path / "two", tag))
@@ -546,13 +552,8 @@ def test_the_processes_wait_for_the_model_before_they_end(train, script, monkeyp
 
 def sharded(world, script, run_dir, **changed):
     """Run directory of a run on two processes that share the weights by FSDP2."""
-    done = start(
-        "../tests/forced_fsdp2",
-        ALGOS / f"{script}.py",
-        *flags_of(world, script, run_dir=run_dir, **changed),
-        processes=2,
-    )
-    assert done.returncode == 0, done.stderr
+    flags = flags_of(world, script, run_dir=run_dir, **changed)
+    fork_two(run_dir.with_name("said"), FORCED_FSDP2, ALGOS / f"{script}.py", *flags)
     parts = next((run_dir / "checkpoint" / "6").glob("pytorch_model_fsdp_0"))
     assert len(list(parts.glob("*.distcp"))) == 2  # one of each process
     return run_dir
@@ -1195,12 +1196,17 @@ def test_default_run_directories_hold_letters_that_every_file_system_takes(world
     assert re.fullmatch(r"[\w.-]+", run_dir.name)
 
 
-def test_a_script_copied_away_says_which_flags_it_needs(tmp_path):
-    for script in SCRIPTS:
-        shutil.copy(ALGOS / f"{script}.py", tmp_path)
-        done = subprocess.run([sys.executable, tmp_path / f"{script}.py"], capture_output=True, text=True)
-        assert done.returncode == 1
-        assert done.stderr.strip() == "--model is needed: the small language world is not beside this copy"
+@scripts
+def test_a_script_copied_away_says_which_flags_it_needs(script, tmp_path):
+    copy = shutil.copy(ALGOS / f"{script}.py", tmp_path)
+    for flags, needed in ([], "--model"), (["--dataset", "x"], "--model"), (["--model", "x"], "--dataset"):
+        if script in SAMPLERS and "--model" in flags:
+            needed = "--reward-model"
+        said = tmp_path / f"said {len(flags)} {needed}"
+        process = fork(said, Path(copy), *flags)
+        process.join()
+        assert process.exitcode == 1
+        assert said.read_text().strip() == f"{needed} is needed: the small language world is not beside this copy"
 
 
 # --- files as users have them ---

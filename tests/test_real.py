@@ -98,6 +98,21 @@ def tiny_chat_model(folder):
     tokenizer.save_pretrained(folder)
 
 
+def test_the_answers_are_the_likeliest_tokens_whatever_else_is_in_the_batch(tmp_path):
+    tiny_chat_model(tmp_path)
+    rows = tasks.make("extraction")[1][:4]
+    alone = [evaluate.answers(tmp_path, "extraction", [row])[0] for row in rows]
+    assert evaluate.answers(tmp_path, "extraction", rows) == alone
+
+
+def test_a_review_is_sampled_and_every_call_samples_the_same(tmp_path):
+    tiny_chat_model(tmp_path)
+    rows = tasks.make("films")[1][:1] * 4
+    texts = evaluate.answers(tmp_path, "films", rows)
+    assert len(set(texts)) == 4
+    assert evaluate.answers(tmp_path, "films", rows) == texts
+
+
 @pytest.mark.parametrize("task", tasks.ROWS)
 def test_a_run_is_measured_on_the_held_out_rows_before_and_after(task, tmp_path, monkeypatch, words):
     asked = {}

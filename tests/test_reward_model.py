@@ -4,7 +4,6 @@ import functools
 import gzip
 import json
 import math
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import reward_model
 import tiny
 import torch
 from accelerate.state import AcceleratorState
-from helpers import ALGOS, samples_logged, scalars, spy_on
+from helpers import samples_logged, scalars, spy_on
 from reward_model import pair_rewards, reward_loss, text_rewards
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
@@ -412,15 +411,6 @@ def test_a_data_set_most_of_whose_pairs_hold_unknown_words_is_refused(known):
     else:
         with pytest.raises(SystemExit, match="most rows hold <unk>, a word that --model does not know"):
             rows_of(tiny.word_tokenizer(), rows)
-
-
-def test_a_copied_script_says_which_flags_it_needs(tmp_path):
-    shutil.copy(ALGOS / "reward_model.py", tmp_path / "reward_model.py")
-    rows = str(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.preferences(2)))
-    for flags, needed in (["--dataset", rows], "--model"), (["--model", "x"], "--dataset"):
-        done = subprocess.run([sys.executable, "reward_model.py", *flags], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 1
-        assert done.stderr.startswith(f"{needed} is needed: the small language world")
 
 
 def test_gzipped_files_are_read_and_nothing_is_held_out_of_a_lone_file(world, tmp_path, capsys):

@@ -15,7 +15,8 @@ import replay
 import rollouts
 import tiny
 import torch
-from helpers import ALGOS, run as start, scalars
+from forks import FORCED_FSDP2, fork_two
+from helpers import ALGOS, scalars
 from rollouts import CPU, EOS, SCRIPTS, rows_of, same, train
 from safetensors.torch import load_file
 from transformers import (
@@ -725,7 +726,7 @@ def test_the_gradient_of_both_models_together_is_clipped_to_norm_1_and_logged_be
 ):
     flags = rollouts.flags_of(world, script, tmp_path, **rollouts.one_step(script), kl_coef=0.0)
     if script == "grpo":
-        flags["normalize_by_std"] = False
+        flags["scale_rewards"] = "none"
         (tmp_path / "large.py").write_text(
             "def reward(prompts, completions, **columns):\n    return [1000.0 * len(text) for text in completions]\n"
         )
@@ -896,9 +897,8 @@ def test_a_first_rollout_of_unfinished_responses_names_the_flag(
 def test_fsdp2_shards_policy_critic_reward_model_and_reference(script, world, tmp_path, lora_rank):
     flags = rollouts.flags_of(world, script, tmp_path / "run", lora_rank=lora_rank, save_every=0)
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    done = start("../tests/forced_fsdp2", ALGOS / f"{script}.py", *arguments, processes=2)
-    assert done.returncode == 0, done.stderr
-    sharded = sorted(line.split()[1] for line in done.stdout.splitlines() if line.startswith("sharded "))
+    said = fork_two(tmp_path / "said", FORCED_FSDP2, ALGOS / f"{script}.py", *arguments)
+    sharded = sorted(line.split()[1] for line in said.splitlines() if line.startswith("sharded "))
     expected = ["LlamaForCausalLM", "TokenScores"]  # policy and reward model
     if not lora_rank:
         expected.append("LlamaForCausalLM")  # the reference, which with LoRA is the policy without adapters

@@ -8,8 +8,6 @@ import math
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,7 +17,7 @@ import sft
 import tiny
 import torch
 from accelerate.state import AcceleratorState
-from helpers import ALGOS, scalars, spy_on
+from helpers import scalars, spy_on
 from safetensors.torch import load_file
 
 SENTENCE, CPU = "the acting was very great .", torch.device("cpu")
@@ -359,15 +357,6 @@ def test_a_data_set_most_of_whose_rows_hold_unknown_words_is_refused(known):
     else:
         with pytest.raises(SystemExit, match="most rows hold <unk>, a word that --model does not know"):
             rows_of(tiny.word_tokenizer(), rows)
-
-
-def test_a_copied_script_says_which_flags_it_needs(tmp_path):
-    shutil.copy(ALGOS / "sft.py", tmp_path / "sft.py")
-    rows = str(tiny.write_jsonl(tmp_path / "rows.jsonl", PAIRS))
-    for flags, needed in (["--dataset", rows], "--model"), (["--model", "x"], "--dataset"):
-        done = subprocess.run([sys.executable, "sft.py", *flags], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 1
-        assert done.stderr.startswith(f"{needed} is needed: the small language world")
 
 
 # --- files ---

@@ -50,7 +50,7 @@ rarer.
 PONG = """## Pong
 
 `ppo.py` on ALE/Pong-v5: mean score in bins of steps. Each is one run, of one seed, and was stopped while there was more
-to learn.
+to learn. Neither is as long as the spec ppo-Pong, which is why that has no figures above.
 
 | | |
 | --- | --- |
@@ -158,8 +158,9 @@ def results() -> str:
     header = ["spec", "steps", "seeds", "measure", "ours: final", "ours: area", "best possible"]
     header += ["peer, in as many steps", "peer: final", "peer: area"]
     return (
-        "## Results\n\nMeans over seeds with 95 % intervals. The final level is the end of the training, the area the "
-        "mean over all of it. A peer whose settings were made for another number of steps is marked.\n\n"
+        "## Results\n\nMeans over seeds with 95 % intervals. A greedy return may lie a little above the best possible: "
+        "it is a mean of 100 episodes. Where a final level is that of a language model's samples, gold reward is the "
+        "true reward, from -1 to 1 (see below).\n\n"
         + table(header, rows)
     )
 
@@ -271,10 +272,13 @@ def against_peers() -> str:
     counts = ", ".join(f"{answers.count(answer)} {answer}" for answer in ANSWERS)
     header = ["spec", "peer, in as many steps", "measure", "area", "final level", "margin", "answer"]
     return (
-        f"## Does each script learn as well as its peer?\n\n{len(rows)} comparisons: {counts}. Each cell is the "
-        "difference as a share of (peer - random policy), with its 95 % interval; above 0 ours is better. Pass: "
-        "not worse by the "
-        "margin. Inconclusive: these seeds cannot tell ([how this is found](method.md)).\n\n" + table(header, rows)
+        f"## Does each script learn as well as its peer?\n\n{len(rows)} comparisons: {counts}. Each cell is ours less the "
+        "peer's, as a share of how far the peer got from its start (a random policy, or the untrained model), with a "
+        "95 % interval. Above 0 ours is better; for a loss and for KL that is lower. The final level is the end of "
+        "the training, the area the mean over all of it. Pass: the whole interval is not worse than the margin. "
+        "Inconclusive: these seeds cannot tell ([how this is found](method.md)). All train for as many steps as "
+        "ours; a peer whose own settings are made for another number is marked, and may be far from its best.\n\n"
+        + table(header, rows)
     )
 
 

@@ -7,7 +7,7 @@
 
 `equal` runs main of grpo.py for two updates of three steps each and gives its completions and its weights of the last
 step to TRL's _generate_and_score_completions and _compute_loss: there the policy is neither that of the rollout nor the
-reference. Matched, for GRPO and for Dr. GRPO (loss_type "dr_grpo", scale_rewards "none"; --no-normalize-by-std): beta,
+reference. Matched, for GRPO and for Dr. GRPO (loss_type "dr_grpo", scale_rewards "none"; --scale-rewards none): beta,
 epsilon on both sides, delta off, importance_sampling_level "token", mask_truncated_completions off, no dropout,
 float32, old log-probabilities by a forward pass after sampling, and use_bias_correction_kl, TRL's default: the KL term
 is multiplied by the ratio, which GRPO's Eq. 3 leaves out. Of themselves both divide by the group's std with Bessel's
@@ -47,7 +47,7 @@ import reward_model
 DEFAULTS = grpo.Args()
 CPU = torch.device("cpu")
 STEPS = DEFAULTS.num_minibatches * DEFAULTS.num_epochs  # of TRL, for one update of grpo.py
-DR_GRPO = {"normalize_by_std": False}, {"loss_type": "dr_grpo", "scale_rewards": "none"}  # our flags, TRL's settings
+DR_GRPO = {"scale_rewards": "none"}, {"loss_type": "dr_grpo", "scale_rewards": "none"}  # our flags, TRL's settings
 
 
 class Log(TrainerCallback):
