@@ -772,7 +772,7 @@ RECORDED = [spec for spec in specs.SPECS if references.ours(spec)]
 RETURNS = [spec for spec in RECORDED if spec.measures[0].tag == "charts/episodic_return"]
 
 
-@pytest.mark.parametrize("task, flags", [("prompts", ""), ("kl-in-reward", " --kl-in reward --no-normalize-by-std")])
+@pytest.mark.parametrize("task, flags", [("prompts", ""), ("kl-in-reward", " " + " ".join(specs.KL_IN_REWARD))])
 def test_the_share_that_grpos_docstring_says_is_that_recorded(task, flags):
     (spec,) = [spec for spec in RECORDED if spec.name == f"grpo-{task}"]
     finals = [figures["evaluation/share"]["final"] for figures in references.ours(spec).seeds.values()]

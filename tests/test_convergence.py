@@ -9,9 +9,14 @@ from core import specs
 from world import build_assets, convergence, grammar
 
 
+def share_of(run):
+    """The share that the evaluation of a run finds here: its amount of data, made small."""
+    return int(str(run).rpartition("-")[2]) / 100_000
+
+
 @pytest.fixture
 def started(tmp_path, monkeypatch):
-    """Commands that were started; runs write a model, evaluations the share 0.75."""
+    """Commands that were started; runs write a model, evaluations a share."""
     found = []
 
     def start(command):
@@ -19,7 +24,7 @@ def started(tmp_path, monkeypatch):
         if "evaluate" in command:
             path = command[command.index("--json") + 1]
             with open(path, "w") as file:
-                json.dump([{"share": 0.75}], file)
+                json.dump([{"share": share_of(command[2])}], file)
         else:
             folder = tmp_path / "runs" / command[command.index("--run-dir") + 1] / "model"
             folder.mkdir(parents=True)
@@ -56,7 +61,8 @@ def test_every_point_is_a_run_of_its_own_that_is_made_once(started, tmp_path):
     splits = [command[command.index("--train-split") + 1] for command in trained if "dpo.py" in command[0]]
     assert splits == ["train[:20]", "train[:40]"]
     shares = json.loads((tmp_path / "convergence.json").read_text())
-    assert shares["dpo"] == {"20": 0.75, "40": 0.75}
+    assert shares["dpo"] == {"20": 0.0002, "40": 0.0004}
+    assert shares["rlhf_ppo, true reward"] == {"1024": 0.0102, "4096": 0.041, "16384": 0.1638}
     assert len(shares) == 5
     assert benchmark.main(call) == 0
     assert len(started) == 2 * points

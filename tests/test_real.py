@@ -8,8 +8,8 @@ import sys
 import pytest
 import tiny
 import torch
-from helpers import REPO
-from transformers import LlamaConfig, LlamaForCausalLM
+from helpers import REPO, spy_on
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import run as benchmark
 from core import references, report, runs, specs
@@ -103,6 +103,13 @@ def test_the_answers_are_the_likeliest_tokens_whatever_else_is_in_the_batch(tmp_
     rows = tasks.make("extraction")[1][:4]
     alone = [evaluate.answers(tmp_path, "extraction", [row])[0] for row in rows]
     assert evaluate.answers(tmp_path, "extraction", rows) == alone
+
+
+def test_a_chat_is_asked_with_the_beginning_of_an_answer(tmp_path, monkeypatch):
+    tiny_chat_model(tmp_path)
+    calls = spy_on(monkeypatch, PreTrainedTokenizerBase, "apply_chat_template")
+    evaluate.answers(tmp_path, "extraction", tasks.make("extraction")[1][:1])
+    assert [call.add_generation_prompt for call in calls] == [True]
 
 
 def test_a_review_is_sampled_and_every_call_samples_the_same(tmp_path):

@@ -193,6 +193,7 @@ def judged(name: str, start: float, best: float | None = None) -> Measure:
 
 PPO_MUJOCO = ("--num-envs", "1", "--num-steps", "2048", "--num-minibatches", "32", "--num-epochs", "10",
               "--learning-rate", "3e-4", "--ent-coef", "0", "--gamma", "0.99")  # fmt: skip
+KL_IN_REWARD = ("--kl-in", "reward", "--scale-rewards", "batch", "--learning-rate", "2e-4")
 CARTPOLE = {"task": "CartPole-v1", "flags": CONTROL, "measures": returns(22, optimum=500.0)}
 ACROBOT = {"task": "Acrobot-v1", "flags": (*CONTROL, "--env-id", "Acrobot-v1"), "measures": returns(-495)}
 
@@ -258,9 +259,9 @@ SPECS = (
     Spec("grpo", "prompts", {"quick": 1, "full": 5}, 3, GRPO, (*CPU, "--save-every", "8"), peer="trl_grpo_prompts.json",
          evaluation=EVALUATE),
     Spec("grpo", "kl-in-reward", {"full": 5}, 2, GRPO,
-         (*CPU, "--save-every", "8", "--kl-in", "reward", "--no-normalize-by-std"), evaluation=EVALUATE),
+         (*CPU, "--save-every", "8", *KL_IN_REWARD), evaluation=EVALUATE),
     Spec("grpo", "true-reward", {"full": 3}, 5, GRPO,
-         (*CPU, "--save-every", "32", "--kl-in", "reward", "--no-normalize-by-std", "--total-episodes", "16384",
+         (*CPU, "--save-every", "32", *KL_IN_REWARD, "--total-episodes", "16384",
           "--reward-model", f"{BENCHMARK}/world/true_reward.py:reward"), evaluation=EVALUATE),
     Spec("sft", minutes=20, measures=(Measure("eval/loss", "held-out loss", higher=False), judged("right JSON", 0.0, 1.0)),
          **real("extraction", "--max-length", "256", "--batch-size", "16", "--epochs", "1", "--learning-rate", "5e-5",

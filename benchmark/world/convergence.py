@@ -23,7 +23,7 @@ EPISODES = (1_024, 4_096, 16_384)
 PAIRS = (4_000, 16_000, 64_000)
 SEED = 1
 TRUE_REWARD = ("--reward-model", str(ROOT / "benchmark" / "world" / "true_reward.py:reward"))
-KL_IN_REWARD = ("--kl-in", "reward", "--no-normalize-by-std")
+KL_IN_REWARD = ("--kl-in", "reward", "--scale-rewards", "batch", "--learning-rate", "2e-4")
 SAMPLING = {
     "rlhf_ppo, true reward": ("rlhf_ppo", *TRUE_REWARD),
     "rlhf_ppo, learned reward": ("rlhf_ppo",),
