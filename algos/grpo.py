@@ -829,10 +829,11 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         finished = torch.tensor([response[-1] in stops for prompt, response in rows], device=device).float()
         scores = scores - args.missing_eos_penalty * (1 - finished)
         kl = (old_logprobs - ref_logprobs).sum(1)  # (B,)
-        groups = scores.view(-1, G)  # of one prompt each
+        gains = scores
         if args.kl_in == "reward":
-            groups = (scores - args.kl_coef * kl).view(-1, G)
-        advantages = group_advantages(groups, args.baseline == "leave-one-out", args.scale_rewards).view(B, 1)
+            gains = scores - args.kl_coef * kl
+        is_rloo = args.baseline == "leave-one-out"
+        advantages = group_advantages(gains.view(-1, G), is_rloo, args.scale_rewards).view(B, 1)
         divisors = lengths if args.scale_rewards == "group" else torch.full_like(lengths, R)  # |o_i| of Eq. 3, or R
         loss_kl_coef = args.kl_coef if args.kl_in == "loss" else 0.0
 

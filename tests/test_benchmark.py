@@ -436,6 +436,15 @@ def test_curves_that_are_logged_seldom_have_a_point_where_something_was_logged()
     assert pictures.new_bins(curves).tolist() == [0, 3, 5]
 
 
+def test_the_highest_point_of_a_mean_curve_stands_beside_tianshous():
+    (said,) = [line for line in report.highest_points() if "Hopper" in line]
+    (spec,) = [spec for spec in specs.SPECS if spec.name == "ppo-Hopper-v5"]
+    curves_by_seed = [seed["charts/episodic_return"]["curve"] for seed in references.ours(spec).seeds.values()]
+    highest = max(sum(values) / len(values) for values in zip(*curves_by_seed, strict=True))
+    assert said == f"ppo-Hopper-v5 {highest:,.0f} (2,609)"
+    assert not any("reinforce" in line for line in report.highest_points())  # theirs are of 3 and 10 million steps
+
+
 def test_published_numbers_are_compared_with_like_ones_only_at_as_many_steps():
     unlike = {}
     for spec in specs.SPECS:
