@@ -16,9 +16,9 @@ Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 15
         --learning-rate 2e-3 --anneal-lr --gae-lambda 0.95 --log-std-init -1  # 3726
 
 Environments reset one step after an episode has ended (gymnasium's NEXT_STEP). The observation that comes with `done`
-is the episode's last, and its value stands in the next row. There the environment only resets: no step is counted.
-Logged values are means since the last log. Returns are the environment's own; behind a command above stands their mean
-over the last 100 episodes.
+is the episode's last. The next row, in which the environment only resets, has its value and is not counted as a step.
+Logged values are means since the last log. Returns are the environment's own. The number behind a command is
+their mean over the last 100 episodes.
 
 Differs from the paper:
  1. Synchronous: one process steps N environments, where the threads of A3C update on their own.
@@ -76,7 +76,7 @@ class Args:
     env_kwargs: str = "{}"  # Arguments for gymnasium.make_vec and the environment, as a JSON object.
     total_timesteps: int = 500_000  # Environment steps to train for.
     num_envs: int = 16  # Number N of environments that are stepped side by side.
-    normalize: bool = False  # Normalise observations, and in a2c and ppo rewards, by running statistics.
+    normalize: bool = False  # Normalise observations (in a2c and ppo rewards too) by running statistics.
     learning_rate: float = 1e-3  # Learning rate of RMSprop at the start.
     anneal_lr: bool = False  # Let the learning rate fall linearly to 0.
     num_steps: int = 5  # Number T of steps in each environment between two updates (A3C's t_max).

@@ -7,7 +7,7 @@
 
 RLHF's best policy is π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β). We solve this for r: every policy π is the best one for the
 reward β·log π(y|x)/π_ref(y|x) plus a function of x. The Bradley-Terry model says how likely the pairs are under a
-reward: σ(r(x, y_w) - r(x, y_l)). With this reward, that likelihood is a loss on π itself.
+reward: σ(r(x, y_w) - r(x, y_l)), y_w being the chosen completion. Its negative log, with this reward, is a loss on π.
 Papers: Rafailov et al. 2023, arXiv 2305.18290 (DPO); Azar et al. 2023, arXiv 2310.12036 (IPO); Mitchell 2023, "A note
 on DPO with noisy preferences" (cDPO).
 
@@ -15,13 +15,13 @@ on DPO with noisy preferences" (cDPO).
     accelerate launch algos/dpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized --beta 0.1 --bf16
 
 Data: columns `prompt`, `chosen` and `rejected`, or the last two alone, both beginning with the prompt. They hold texts
-or lists of {"role", "content"} messages. Letters: B pairs of an update, b of a micro-batch, R tokens of a completion,
-L of a whole row, V words of the vocabulary. Logged: rewards/* is the implicit reward β·log π/π_ref, and logps/* is
-log π(y|x). Both usually fall, for the chosen and the rejected completion; only their difference counts.
+or lists of {"role", "content"} messages. Letters: B pairs of an update, b of a micro-batch, K columns of tokens from
+the first completion on, L of a whole row, V words of the vocabulary. Logged: rewards/chosen and rewards/rejected are
+the implicit reward β·log π/π_ref, logps/* is log π(y|x). They usually fall; only the difference of a pair counts.
 
 Differs from the paper:
  1. AdamW without weight decay instead of RMSprop, a cosine schedule, the gradient's norm clipped to 1, no dropout.
- 2. With --loss ipo, log π(y|x) is the sum over tokens, as in IPO's Eq. 17. TRL takes the mean.
+ 2. With --loss ipo, log π(y|x) is the sum over tokens as in IPO's Eq. 17, where TRL takes the mean.
  3. A batch never mixes two epochs: the pairs that do not fill a batch are left out of that epoch.
 """
 

@@ -5,14 +5,14 @@
 # ///
 """Group relative policy optimisation (GRPO): RLHF without a critic; the mean of a group of answers is the baseline.
 
-The policy π answers each prompt G times. How much better an answer scores than its group is the advantage of all its
-tokens. A KL penalty keeps π near π_ref, the policy at the start. A reward model gives the scores, or a Python function.
+The policy π answers each prompt G times. All tokens of an answer get one advantage: how much better it scores than its
+group. A KL penalty keeps π near π_ref, the policy at the start. A reward model gives the scores, or a Python function.
 Papers: Shao et al. 2024, arXiv 2402.03300 (GRPO); Liu et al. 2025, arXiv 2503.20783 (Dr. GRPO); Ahmadian et al. 2024,
 arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
 
     python algos/grpo.py  # the small language world: 0.81 of the possible gain
     python algos/grpo.py --kl-in reward --scale-rewards batch --learning-rate 2e-4  # the KL in the score: 0.85
-    python algos/grpo.py --kl-coef 0.05 --reward-model benchmark/world/own_feelings.py:reward  # 0.06 to 0.99
+    python algos/grpo.py --kl-coef 0.05 --reward-model benchmark/world/own_feelings.py:reward  # score 0.06 to 0.99
     accelerate launch algos/grpo.py --model Qwen/Qwen3-0.6B --dataset my.jsonl --reward-model my_rewards.py:correct \\
         --chat-template-kwargs '{"enable_thinking": false}' --response-length 256 --max-length 1024 --kl-coef 0.05 \\
         --total-episodes 100000 --batch-size 512 --bf16 --gradient-checkpointing
@@ -27,8 +27,8 @@ Differs from the paper:
  3. AdamW without weight decay, a learning rate that falls linearly to 0, the gradient's norm clipped to 1, no dropout.
  4. In the loss, a token is trained on its own KL, but not on what it does to the KL of later tokens. `--kl-in reward`
     takes the whole response's KL off its score instead, which counts both.
- 5. `--scale-rewards group` is the paper's: advantages / std of the group, losses / length of the response. In its place
-    batch divides by the std of the rollout and by R, and none by R alone (Dr. GRPO).
+ 5. The paper divides advantages by the std of their group and losses by the length of their response. `--scale-rewards
+    batch` takes the std of the whole rollout, and R; `none` takes R alone (Dr. GRPO).
 """
 
 import argparse
@@ -97,7 +97,7 @@ class Args:
     kl_in: Literal["loss", "reward"] = "loss"  # Where the penalty is: the loss, as in the paper, or the score (RLOO).
     group_size: int = 8  # Number G of responses to each prompt of a rollout.
     baseline: Literal["group", "leave-one-out"] = "group"  # Mean of the whole group, or of the other responses (RLOO).
-    scale_rewards: Literal["group", "batch", "none"] = "group"  # Whose std divides the advantages; none: Dr. GRPO.
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # Divide by the std of these; none is Dr. GRPO.
     clip_coef: float = 0.2  # Clip range ε of the ratio (PPO Eq. 7).
     missing_eos_penalty: float = 1.0  # Taken off the score of a response without a stop token.
 

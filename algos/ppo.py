@@ -18,9 +18,9 @@ Papers: Schulman et al. 2017, arXiv 1707.06347 (PPO); Schulman et al. 2015, arXi
         --num-minibatches 32 --learning-rate 3e-4 --ent-coef 0 --gamma 0.99 --log-std-init -1  # 4987
 
 Environments reset one step after an episode has ended (gymnasium's NEXT_STEP). The observation that comes with `done`
-is the episode's last, and its value stands in the next row. There the environment only resets: no step is counted.
-Logged values are means since the last log. Returns are the environment's own; behind a command above stands their mean
-over the last 100 episodes.
+is the episode's last. The next row, in which the environment only resets, has its value and is not counted as a step.
+Logged values are means since the last log. Returns are the environment's own. The number behind a command is
+their mean over the last 100 episodes.
 
 Differs from the paper:
  1. Vectors: separate networks for actor and critic. Images: one CNN (Mnih et al. 2015) for both. Orthogonal weights.
@@ -79,7 +79,7 @@ class Args:
     env_kwargs: str = "{}"  # Arguments for gymnasium.make_vec and the environment, as a JSON object.
     total_timesteps: int = 500_000  # Environment steps to train for.
     num_envs: int = 16  # Number N of environments that are stepped side by side.
-    normalize: bool = False  # Normalise observations, and in a2c and ppo rewards, by running statistics.
+    normalize: bool = False  # Normalise observations (in a2c and ppo rewards too) by running statistics.
     learning_rate: float = 1e-3  # Learning rate of Adam at the start.
     anneal_lr: bool = True  # Let the learning rate fall linearly to 0.
     num_steps: int = 32  # Number T of steps in each environment between two updates (PPO Algorithm 1).
@@ -234,7 +234,7 @@ def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tens
 
 
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
-    """Half the squared error per sample, L^VF in PPO Eq. 9."""
+    """Half the squared error per sample; L^VF in PPO Eq. 9 has no half."""
     return 0.5 * (values - returns) ** 2
 
 

@@ -13,8 +13,8 @@ return that followed it (Sutton et al. 1999). Only a policy is learnt. There is 
     python algos/reinforce.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 4 \\
         --learning-rate 3e-3 --gamma 0.97 --log-std-init -1.5  # 986
 
-Logged values are means since the last log. Returns are the environment's own; behind a command above stands their mean
-over the last 100 episodes.
+Logged values are means since the last log. Returns are the environment's own. The number behind a command is
+their mean over the last 100 episodes.
 
 Differs from the paper:
  1. The returns of an update are normalised over all its steps, which scales the gradient and subtracts a baseline.
@@ -72,7 +72,7 @@ class Args:
     env_kwargs: str = "{}"  # Arguments for gymnasium.make_vec and the environment, as a JSON object.
     total_timesteps: int = 500_000  # Environment steps to train for.
     num_envs: int = 8  # Number N of environments that are stepped side by side, one episode in each per update.
-    normalize: bool = False  # Normalise observations, and in a2c and ppo rewards, by running statistics.
+    normalize: bool = False  # Normalise observations (in a2c and ppo rewards too) by running statistics.
     learning_rate: float = 2e-3  # Learning rate of Adam at the start.
     anneal_lr: bool = True  # Let the learning rate fall linearly to 0.
     num_steps: int = 10_000  # Number T of steps after which a training episode is cut.

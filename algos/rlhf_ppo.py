@@ -196,7 +196,7 @@ def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tens
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float) -> Tensor:
-    """Half squared error per sample (PPO Eq. 9's L^VF), the worse of V and V clipped to V_old ± ε; ε = inf: no clip."""
+    """Half the squared error per sample, the worse of V and V clipped to V_old ± ε; ε = inf: no clip (PPO Eq. 9)."""
     losses = (values - returns) ** 2
     if clip_coef < torch.inf:
         clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)

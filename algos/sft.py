@@ -13,7 +13,7 @@ that RLHF and DPO start from and are held to. Paper: Ouyang et al. 2022, arXiv 2
 
 Data: columns `prompt` and `completion`, of which only the completion gets a loss; or `messages` or `text`, which get
 one on every token but the first. They hold texts or lists of {"role", "content"} messages. Letters: B rows of an
-update, b of a micro-batch, R tokens of a completion, L of a whole row, V words of the vocabulary.
+update, b of a micro-batch, K columns of tokens, L of a whole row, V words of the vocabulary.
 
 Differs from the paper:
  1. The loss is the mean over all completion tokens of a batch, so that a long completion counts for more than a short.

@@ -16,8 +16,8 @@ from core.verdict import ANSWERS, as_text, compare, unit_of, values_of
 
 INTRO = """# Results of the benchmark
 
-Every script was run with several seeds. Here its learning curves stand beside those of CleanRL, Stable-Baselines3 and
-TRL, beside published numbers, and beside the best possible where that is known. `python benchmark/run.py report` writes
+Every script was run with several seeds. Its learning curves stand here beside those of CleanRL, Stable-Baselines3 or
+TRL where they have it, beside published numbers, and beside the best possible where that is known. `python benchmark/run.py report` writes
 these pages from what is recorded in `../reference` and `*.json`: do not edit them.
 """
 MORE = {  # a file beside README.md: its title, and what it holds
@@ -50,13 +50,13 @@ rarer.
 PONG = """## Pong
 
 `ppo.py` on ALE/Pong-v5: mean score in bins of steps. Each is one run, of one seed, and was stopped while there was more
-to learn. Neither is as long as the spec ppo-Pong, which is why that has no figures above.
+to learn. The first was stopped before the 2 million steps of the spec ppo-Pong, and the second has other flags.
 
 | | |
 | --- | --- |
 | ![Pong on a CPU](../pictures/pong_on_a_cpu.png) | ![Pong on a GPU](../pictures/pong_on_a_gpu.png) |
 
-- Two cores, in pieces by `--resume`: 330 steps per second on an idle machine, 159 minutes in all beside other jobs:
+- Two cores, 159 minutes in pieces by `--resume` beside other jobs (330 steps per second on an idle machine):
   `OMP_NUM_THREADS=2 python algos/ppo.py
   --env-id ALE/Pong-v5 --seed 1000 --total-timesteps 2000000 --num-envs 16 --num-steps 128 --num-minibatches 4
   --clip-coef 0.1 --learning-rate 3e-4 --gamma 0.99`. The mean of the last 50 episodes is above 0 after 1,498,000 steps.
@@ -159,9 +159,8 @@ def results() -> str:
     header += ["peer, in as many steps", "peer: final", "peer: area"]
     return (
         "## Results\n\nMeans over seeds with 95 % intervals. A greedy return may lie a little above the best possible: "
-        "it is a mean of 100 episodes. Where a final level is that of a language model's samples, gold reward is the "
-        "true reward, from -1 to 1 (see below).\n\n"
-        + table(header, rows)
+        "it is a mean of 100 episodes. Gold reward is the true reward of a language model's samples, from -1 to 1 (see "
+        "below).\n\n" + table(header, rows)
     )
 
 
@@ -254,8 +253,8 @@ def policies() -> str:
     header = ["trainer", "β", "seeds", "gold reward", "KL, nats", "share of J* − J_ref", "proxy", "faulty texts"]
     return (
         "## The small language world: policies beside the exact optimum\n\nAll start from the SFT model "
-        "(`assets/sft`), with default flags but β and seed (rlhf_ppo.py at β = 0.01: 16,384 episodes). The line "
-        "of the picture is what no policy can pass, its dots are the best policies π* at these β. grpo.py "
+        "(`benchmark/world/assets/sft`), with default flags but β and seed, TRL's with flags that match (rlhf_ppo.py at β = 0.01: 16,384 episodes). No policy can "
+        "pass the black line of the picture; its dots are the best policies π* at some β. grpo.py "
         "divides advantages by their spread, so its β is not on the scale of the "
         "others.\n\n"
         f"{picture}The figures are of a final policy's samples for 3,000 prompts, mean ± standard deviation over "
@@ -288,9 +287,9 @@ def against_peers() -> str:
     header = ["spec", "peer, in as many steps", "measure", "area", "final level", "margin", "answer"]
     return (
         f"## Does each script learn as well as its peer?\n\n{len(rows)} comparisons: {counts}. Each cell is ours less the "
-        "peer's, as a share of how far the peer got from its start (a random policy, or the untrained model), with a "
-        "95 % interval. Above 0 ours is better; for a loss and for KL that is lower. The final level is the end of "
-        "the training, the area the mean over all of it. Pass: the whole interval is not worse than the margin. "
+        "peer's, as a share of how far the peer got from its start (a random policy, or the model it began with), with a "
+        "95 % interval. Above 0 ours is better, which for a loss or KL means lower. The final level is the end of "
+        "the training, the area the mean over all of it. Pass: both whole intervals lie above -margin. "
         "Inconclusive: these seeds cannot tell ([how this is found](method.md)). All train for as many steps as "
         "ours; a peer whose own settings are made for another number is marked, and may be far from its best.\n\n"
         + table(header, rows)
@@ -313,7 +312,7 @@ def convergence(folder: Path) -> str:
     return (
         "## The small language world: more data\n\nThe share of J* − J_ref against the answers sampled in training "
         "(rlhf_ppo.py, grpo.py) or the pairs (dpo.py), by `python benchmark/run.py convergence`: each point a run of "
-        "its own, seed 1, 1,000 prompts. Between the true reward and the learned one lies what a reward model costs.\n\n"
+        "its own, seed 1, 1,000 prompts. The gap between true and learned reward is what a reward model costs.\n\n"
         f"![share against data](../pictures/convergence.png)\n\n{table(['', *(f'{size:,}' for size in sizes)], rows)}"
     )
 
