@@ -11,7 +11,7 @@ Papers: Shao et al. 2024, arXiv 2402.03300 (GRPO); Liu et al. 2025, arXiv 2503.2
 arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
 
     python algos/grpo.py  # the small language world: 0.81 of the possible gain
-    python algos/grpo.py --kl-in reward --scale-rewards batch --learning-rate 2e-4  # the KL in the score: 0.85
+    python algos/grpo.py --kl-in reward --scale-rewards batch --learning-rate 2e-4  # the KL in the score: 0.92
     python algos/grpo.py --kl-coef 0.05 --reward-model benchmark/world/own_feelings.py:reward  # score 0.06 to 0.99
     accelerate launch algos/grpo.py --model Qwen/Qwen3-0.6B --dataset my.jsonl --reward-model my_rewards.py:correct \\
         --chat-template-kwargs '{"enable_thinking": false}' --response-length 256 --max-length 1024 --kl-coef 0.05 \\

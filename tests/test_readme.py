@@ -130,6 +130,13 @@ def test_its_figures_of_the_language_scripts_are_those_recorded(script):
     assert [float(text) for text in said] == pytest.approx(exact, abs=0.00051)
 
 
+def test_what_grpo_reaches_with_the_kl_in_the_score_is_recorded():
+    (said,) = re.findall(r"With the KL in the score, .* it gets ([\d.]+)\.", README)
+    (spec,) = [spec for spec in specs.SPECS if spec.name == "grpo-kl-in-reward"]
+    finals = [figures["evaluation/share"]["final"] for figures in references.ours(spec).seeds.values()]
+    assert float(said) == round(np.mean(finals), 3)
+
+
 def test_what_it_says_of_a_real_model_is_recorded():
     (said,) = re.findall(r"(?m)^A real model, .*$", README)
     shares = dict(zip(("grpo-sums", "sft-extraction"), re.findall(r"from (\d+) to (\d+) %", said), strict=True))
