@@ -17,8 +17,8 @@ from core.verdict import ANSWERS, as_text, compare, unit_of, values_of
 INTRO = """# Results of the benchmark
 
 Every script was run with several seeds. Its learning curves stand here beside those of CleanRL, Stable-Baselines3 or
-TRL where they have it, beside published numbers, and beside the best possible where that is known. `python benchmark/run.py report` writes
-these pages from what is recorded in `../reference` and `*.json`: do not edit them.
+TRL where they have it, beside published numbers, and beside the best possible where that is known. `python
+benchmark/run.py report` writes these pages from what is recorded in `../reference` and `*.json`: do not edit them.
 """
 MORE = {  # a file beside README.md: its title, and what it holds
     "published": ("Published numbers", "ours beside what others published"),
