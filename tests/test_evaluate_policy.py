@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import run as benchmark
-from world import ASSETS, evaluate_policy
+from world import ASSETS, evaluate_policy, frontier
 
 SFT = ASSETS / "sft"
 REWARD = ASSETS / "reward"
@@ -83,6 +83,21 @@ def test_the_reference_reaches_no_share_at_no_kl(tmp_path, capsys):
     evaluate(*known, "--picture", tmp_path / "again.png")  # nothing is evaluated
     assert capsys.readouterr().out == f"wrote {tmp_path / 'again.png'}\n"
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "picture.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "flags, script",
+    [
+        ({"beta": 0.5}, "dpo"),
+        ({"kl_coef": 0.5}, "rlhf_ppo"),
+        ({"kl_coef": 0.5, "group_size": 8, "kl_in": "loss"}, "grpo"),
+        ({"kl_coef": 0.5, "group_size": 8, "kl_in": "reward"}, "grpo --kl-in reward"),
+    ],
+)
+def test_the_script_of_a_run_is_known_by_its_flags(flags, script, tmp_path):
+    (tmp_path / "args.json").write_text(json.dumps(flags))
+    assert evaluate_policy.setting_of(tmp_path, None) == (script, 0.5)
+    assert frontier.file_of(script).startswith(f"{script.partition(' ')[0]}.py")
 
 
 def test_a_model_without_beta_is_refused_in_one_line(capsys):

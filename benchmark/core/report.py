@@ -234,10 +234,13 @@ TRAINERS = {"trl_dpo": "TRL 1.16 DPOTrainer", "trl_ppo": "TRL 1.10 PPOTrainer", 
 
 def policies() -> str:
     """Policies of the small language world beside the exact optimum."""
+    from world.frontier import file_of  # matplotlib is slow to import
+
     groups: dict[tuple[str, float], list] = {}
     for row in specs.results("policies") or ():
         peer = next((TRAINERS[kind] for kind in TRAINERS if kind in row["name"]), row["name"])
-        groups.setdefault((f"{row['script']}.py" if row["script"] else peer, row["beta"]), []).append(row)
+        label = file_of(row["script"]) if row["script"] else peer
+        groups.setdefault((label, row["beta"]), []).append(row)
     rows = []
     for (label, beta), runs in sorted(groups.items()):
         cells = []

@@ -152,13 +152,15 @@ def describe(name: str, found: Figures, beta: float, best: grammar.Optimum) -> s
 
 
 def setting_of(path: Path, beta: float | None) -> tuple[str, float]:
-    """The script of a run and its β, or the β that is given; "" for a model folder."""
+    """The script of a run, with its flag where the KL is in the score, and β, or that given; "" for a model folder."""
     flags = {}
     if (path / "args.json").exists():
         flags = json.loads((path / "args.json").read_text())
     beta = beta or flags.get("beta", flags.get("kl_coef"))
     if not beta:
         raise SystemExit(f"error: {path}: no run of dpo.py, rlhf_ppo.py or grpo.py, whose β is known; give --beta")
+    if flags.get("kl_in") == "reward":
+        return "grpo --kl-in reward", beta
     for flag, script in (("group_size", "grpo"), ("kl_coef", "rlhf_ppo"), ("beta", "dpo")):  # a flag that only it has
         if flag in flags:
             return script, beta

@@ -9,10 +9,15 @@ from matplotlib.patheffects import withStroke
 from world import grammar
 
 LABEL = {"textcoords": "offset points", "fontsize": 8, "path_effects": [withStroke(linewidth=2.5, foreground="white")]}
-LINES = {"rlhf_ppo": "o-", "dpo": "s--", "grpo": "^:"}
-COLOURS = {"rlhf_ppo": "#0072B2", "dpo": "#D55E00", "grpo": "#009E73"}
+LINES = {"rlhf_ppo": "o-", "dpo": "s--", "grpo --kl-in reward": "v-.", "grpo": "^:"}
+COLOURS = {"rlhf_ppo": "#0072B2", "dpo": "#D55E00", "grpo --kl-in reward": "#CC79A7", "grpo": "#009E73"}
 NOTES = {"grpo": ", whose β is on a scale of its own:\nit divides advantages by their spread"}
-SIDES = {"rlhf_ppo": (1, 6), "dpo": (14, -10), "grpo": (15, -9)}  # where β stands beside a point
+SIDES = {
+    "rlhf_ppo": (1, 6),
+    "dpo": (14, -10),
+    "grpo --kl-in reward": (-14, -4),
+    "grpo": (15, -9),
+}  # where β stands beside a point
 PANELS = (("gold", "true reward"), ("proxy", "reward model's score"))
 
 
@@ -40,6 +45,12 @@ def points(rows: list[dict], script: str, figure: str) -> list[tuple[float, floa
     return sorted(found)
 
 
+def file_of(script: str) -> str:
+    """A script's file, with the flag that follows its name."""
+    name, _, flag = script.partition(" ")
+    return f"{name}.py {flag}".strip()
+
+
 def draw(rows: list[dict], golds: np.ndarray, path: Path) -> None:
     """True reward and reward model's score against KL, one point per script and β: mean of the seeds in rows."""
     import matplotlib
@@ -53,7 +64,7 @@ def draw(rows: list[dict], golds: np.ndarray, path: Path) -> None:
         axes.margins(y=0.1)
         for script, line in LINES.items():
             found = points(rows, script, figure)
-            style = {"color": COLOURS[script], "label": f"{script}.py{NOTES.get(script, '')}"}
+            style = {"color": COLOURS[script], "label": f"{file_of(script)}{NOTES.get(script, '')}"}
             kls = [x for x, _, _ in found]
             values = [y for _, y, _ in found]
             axes.plot(kls, values, line, **style)
