@@ -256,11 +256,10 @@ def policies() -> str:
     header = ["trainer", "β", "seeds", "gold reward", "KL, nats", "share of J* − J_ref", "proxy", "faulty texts"]
     return (
         "## The small language world: policies beside the exact optimum\n\nAll start from the SFT model "
-        "(`benchmark/world/assets/sft`), with default flags but β and seed, TRL's with flags that match (rlhf_ppo.py at β = 0.01: 16,384 episodes; "
-        "grpo.py --kl-in reward: --scale-rewards batch --learning-rate 2e-4). No policy can "
-        "pass the black line of the picture; its dots are the best policies π* at some β. grpo.py "
-        "divides advantages by their spread, so its β is not on the scale of the "
-        "others.\n\n"
+        "(`benchmark/world/assets/sft`), with default flags but β and seed, TRL's with flags that match (rlhf_ppo.py at "
+        "β = 0.01: 16,384 episodes; grpo.py --kl-in reward: --scale-rewards batch --learning-rate 2e-4). No policy can "
+        "pass the black line of the picture; its dots are the best policies π* at some β. grpo.py divides advantages "
+        "by their spread, so its β is not on the scale of the others.\n\n"
         f"{picture}The figures are of a final policy's samples for 3,000 prompts, mean ± standard deviation over "
         "seeds. Gold is the true reward, proxy the reward model's score. A share of 0 is the SFT model, 1 the "
         "best policy there is at this β; – where J* is not known well enough. The tables above are of the first 1,000 "
