@@ -17,8 +17,8 @@ Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 15
 
 Environments reset one step after an episode has ended (gymnasium's NEXT_STEP). The observation that comes with `done`
 is the episode's last. The next row, in which the environment only resets, has its value and is not counted as a step.
-Logged values are means since the last log. Returns are the environment's own. The number behind a command is
-their mean over the last 100 episodes.
+Logged values are means since the last log. Returns are the environment's own. The number behind a command is their
+mean over the last 100 episodes.
 
 Differs from the paper:
  1. Synchronous: one process steps N environments, where the threads of A3C update on their own.

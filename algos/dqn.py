@@ -23,8 +23,8 @@ Environments reset one step after an episode has ended (gymnasium's NEXT_STEP). 
 is the episode's last. It opens the next row, as the next observation of every step does. In that row the environment
 only resets: the action is ignored, no step is counted, and replay never draws it. q_values are Q(s, a) of the replayed
 steps.
-Logged values are means since the last log. Returns are the environment's own. The number behind a command is
-their mean over the last 100 episodes.
+Logged values are means since the last log. Returns are the environment's own. The number behind a command is their
+mean over the last 100 episodes.
 
 Differs from the paper:
  1. Adam, and the plain squared error; `--loss huber` has the gradient of the clipped error of 2015.

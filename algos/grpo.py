@@ -25,10 +25,10 @@ Differs from the paper:
  1. π_ref stays the starting policy. Algorithm 1's outer loop, which renews it and the reward model, is left out.
  2. The KL term is multiplied by π/π_old (DeepSeek-V3.2, 2512.02556). Without it the gradient is not that of the KL.
  3. AdamW without weight decay, a learning rate that falls linearly to 0, the gradient's norm clipped to 1, no dropout.
- 4. In the loss, a token is trained on its own KL, but not on what it does to the KL of later tokens. `--kl-in reward`
-    takes the whole response's KL off its score instead, which counts both.
- 5. The paper divides advantages by the std of their group and losses by the length of their response. `--scale-rewards
-    batch` takes the std of the whole rollout, and R; `none` takes R alone (Dr. GRPO).
+ 4. `--kl-in reward` takes the KL of a whole response off its score. In the paper's loss, a token is trained on its own
+    KL, but not on what it does to the KL of later tokens.
+ 5. The paper divides advantages by the std of their group, and losses by the length of their response.
+    `--scale-rewards batch` takes the std of the whole rollout, and R; `none` takes R alone (Dr. GRPO).
 """
 
 import argparse
@@ -97,7 +97,7 @@ class Args:
     kl_in: Literal["loss", "reward"] = "loss"  # Where the penalty is: the loss, as in the paper, or the score (RLOO).
     group_size: int = 8  # Number G of responses to each prompt of a rollout.
     baseline: Literal["group", "leave-one-out"] = "group"  # Mean of the whole group, or of the other responses (RLOO).
-    scale_rewards: Literal["group", "batch", "none"] = "group"  # Divide by the std of these; none is Dr. GRPO.
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # The std that divides the advantages; none is Dr. GRPO.
     clip_coef: float = 0.2  # Clip range ε of the ratio (PPO Eq. 7).
     missing_eos_penalty: float = 1.0  # Taken off the score of a response without a stop token.
 

@@ -19,8 +19,8 @@ Papers: Schulman et al. 2017, arXiv 1707.06347 (PPO); Schulman et al. 2015, arXi
 
 Environments reset one step after an episode has ended (gymnasium's NEXT_STEP). The observation that comes with `done`
 is the episode's last. The next row, in which the environment only resets, has its value and is not counted as a step.
-Logged values are means since the last log. Returns are the environment's own. The number behind a command is
-their mean over the last 100 episodes.
+Logged values are means since the last log. Returns are the environment's own. The number behind a command is their
+mean over the last 100 episodes.
 
 Differs from the paper:
  1. Vectors: separate networks for actor and critic. Images: one CNN (Mnih et al. 2015) for both. Orthogonal weights.

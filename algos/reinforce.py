@@ -13,8 +13,8 @@ return that followed it (Sutton et al. 1999). Only a policy is learnt. There is 
     python algos/reinforce.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 4 \\
         --learning-rate 3e-3 --gamma 0.97 --log-std-init -1.5  # 986
 
-Logged values are means since the last log. Returns are the environment's own. The number behind a command is
-their mean over the last 100 episodes.
+Logged values are means since the last log. Returns are the environment's own. The number behind a command is their
+mean over the last 100 episodes.
 
 Differs from the paper:
  1. The returns of an update are normalised over all its steps, which scales the gradient and subtracts a baseline.
