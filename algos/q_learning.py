@@ -24,7 +24,9 @@ Differs from the paper:
 """
 
 import argparse
+import atexit
 import json
+import multiprocessing
 import re
 import signal
 import sys
@@ -150,6 +152,17 @@ def reachable(next_probs: Tensor, start_probs: Tensor) -> Tensor:
     return reached
 
 
+# --- environments ---
+
+
+def ignore_signals(env: gym.Env) -> gym.Env:
+    """In a process of its own ("async") an environment leaves Ctrl-C and SIGTERM to the run, which closes it."""
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return env
+
+
 # --- run ---
 
 
@@ -262,8 +275,9 @@ def main(args: Args, saved: dict | None = None) -> None:
     # Environments and table, restored when a run is resumed.
     torch.manual_seed(args.seed)
     sys.path.append("")  # where a user's own module may lie
-    env_kwargs = json.loads(args.env_kwargs)
-    envs = gym.make_vec(args.env_id, args.num_envs, "sync", None, **env_kwargs)
+    env_kwargs = {"vectorization_mode": "sync"} | json.loads(args.env_kwargs)
+    envs = gym.make_vec(args.env_id, args.num_envs, wrappers=[ignore_signals], **env_kwargs)
+    atexit.register(envs.close)  # processes that ignore SIGTERM must be closed before Python ends
     states, actions = envs.single_observation_space, envs.single_action_space
     for space in (states, actions):
         if not isinstance(space, Discrete) or space.start != 0:
@@ -277,7 +291,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         announce_exploration(args, saved)
         if args.seed == saved["args"]["seed"]:
             torch.set_rng_state(saved["rng"])
-    env = envs.envs[0].unwrapped
+    env = envs.env_fns[0]().unwrapped  # a further one, in this process
     envs = gym.wrappers.vector.RecordEpisodeStatistics(envs, LOG_EVERY, stats_key="episode_statistics")
     obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))
     is_step = np.ones(args.num_envs, bool)
@@ -363,7 +377,8 @@ def main(args: Args, saved: dict | None = None) -> None:
     if is_known:
         policies["optimal_return"] = optimal_q.argmax(-1)
     if args.eval_episodes > 0:
-        envs = gym.make_vec(args.env_id, args.eval_episodes, "sync", None, **env_kwargs)
+        env_kwargs["vectorization_mode"] = "sync"
+        envs = gym.make_vec(args.env_id, args.eval_episodes, **env_kwargs)
         for name, policy in policies.items():
             returns, num_cut = play(policy, envs, seed=1000 * abs(args.seed))  # the same episodes for both
             writer.add_scalar(f"eval/{name}_mean", returns.mean(), step)

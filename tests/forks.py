@@ -3,6 +3,7 @@
 A new interpreter imports them for many seconds, and torchrun takes three interpreters for two processes.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -28,6 +29,9 @@ def free_port() -> int:
 
 def run_as_main(file: Path, flags: list[str], environment: dict[str, str], said: Path) -> None:
     """What a copy does: run a file as `python file flags` would, and write all it prints to a file."""
+    os.setsid()  # a process group of its own, as a terminal gives it
+    multiprocessing.process._parent_process = None
+    atexit._clear()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -38,7 +42,10 @@ def run_as_main(file: Path, flags: list[str], environment: dict[str, str], said:
     sys.argv = [str(file), *flags]
     os.environ.update(environment)
     AcceleratorState._reset_state(reset_partial_state=True)
-    runpy.run_path(str(file), run_name="__main__")
+    try:
+        runpy.run_path(str(file), run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which a copy leaves out
 
 
 def fork(said: Path, file: Path, *flags: object, **environment: str) -> ForkProcess:

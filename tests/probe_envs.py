@@ -554,11 +554,25 @@ class Slow(Noise):
         return super().step(action)
 
 
+class SlowStates(Slow):
+    """The same for a table: states 0 and 1."""
+
+    observation_space = Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return 0, {}
+
+    def step(self, action):
+        _, *rest = super().step(action)
+        return self.total % 2, *rest
+
+
 for cls in (Alternating, Film, Interrupted, Rare):
     register(cls)
 for cls in (IntBox, RewardArray, WrongShape, OldReset, OldStep, Slip, Shows):
     register(cls, limit=10)
-for cls in (Noise, Trouble, Infinite, Slow):
+for cls in (Noise, Trouble, Infinite, Slow, SlowStates):
     register(cls, limit=20)
 gym.register("SlowEndless-v0", entry_point=Slow)
 gym.register("mine/State-v0", entry_point=lambda: Shows("state"), max_episode_steps=10)

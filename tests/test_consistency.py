@@ -13,7 +13,7 @@ import pytest
 from helpers import ALGOS, REPO
 
 LINES = {  # at most, header and docstring included
-    "q_learning": 380,
+    "q_learning": 395,
     "reinforce": 520,
     "a2c": 555,
     "dqn": 580,
@@ -25,7 +25,7 @@ LINES = {  # at most, header and docstring included
     "rlhf_ppo": 940,
 }
 NODES = {  # of syntax in all, at most; and below, per statement, which says one thing
-    "q_learning": 1470,
+    "q_learning": 1500,
     "reinforce": 2220,
     "a2c": 2420,
     "dqn": 2320,

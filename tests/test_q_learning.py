@@ -2,9 +2,9 @@
 
 import copy
 import json
+import os
 import shutil
 import signal
-import subprocess
 import time
 import typing
 from collections import Counter, defaultdict
@@ -16,9 +16,10 @@ import probe_envs  # noqa: F401  (registers the environments)
 import pytest
 import q_learning
 import torch
+from forks import fork
 from gymnasium.spaces import Discrete
 from gymnasium.wrappers import TransformReward
-from helpers import command, run, scalars, spy_on, weights
+from helpers import ALGOS, run, scalars, spy_on, weights
 from torch import tensor
 
 
@@ -787,19 +788,19 @@ def test_the_old_checkpoint_stays_whole_while_the_new_one_cannot_take_its_place(
 def test_a_run_that_is_stopped_leaves_a_checkpoint_that_resumes(tmp_path, number):
     run_dir = tmp_path / "run"
     flags = ("--env-id", "CliffWalking-v1", "--save-every", 500, "--eval-episodes", 1, "--run-dir", run_dir)
-    process = subprocess.Popen(command("q_learning", *flags), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = fork(tmp_path / "said", ALGOS / "q_learning.py", *flags)
     deadline = time.time() + 120
     while not (run_dir / "checkpoint.pt").exists() and time.time() < deadline:
         time.sleep(0.01)
-    time.sleep(1)
-    process.send_signal(number)
-    error = process.communicate()[1].decode()
+    time.sleep(0.5)
+    os.kill(process.pid, number)
+    process.join()
     step = load(run_dir)["step"]
     if number == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
+        assert process.exitcode == -signal.SIGKILL
     else:
-        assert process.returncode == 1
-        assert f"stopped at step {step}; to go on" in error
+        assert process.exitcode == 1
+        assert f"stopped at step {step}; to go on" in (tmp_path / "said").read_text()
         assert step > 0
     resumed = run("q_learning", "--resume", run_dir, "--total-timesteps", step + 1000, "--num-envs", 2)
     assert resumed.returncode == 0, resumed.stderr
