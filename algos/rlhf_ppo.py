@@ -657,9 +657,9 @@ def catch_signals() -> list[int]:
 
 def keep_float32(accelerator: Accelerator) -> None:
     """Let FSDP2 add gradients up and leave results in float32 where it computes in bfloat16."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy  # --help need not wait for it
-
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
@@ -703,6 +703,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     # Processes and random numbers. Each process takes its own rows of a micro-batch.
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16" if args.bf16 else "no")
     keep_float32(accelerator)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads take longer to start than a row takes
     device, processes = accelerator.device, accelerator.num_processes
     accelerator.print(f"{processes} process(es) on {device.type}")
     own = slice(accelerator.process_index, None, processes)
