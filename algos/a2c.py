@@ -15,8 +15,8 @@ Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 15
     python algos/a2c.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-steps 16 \\
         --learning-rate 2e-3 --anneal-lr --gae-lambda 0.95 --log-std-init -1  # 3726
 
-Environments reset one step after an episode has ended (gymnasium's NEXT_STEP). The observation that comes with `done`
-is the episode's last. The next row, in which the environment only resets, has its value and is not counted as a step.
+The step after an episode's end only resets its environment (gymnasium's NEXT_STEP) and is not counted. It starts from
+the episode's last observation, so the critic values that too, which the return of a truncated episode needs.
 Logged values are means since the last log. Returns are the environment's own. The number behind a command is their
 mean over the last 100 episodes.
 

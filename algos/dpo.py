@@ -16,13 +16,13 @@ on DPO with noisy preferences" (cDPO).
 
 Data: columns `prompt`, `chosen` and `rejected`, or the last two alone, both beginning with the prompt. They hold texts
 or lists of {"role", "content"} messages. Letters: B pairs of an update, b of a micro-batch, K columns of tokens from
-the first completion on, L of a whole row, V words of the vocabulary. Logged: rewards/chosen and rewards/rejected are
-the implicit reward β·log π/π_ref, logps/* is log π(y|x). They usually fall; only the difference of a pair counts.
+where the batch's first completion begins, L of a whole row, V words of the vocabulary. Logged: rewards/chosen and
+rewards/rejected are the implicit reward β·log π/π_ref, logps/* is log π(y|x). They usually fall; only the difference
+of a pair counts.
 
 Differs from the paper:
  1. AdamW without weight decay instead of RMSprop, a cosine schedule, the gradient's norm clipped to 1, no dropout.
- 2. With --loss ipo, log π(y|x) is the sum over tokens as in IPO's Eq. 17, where TRL takes the mean.
- 3. A batch never mixes two epochs: the pairs that do not fill a batch are left out of that epoch.
+ 2. A batch never mixes two epochs: the pairs that do not fill a batch are left out of that epoch.
 """
 
 import argparse
@@ -84,7 +84,7 @@ class Args:
     gradient_checkpointing: bool = False  # Compute activations twice: less memory, about a third slower.
     lora_rank: int = 0  # Train low-rank adapters of this rank in all linear layers, with α = 2·rank; 0 trains all.
     beta: float = 0.5  # Weight β of the divergence from π_ref (DPO Eq. 3).
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # Loss of DPO (Eq. 7) or of IPO (Eq. 17, with τ = β).
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # Loss of DPO (Eq. 7), or of IPO (Eq. 17 with τ = β and log π summed).
     label_smoothing: float = 0.0  # Share ε of the pairs whose label is taken to be wrong (cDPO).
 
     def __post_init__(self) -> None:

@@ -19,10 +19,9 @@ Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (t
         --num-envs 8 --train-every 4 --buffer-size 1000000 --learning-starts 80000 --target-every 1000 \\
         --epsilon-end 0.01 --exploration-fraction 0.1 --save-every 2000000      # 7 GB of memory, 14 of disk
 
-Environments reset one step after an episode has ended (gymnasium's NEXT_STEP). The observation that comes with `done`
-is the episode's last. It opens the next row, as the next observation of every step does. In that row the environment
-only resets: the action is ignored, no step is counted, and replay never draws it. q_values are Q(s, a) of the replayed
-steps.
+The step after an episode's end only resets its environment (gymnasium's NEXT_STEP): it is not counted, and replay
+never draws it. But it starts from the episode's last observation, which replay needs as the next one of the step
+before. q_values are Q(s, a) of the replayed steps.
 Logged values are means since the last log. Returns are the environment's own. The number behind a command is their
 mean over the last 100 episodes.
 
@@ -30,7 +29,7 @@ Differs from the paper:
  1. Adam, and the plain squared error; `--loss huber` has the gradient of the clipped error of 2015.
  2. N environments are stepped side by side. All intervals count the steps of all N, also the target network's.
  3. A truncated episode continues with the Q of its final observation; only a termination ends the return.
- 4. Vectors: an MLP of 120 and 84 units. Atari: no sticky actions, whole games, rewards clipped to their sign.
+ 4. Vectors: an MLP of 120 and 84 units. Atari: an episode is a whole game, not a life.
  5. A run that is lengthened by --resume stretches the fall of ε over the new total, and prints a line if ε rises.
 """
 

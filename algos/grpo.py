@@ -27,8 +27,8 @@ Differs from the paper:
  3. AdamW without weight decay, a learning rate that falls linearly to 0, the gradient's norm clipped to 1, no dropout.
  4. `--kl-in reward` takes the KL of a whole response off its score. In the paper's loss, a token is trained on its own
     KL, but not on what it does to the KL of later tokens.
- 5. The paper divides advantages by the std of their group, and losses by the length of their response.
-    `--scale-rewards batch` takes the std of the whole rollout, and R; `none` takes R alone (Dr. GRPO).
+ 5. The paper divides advantages by the std of their group, and losses by the length of their response. That is
+    `--scale-rewards group`. `batch` divides by the std of the rollout and by R, and `none` by R only (Dr. GRPO).
 """
 
 import argparse

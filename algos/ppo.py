@@ -17,8 +17,8 @@ Papers: Schulman et al. 2017, arXiv 1707.06347 (PPO); Schulman et al. 2015, arXi
     python algos/ppo.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 64 --num-epochs 10 \\
         --num-minibatches 32 --learning-rate 3e-4 --ent-coef 0 --gamma 0.99 --log-std-init -1  # 4987
 
-Environments reset one step after an episode has ended (gymnasium's NEXT_STEP). The observation that comes with `done`
-is the episode's last. The next row, in which the environment only resets, has its value and is not counted as a step.
+The step after an episode's end only resets its environment (gymnasium's NEXT_STEP) and is not counted. It starts from
+the episode's last observation, so the critic values that too, which the return of a truncated episode needs.
 Logged values are means since the last log. Returns are the environment's own. The number behind a command is their
 mean over the last 100 episodes.
 
@@ -27,7 +27,7 @@ Differs from the paper:
  2. Advantages are normalised per minibatch, the gradient's norm is clipped to 0.5, the learning rate falls to 0.
  3. A truncated episode continues with the value of its final observation; only a termination ends the return.
  4. Box actions: a Gaussian with one learnt standard deviation per dimension; ±1 stands for the environment's bounds.
- 5. Atari: no sticky actions, episodes are whole games, and the rewards trained on are clipped to their sign.
+ 5. Atari: an episode is a whole game, not a life. Rewards are clipped to their sign. Sticky actions are off.
 """
 
 import argparse

@@ -16,9 +16,10 @@ from core.verdict import ANSWERS, as_text, compare, unit_of, values_of
 
 INTRO = """# Results of the benchmark
 
-Every script was run with several seeds. Its learning curves stand here beside those of CleanRL, Stable-Baselines3 or
-TRL where they have it, beside published numbers, and beside the best possible where that is known. `python
-benchmark/run.py report` writes these pages from what is recorded in `../reference` and `*.json`: do not edit them.
+Every script was run with several seeds; a real model and Pong with one. The learning curves stand here beside those
+of CleanRL, Stable-Baselines3 or TRL where they have it, beside published numbers, and beside the best possible where
+that is known. `python benchmark/run.py report` writes these pages from what is recorded in `../reference` and
+`*.json`: do not edit them.
 """
 MORE = {  # a file beside README.md: its title, and what it holds
     "published": ("Published numbers", "ours beside what others published"),
@@ -256,12 +257,14 @@ def policies() -> str:
     header = ["trainer", "β", "seeds", "gold reward", "KL, nats", "share of J* − J_ref", "proxy", "faulty texts"]
     return (
         "## The small language world: policies beside the exact optimum\n\nAll start from the SFT model "
-        "(`benchmark/world/assets/sft`), with default flags but β and seed, TRL's with flags that match (rlhf_ppo.py at "
-        "β = 0.01: 16,384 episodes; grpo.py --kl-in reward: --scale-rewards batch --learning-rate 2e-4). No policy can "
+        "(`benchmark/world/assets/sft`). Flags are the defaults, but for β and seed; TRL's are set to match. Two rows have "
+        "more: rlhf_ppo.py at β = 0.01 has 16,384 episodes, and grpo.py --kl-in reward has --scale-rewards batch "
+        "--learning-rate 2e-4. No policy can "
         "pass the black line of the picture; its dots are the best policies π* at some β. grpo.py divides advantages "
         "by their spread, so its β is not on the scale of the others.\n\n"
         f"{picture}The figures are of a final policy's samples for 3,000 prompts, mean ± standard deviation over "
-        "seeds. Gold is the true reward, proxy the reward model's score. A share of 0 is the SFT model, 1 the "
+        "seeds. Gold is the true reward. Proxy is the reward model's score, less that of the SFT model. Faulty texts are "
+        "those with a sentence that no review has, with too few sentences, or without an end. A share of 0 is the SFT model, 1 the "
         "best policy there is at this β; – where J* is not known well enough. The tables above are of the first 1,000 "
         "of these prompts, where every trainer's share is 0.01 to 0.05 higher: compare within a table "
         "only.\n\n"
@@ -289,10 +292,10 @@ def against_peers() -> str:
     counts = ", ".join(f"{answers.count(answer)} {answer}" for answer in ANSWERS)
     header = ["spec", "peer, in as many steps", "measure", "area", "final level", "margin", "answer"]
     return (
-        f"## Does each script learn as well as its peer?\n\n{len(rows)} comparisons: {counts}. Each cell is ours less the "
-        "peer's, as a share of how far the peer got from its start (a random policy, or the model it began with), with a "
-        "95 % interval. Above 0 ours is better, which for a loss or KL means lower. The final level is the end of "
-        "the training, the area the mean over all of it. Pass: both whole intervals lie above -margin. "
+        f"## Does each script learn as well as its peer?\n\n{len(rows)} comparisons: {counts}. Each cell is (ours − peer) / "
+        "(peer − its start), with a 95 % interval. The start is a random policy, or the model before training. Where "
+        "less is better, as with a loss or KL, the sign is turned, so that above 0 ours is always better. The final level "
+        "is the end of the training, the area the mean over all of it. Pass: all intervals shown lie above -margin. "
         "Inconclusive: these seeds cannot tell ([how this is found](method.md)). All train for as many steps as "
         "ours; a peer whose own settings are made for another number is marked, and may be far from its best.\n\n"
         + table(header, rows)
