@@ -26,7 +26,6 @@ Differs from the paper:
 """
 
 import argparse
-import functools
 import itertools
 import json
 import math
@@ -177,9 +176,17 @@ def cosine_schedule(step: int, total_steps: int, warmup: float) -> float:
 
 def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple[nn.Module, Any]:
     """Model in float32, without dropout, and tokenizer of a hub id, folder or peft adapter; num_labels=1 for a head."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    if (Path(name) / "model").is_dir() and not (Path(name) / "config.json").exists():
+        raise SystemExit(f"{name} is a run directory: its model is {name}/model")
     adapter_file = transformers.utils.find_adapter_config_file(name)
-    base = json.loads(Path(adapter_file).read_text())["base_model_name_or_path"] if adapter_file else name
+    adapter = json.loads(Path(adapter_file).read_text()) if adapter_file else {}
+    base = adapter.get("base_model_name_or_path", name)
+    if adapter.get("task_type") == "SEQ_CLS":
+        if loader is transformers.AutoModelForCausalLM:
+            raise SystemExit(f"{name} is the adapter of a reward model, not of a language model")
+        changes["num_labels"] = 1  # the head lies in the adapter
+    is_lacking = adapter and not transformers.utils.hub.has_file(name, "tokenizer_config.json")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base if is_lacking else name)
     config = transformers.AutoConfig.from_pretrained(base, **changes)
     text_config = config.get_text_config()
     for key, value in vars(text_config).items():
@@ -196,7 +203,7 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
         raise SystemExit(f"{base} lacks the weights {sorted(missing)} of {type(model).__name__}")
     if "score.weight" in info["unexpected_keys"]:
         raise SystemExit(f"{base} is a reward model, and has no {type(model).__name__}")
-    if adapter_file:
+    if adapter:
         from peft import PeftConfig, PeftModel
 
         adapter_config = PeftConfig.from_pretrained(name)
@@ -246,6 +253,15 @@ def save_trained_only(accelerator: Accelerator) -> None:
     accelerator.register_save_state_pre_hook(drop_frozen)
 
 
+def is_valid(config: transformers.GenerationConfig) -> bool:
+    """Whether a generation config can be saved."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
 def set_stop_tokens(model: nn.Module, stops: list[int]) -> None:
     """Let generation end at the tokens that end answers in training, besides those that the model's own file names."""
     config = model.generation_config
@@ -253,11 +269,12 @@ def set_stop_tokens(model: nn.Module, stops: list[int]) -> None:
     if isinstance(own, int):
         own = [own]
     config.eos_token_id = sorted({*stops, *(own or [])})
-    try:
-        config.validate(strict=True)  # as saving does
-    except ValueError:
+    if not is_valid(config):
         config.do_sample = True  # a temperature without it, as some published models have
-        config.validate(strict=True)
+    if not is_valid(config):
+        model.generation_config = transformers.GenerationConfig(
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
+        )
 
 
 # --- data ---
@@ -292,6 +309,13 @@ def choose_eval_split(name: str, config: str, split: str) -> str:
     return ""
 
 
+def refuse_columns(data: Any, name: str, columns: list[str]) -> None:
+    """Stop the run where a data set has some of these columns, filled: they are read by nobody."""
+    for column in columns:
+        if column in data.column_names and any(data[column]):
+            raise SystemExit(f"--dataset {name}: the column {column} is not read: put it into the prompt, or remove it")
+
+
 def choose_columns(data: Any, name: str) -> list[str]:
     """The first of LAYOUTS whose columns a data set has."""
     for columns in LAYOUTS:
@@ -307,7 +331,8 @@ def choose_columns(data: Any, name: str) -> list[str]:
 def check_value(value: Any, place: str) -> None:
     """Stop the run unless a value is a text, or a list of messages with role and content."""
     if isinstance(value, str):
-        if re.match(r"""\s*\[\s*{\s*['"](role|content|from|value)['"]""", value):
+        has_keys = re.search(r"""['"](role|from)['"]""", value) and re.search(r"""['"](content|value)['"]""", value)
+        if has_keys and re.match(r"\s*\[\s*{", value):
             raise SystemExit(f"{place}: {value!r:.40} is a list of messages written as text: use jsonl in place of csv")
         return
     if not isinstance(value, list) or not value:
@@ -317,6 +342,11 @@ def check_value(value: Any, place: str) -> None:
             raise SystemExit(f"{place}: {turn!r:.80} is no message with a role and a content")
 
 
+def said_by(turns: list[dict]) -> list[tuple[str, str]]:
+    """Who says what in messages, by which they are compared."""
+    return [(turn["role"], turn["content"].strip()) for turn in turns]
+
+
 def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
     """A prompt as messages. Where the chat repeats it: all up to its end. Without one: what both chats begin with."""
     if isinstance(prompt, str) and prompt:
@@ -324,19 +354,15 @@ def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
     if prompt and chats[0][0]["role"] == "assistant":
         return prompt  # the chats are answers alone
     if prompt:
-        asked, said = ([(turn["role"], turn["content"].strip()) for turn in turns] for turns in (prompt, chats[0]))
+        asked, said = said_by(prompt), said_by(chats[0])
         for end in range(len(asked), len(said) + 1):
             if said[end - len(asked) : end] == asked:
                 return chats[0][:end]
         return prompt
     if len(chats) == 1:
         return []
-    shared = []
-    for first, second in zip(chats[0][:-1], chats[1][:-1]):
-        if first != second:
-            break
-        shared.append(first)
-    return shared
+    shared = os.path.commonprefix([said_by(chat[:-1]) for chat in chats])
+    return chats[0][: len(shared)]
 
 
 def split_chats(prompt: Any, completions: list[Any], place: str) -> tuple[list[dict], list[list[dict]]]:
@@ -351,11 +377,13 @@ def split_chats(prompt: Any, completions: list[Any], place: str) -> tuple[list[d
             )
         chats.append(completion)
     turns = prompt_turns(prompt, chats)
-    repeats = [chat[: len(turns)] == turns for chat in chats]
+    repeats = [said_by(chat[: len(turns)]) == said_by(turns) for chat in chats]
     if all(repeats):
         return turns, [chat[len(turns) :] for chat in chats]
     if any(repeats):
         raise SystemExit(f"{place}: one of the two answers repeats the prompt, and the other does not")
+    if turns[-1]["role"] == "user" and chats[0][0]["role"] != "assistant":
+        raise SystemExit(f"{place}: the chat does not hold the prompt, and does not go on after it")
     return turns, chats
 
 
@@ -368,10 +396,37 @@ def render_chats(render: Callable, prompt: list[dict], answers: list[list[dict]]
     for text, answer in zip(texts, answers):
         if not text.startswith(question):
             raise SystemExit(f"--dataset: the chat template changes a prompt once it is answered:\n{question}\n{text}")
-        for turn in answer:
-            if turn["role"] == "assistant" and "".join(turn["content"].split()) not in "".join(text.split()):
-                raise SystemExit(f"--dataset: the chat template leaves out a part of the answer {turn['content']!r}")
+        check_rendered(prompt, answer, text)
     return question, texts
+
+
+def chat_renderer(tokenizer: Any, template_kwargs: str) -> Callable:
+    """A function that gives the chat template's text of messages."""
+    settings = json.loads(template_kwargs)
+
+    def render(turns: list[dict], **options: Any) -> str:
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False, **settings, **options)
+        except Exception as error:
+            raise SystemExit(f"--dataset: the chat template refuses {turns!r:.200}: {error}") from error
+
+    return render
+
+
+def check_rendered(prompt: list[dict], answer: list[dict], text: str) -> None:
+    """Stop the run where the chat template leaves out what a turn says; thoughts of earlier answers may go."""
+    shown = "".join(text.split())
+    turns = [turn for turn in prompt if turn["role"] != "assistant"]
+    for turn in turns + answer:
+        parts = [turn.get(key) or "" for key in ("content", "reasoning_content", "thinking")]
+        for call in turn.get("tool_calls") or []:
+            parts.append(call.get("function", call)["name"])
+        for part in parts:
+            # A template may write the results of tools in its own way.
+            if turn["role"] not in ("tool", "ipython") and "".join(part.split()) not in shown:
+                raise SystemExit(
+                    f"--dataset: the chat template leaves out a part of the turn {part!r} ({turn['role']})"
+                )
 
 
 def stop_tokens(tokenizer: Any, render: Callable) -> list[int]:
@@ -445,7 +500,8 @@ def load_rows(
     path, files = locate_data(name)
     data = datasets.load_dataset(path, config or None, data_files=files, split=split)
     columns = choose_columns(data, name)
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **json.loads(template_kwargs))
+    refuse_columns(data, name, ["system", "system_prompt", "tools", "input"])
+    render = chat_renderer(tokenizer, template_kwargs)
     stops = stop_tokens(tokenizer, render)
     unknown = tokenizer.unk_token_id if tokenizer.unk_token_id not in stops else None
 
@@ -516,12 +572,25 @@ def load_state(path: Path) -> dict[str, Any]:
     folder = path / "checkpoint" if (path / "checkpoint").is_dir() else path
     if not (folder / "state.json").exists():
         raise SystemExit(f"--resume {path}: there is no run in it")
-    saved = json.loads((folder / "state.json").read_text())
-    if saved["script"] != SCRIPT:
-        raise SystemExit(f"--resume {path}: written by {saved['script']}.py, not {SCRIPT}.py")
+    try:
+        saved = json.loads((folder / "state.json").read_text())
+        script = saved["script"]
+    except (ValueError, KeyError) as error:
+        raise SystemExit(f"--resume {path}: {folder / 'state.json'} is damaged") from error
+    if script != SCRIPT:
+        raise SystemExit(f"--resume {path}: written by {script}.py, not {SCRIPT}.py")
     saved["folder"] = folder / str(saved["step"])
     saved["args"]["run_dir"] = str(folder.parent)
     return saved
+
+
+def restore(accelerator: Accelerator, folder: Path, strict: bool = True) -> None:
+    """Give models, optimisers and random numbers the state of a checkpoint."""
+    try:
+        accelerator.load_state(folder, strict=strict)
+    except Exception as error:
+        message = f"--resume: {folder} is damaged, or of another --model ({type(error).__name__})"
+        raise SystemExit(message) from error
 
 
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
@@ -610,7 +679,12 @@ def greedy_sample(model: nn.Module, tokenizer: Any, row: list[list[int]], max_le
     prompt, completion = row[:2]
     ids = torch.tensor([prompt or completion[:8]], device=model.device)
     room = max(1, min(64, max_length - ids.shape[1]))
-    return tokenizer.decode(model.generate(ids, max_new_tokens=room, do_sample=False)[0])
+    own_config = model.generation_config
+    stops = own_config.eos_token_id
+    model.generation_config = transformers.GenerationConfig(eos_token_id=stops, pad_token_id=stops[0])
+    generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, do_sample=False)
+    model.generation_config = own_config
+    return tokenizer.decode(generated[0])
 
 
 def save_model(model: nn.Module, tokenizer: Any, weights: dict[str, Tensor], args: Args, run_dir: Path) -> None:
@@ -648,7 +722,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     policy, tokenizer = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
     if policy.num_parameters() < 10e6:
         torch.set_num_threads(1)  # more only lose time
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **json.loads(args.chat_template_kwargs))
+    render = chat_renderer(tokenizer, args.chat_template_kwargs)
     set_stop_tokens(policy, stop_tokens(tokenizer, render))
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
@@ -701,7 +775,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
 
     # The run directory, and what the loop keeps.
     if saved:
-        accelerator.load_state(saved["folder"], strict=not args.lora_rank)
+        restore(accelerator, saved["folder"], strict=not args.lora_rank)
     run_dir = start_run(args, accelerator, saved)
     caught = catch_signals()
     stop = False

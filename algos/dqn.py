@@ -98,6 +98,8 @@ class Args:
     def __post_init__(self) -> None:
         if type(json.loads(self.env_kwargs)) is not dict:
             raise ValueError("env-kwargs must be a JSON object")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: PyTorch finds no GPU")
         if self.track and not find_spec("wandb"):
             raise ValueError("--track needs wandb: pip install wandb")
         if min(self.total_timesteps, self.num_envs, self.batch_size, self.train_every, self.target_every) < 1:
@@ -282,15 +284,20 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.Vector
     if is_atari:
         env_id = "ale_py:" + env_id.split(":")[-1]
         kwargs.setdefault("repeat_action_probability", 0.0)
-    if is_atari and "render_mode" not in kwargs:
+    if is_atari and not {"render_mode", "vectorization_mode"} & kwargs.keys():
         kwargs.setdefault("use_fire_reset", False)
         kwargs["reward_clipping"] = False  # main takes the sign
-    elif is_atari:  # the native vector environment cannot be rendered
-        wrappers = [AtariPreprocessing, lambda env: FrameStackObservation(env, 4, padding_type="zero")]
-        kwargs |= {"vectorization_mode": "sync", "frameskip": 1, "wrappers": wrappers}
+    elif is_atari:  # the native vector environment is one process, and cannot be rendered
+        wrappers = [
+            ignore_signals,
+            AtariPreprocessing,
+            partial(FrameStackObservation, stack_size=4, padding_type="zero"),
+        ]
+        kwargs = {"vectorization_mode": "sync"} | kwargs | {"frameskip": 1, "wrappers": wrappers}
     elif kwargs.get("vectorization_mode") == "async":
         kwargs["wrappers"] = [ignore_signals]
     envs = gym.make_vec(env_id, num_envs, **kwargs)
+    envs._add_info = lambda infos, *_: infos  # nobody reads them, and gymnasium refuses some that differ in type
     atexit.register(envs.close)  # processes that ignore SIGTERM must be closed before Python ends
     obs, action = envs.single_observation_space, envs.single_action_space
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
@@ -306,8 +313,9 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.Vector
         envs = wrap.FlattenObservation(envs)
     if isinstance(action, Box) and len(action.shape) == 1 and action.dtype.kind == "f":
         finite = (action.low > -1e30) & (action.high < 1e30)
-        low = np.where(finite, action.low, -1)
-        high = np.where(finite, action.high, 1)
+        nearest = np.zeros_like(action.low).clip(action.low, action.high)  # to 0, where a bound is infinite
+        low = np.where(finite, action.low, nearest - 1)
+        high = np.where(finite, action.high, nearest + 1)
 
         def scale(actions: np.ndarray) -> np.ndarray:
             return ((low + high + (high - low) * actions) / 2).clip(action.low, action.high)
@@ -323,6 +331,10 @@ def make_video_envs(env_id: str, env_kwargs: dict, folder: Path) -> gym.vector.V
     os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")  # SDL, which draws, misses it on servers
     try:
         envs = make_envs(env_id, 1, env_kwargs | {"render_mode": "rgb_array"})
+        envs.reset()
+        shapes = [np.shape(frame) for frame in envs.render()]
+        if len(shapes[0]) != 3:
+            raise ValueError(f"frames have the shape {shapes[0]}, not (height, width, colours)")
         return wrap.RecordVideo(envs, str(folder), video_length=2000)
     except Exception as error:
         raise SystemExit(f"--capture-video: {env_id} cannot be drawn as rgb_array: {error}") from error
@@ -396,7 +408,10 @@ def start_run(args: Args, saved: dict | None) -> Path:
     is_resumed = saved and args.run_dir.rstrip("/") == saved["args"]["run_dir"]
     if (run_dir / "checkpoint.pt").exists() and not is_resumed:
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--run-dir {run_dir} cannot be made: {error}") from error
     print(f"run directory: {run_dir}")
     if args.track:
         import wandb
@@ -464,8 +479,11 @@ def main(args: Args, saved: dict | None = None) -> None:
     step = 0
     if saved:
         step = saved["step"]
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+        except RuntimeError as error:
+            raise SystemExit(f"--resume: {args.env_id} has other spaces than the environment of the run") from error
         optimizer.param_groups[0]["lr"] = args.learning_rate
         announce_exploration(args, saved)
         if args.seed == saved["args"]["seed"]:

@@ -33,7 +33,6 @@ Differs from the paper:
 
 import argparse
 import copy
-import functools
 import importlib
 import itertools
 import json
@@ -198,9 +197,17 @@ def kl_penalty(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> 
 
 def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple[nn.Module, Any]:
     """Model in float32, without dropout, and tokenizer of a hub id, folder or peft adapter; num_labels=1 for a head."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    if (Path(name) / "model").is_dir() and not (Path(name) / "config.json").exists():
+        raise SystemExit(f"{name} is a run directory: its model is {name}/model")
     adapter_file = transformers.utils.find_adapter_config_file(name)
-    base = json.loads(Path(adapter_file).read_text())["base_model_name_or_path"] if adapter_file else name
+    adapter = json.loads(Path(adapter_file).read_text()) if adapter_file else {}
+    base = adapter.get("base_model_name_or_path", name)
+    if adapter.get("task_type") == "SEQ_CLS":
+        if loader is transformers.AutoModelForCausalLM:
+            raise SystemExit(f"{name} is the adapter of a reward model, not of a language model")
+        changes["num_labels"] = 1  # the head lies in the adapter
+    is_lacking = adapter and not transformers.utils.hub.has_file(name, "tokenizer_config.json")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base if is_lacking else name)
     config = transformers.AutoConfig.from_pretrained(base, **changes)
     text_config = config.get_text_config()
     for key, value in vars(text_config).items():
@@ -217,7 +224,7 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
         raise SystemExit(f"{base} lacks the weights {sorted(missing)} of {type(model).__name__}")
     if "score.weight" in info["unexpected_keys"]:
         raise SystemExit(f"{base} is a reward model, and has no {type(model).__name__}")
-    if adapter_file:
+    if adapter:
         from peft import PeftConfig, PeftModel
 
         adapter_config = PeftConfig.from_pretrained(name)
@@ -267,6 +274,15 @@ def save_trained_only(accelerator: Accelerator) -> None:
     accelerator.register_save_state_pre_hook(drop_frozen)
 
 
+def is_valid(config: transformers.GenerationConfig) -> bool:
+    """Whether a generation config can be saved."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
 def set_stop_tokens(model: nn.Module, stops: list[int]) -> None:
     """Let generation end at the tokens that end answers in training, besides those that the model's own file names."""
     config = model.generation_config
@@ -274,11 +290,12 @@ def set_stop_tokens(model: nn.Module, stops: list[int]) -> None:
     if isinstance(own, int):
         own = [own]
     config.eos_token_id = sorted({*stops, *(own or [])})
-    try:
-        config.validate(strict=True)  # as saving does
-    except ValueError:
+    if not is_valid(config):
         config.do_sample = True  # a temperature without it, as some published models have
-        config.validate(strict=True)
+    if not is_valid(config):
+        model.generation_config = transformers.GenerationConfig(
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
+        )
 
 
 @torch.no_grad()
@@ -333,6 +350,8 @@ def samples_as_trained(model: nn.Module) -> bool:
 
 def load_reward_model(name: str, max_length: int, policy: nn.Module, tokenizer: Any) -> nn.Module:
     """Reward model of a hub id or folder, which has to read the policy's tokens."""
+    if name.endswith(".py"):
+        raise SystemExit(f"--reward-model {name} names no function: write {name}:my_function")
     loader = transformers.AutoModelForSequenceClassification
     reward_model, reward_tokenizer = load_model(loader, name, max_length)
     if reward_model.config.num_labels != 1:
@@ -401,7 +420,7 @@ def load_reward_function(name: str) -> Callable:
 
 
 def function_rewards(function: Callable, name: str, rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
-    """function(prompts, completions, **other columns), as in TRL, where chats have completions of messages."""
+    """function(prompts=…, completions=…, **other columns), as in TRL; completions of chats are lists of messages."""
     prompts = [row["prompt"] for row in rows]
     if isinstance(prompts[0], list):
         texts = [[{"role": "assistant", "content": text}] for text in texts]
@@ -409,7 +428,7 @@ def function_rewards(function: Callable, name: str, rows: list[dict[str, Any]], 
     for reserved in ("prompt", "prompts", "completions"):
         columns.pop(reserved, None)
     try:
-        values = [float(value) for value in function(prompts, texts, **columns)]
+        values = [float(value) for value in function(prompts=prompts, completions=texts, **columns)]
     except Exception as error:
         error.add_note(f"raised by --reward-model {name} for {len(prompts)} prompts, the first of them {prompts[0]!r}")
         raise
@@ -453,10 +472,18 @@ def choose_eval_split(name: str, config: str, split: str) -> str:
     return ""
 
 
+def refuse_columns(data: Any, name: str, columns: list[str]) -> None:
+    """Stop the run where a data set has some of these columns, filled: they are read by nobody."""
+    for column in columns:
+        if column in data.column_names and any(data[column]):
+            raise SystemExit(f"--dataset {name}: the column {column} is not read: put it into the prompt, or remove it")
+
+
 def check_value(value: Any, place: str) -> None:
     """Stop the run unless a value is a text, or a list of messages with role and content."""
     if isinstance(value, str):
-        if re.match(r"""\s*\[\s*{\s*['"](role|content|from|value)['"]""", value):
+        has_keys = re.search(r"""['"](role|from)['"]""", value) and re.search(r"""['"](content|value)['"]""", value)
+        if has_keys and re.match(r"\s*\[\s*{", value):
             raise SystemExit(f"{place}: {value!r:.40} is a list of messages written as text: use jsonl in place of csv")
         return
     if not isinstance(value, list) or not value:
@@ -466,6 +493,11 @@ def check_value(value: Any, place: str) -> None:
             raise SystemExit(f"{place}: {turn!r:.80} is no message with a role and a content")
 
 
+def said_by(turns: list[dict]) -> list[tuple[str, str]]:
+    """Who says what in messages, by which they are compared."""
+    return [(turn["role"], turn["content"].strip()) for turn in turns]
+
+
 def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
     """A prompt as messages. Where the chat repeats it: all up to its end. Without one: what both chats begin with."""
     if isinstance(prompt, str) and prompt:
@@ -473,19 +505,44 @@ def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
     if prompt and chats[0][0]["role"] == "assistant":
         return prompt  # the chats are answers alone
     if prompt:
-        asked, said = ([(turn["role"], turn["content"].strip()) for turn in turns] for turns in (prompt, chats[0]))
+        asked, said = said_by(prompt), said_by(chats[0])
         for end in range(len(asked), len(said) + 1):
             if said[end - len(asked) : end] == asked:
                 return chats[0][:end]
         return prompt
     if len(chats) == 1:
         return []
-    shared = []
-    for first, second in zip(chats[0][:-1], chats[1][:-1]):
-        if first != second:
-            break
-        shared.append(first)
-    return shared
+    shared = os.path.commonprefix([said_by(chat[:-1]) for chat in chats])
+    return chats[0][: len(shared)]
+
+
+def chat_renderer(tokenizer: Any, template_kwargs: str) -> Callable:
+    """A function that gives the chat template's text of messages."""
+    settings = json.loads(template_kwargs)
+
+    def render(turns: list[dict], **options: Any) -> str:
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False, **settings, **options)
+        except Exception as error:
+            raise SystemExit(f"--dataset: the chat template refuses {turns!r:.200}: {error}") from error
+
+    return render
+
+
+def check_rendered(prompt: list[dict], answer: list[dict], text: str) -> None:
+    """Stop the run where the chat template leaves out what a turn says; thoughts of earlier answers may go."""
+    shown = "".join(text.split())
+    turns = [turn for turn in prompt if turn["role"] != "assistant"]
+    for turn in turns + answer:
+        parts = [turn.get(key) or "" for key in ("content", "reasoning_content", "thinking")]
+        for call in turn.get("tool_calls") or []:
+            parts.append(call.get("function", call)["name"])
+        for part in parts:
+            # A template may write the results of tools in its own way.
+            if turn["role"] not in ("tool", "ipython") and "".join(part.split()) not in shown:
+                raise SystemExit(
+                    f"--dataset: the chat template leaves out a part of the turn {part!r} ({turn['role']})"
+                )
 
 
 def stop_tokens(tokenizer: Any, render: Callable) -> list[int]:
@@ -513,6 +570,7 @@ def encode_prompt(row: dict[str, Any], tokenizer: Any, render: Callable, stops: 
     if isinstance(prompt, list):
         is_begun = prompt[-1]["role"] == "assistant"  # an answer that has begun goes on
         text = render(prompt, add_generation_prompt=not is_begun, continue_final_message=is_begun)
+        check_rendered(prompt, [], text)
         return tokenizer(text, add_special_tokens=False).input_ids
     has_bos = prompt.startswith(tokenizer.bos_token or "<no BOS>")
     ids = tokenizer(prompt, add_special_tokens=not has_bos).input_ids
@@ -534,7 +592,8 @@ def load_prompts(
     data = datasets.load_dataset(path, config or None, data_files=files, split=split)
     if "prompt" not in data.column_names:
         raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename one of them to prompt")
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **json.loads(template_kwargs))
+    refuse_columns(data, name, ["system", "system_prompt", "tools"])
+    render = chat_renderer(tokenizer, template_kwargs)
     stops = stop_tokens(tokenizer, render)
     unknown = tokenizer.unk_token_id if tokenizer.unk_token_id not in stops else None
     kept = []
@@ -594,12 +653,25 @@ def load_state(path: Path) -> dict[str, Any]:
     folder = path / "checkpoint" if (path / "checkpoint").is_dir() else path
     if not (folder / "state.json").exists():
         raise SystemExit(f"--resume {path}: there is no run in it")
-    saved = json.loads((folder / "state.json").read_text())
-    if saved["script"] != SCRIPT:
-        raise SystemExit(f"--resume {path}: written by {saved['script']}.py, not {SCRIPT}.py")
+    try:
+        saved = json.loads((folder / "state.json").read_text())
+        script = saved["script"]
+    except (ValueError, KeyError) as error:
+        raise SystemExit(f"--resume {path}: {folder / 'state.json'} is damaged") from error
+    if script != SCRIPT:
+        raise SystemExit(f"--resume {path}: written by {script}.py, not {SCRIPT}.py")
     saved["folder"] = folder / str(saved["step"])
     saved["args"]["run_dir"] = str(folder.parent)
     return saved
+
+
+def restore(accelerator: Accelerator, folder: Path, strict: bool = True) -> None:
+    """Give models, optimisers and random numbers the state of a checkpoint."""
+    try:
+        accelerator.load_state(folder, strict=strict)
+    except Exception as error:
+        message = f"--resume: {folder} is damaged, or of another --model ({type(error).__name__})"
+        raise SystemExit(message) from error
 
 
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
@@ -712,7 +784,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     policy, tokenizer = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
     if policy.num_parameters() < 10e6:
         torch.set_num_threads(1)  # more only lose time
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **json.loads(args.chat_template_kwargs))
+    render = chat_renderer(tokenizer, args.chat_template_kwargs)
     set_stop_tokens(policy, stop_tokens(tokenizer, render))
     generation_config = policy.generation_config
     stops = generation_config.eos_token_id
@@ -799,7 +871,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
 
     # The run directory, and what the loop keeps.
     if saved:
-        accelerator.load_state(saved["folder"], strict=not args.lora_rank)
+        restore(accelerator, saved["folder"], strict=not args.lora_rank)
     run_dir = start_run(args, accelerator, saved)
     caught = catch_signals()
     stop = False

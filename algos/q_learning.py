@@ -112,6 +112,19 @@ def td_target(rewards: Tensor, next_q: Tensor, terminated: Tensor, gamma: float)
     return rewards + gamma * next_q.max(-1).values * (1 - terminated)
 
 
+def is_model(P: object, num_states: int, num_actions: int) -> bool:
+    """Whether an attribute P has toy text's form: P[s][a] = [(p, s', r, end), …] for all states s and actions a."""
+    if not isinstance(P, dict) or set(P) != set(range(num_states)):
+        return False
+    for actions in P.values():
+        if not isinstance(actions, dict) or set(actions) != set(range(num_actions)):
+            return False
+        for outcomes in actions.values():
+            if any(len(outcome) != 4 for outcome in outcomes):
+                return False
+    return True
+
+
 def read_model(P: dict[int, dict[int, list]]) -> tuple[Tensor, Tensor]:
     """p(s'|s, a) of going on in s', (S, A, S), and mean rewards r(s, a), (S, A), of P[s][a] = [(p, s', r, end), …]."""
     num_states, num_actions = len(P), len(P[0])
@@ -127,10 +140,12 @@ def read_model(P: dict[int, dict[int, list]]) -> tuple[Tensor, Tensor]:
 
 def value_iteration(next_probs: Tensor, rewards: Tensor, gamma: float) -> Tensor:
     """Q* (S, A): Bellman's optimality equation Q(s, a) = r(s, a) + γ·Σ_s' p(s'|s, a)·max_a' Q(s', a'), repeated."""
+    sparse_probs = next_probs.flatten(0, 1).to_sparse()  # (S·A, S): few states follow one
     q = torch.zeros_like(rewards)
     change = torch.inf
     while change > 1e-12:  # γ or less of it is left after each repetition
-        updated = rewards + gamma * next_probs @ q.max(-1).values
+        next_values = (sparse_probs @ q.max(-1).values).view_as(rewards)
+        updated = rewards + gamma * next_values
         change = (updated - q).abs().max()
         q = updated
     return q
@@ -213,7 +228,10 @@ def start_run(args: Args, saved: dict | None) -> Path:
     is_resumed = saved and args.run_dir.rstrip("/") == saved["args"]["run_dir"]
     if (run_dir / "checkpoint.pt").exists() and not is_resumed:
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--run-dir {run_dir} cannot be made: {error}") from error
     print(f"run directory: {run_dir}")
     if args.track:
         import wandb
@@ -277,7 +295,10 @@ def main(args: Args, saved: dict | None = None) -> None:
     sys.path.append("")  # where a user's own module may lie
     env_kwargs = {"vectorization_mode": "sync"} | json.loads(args.env_kwargs)
     envs = gym.make_vec(args.env_id, args.num_envs, wrappers=[ignore_signals], **env_kwargs)
+    envs._add_info = lambda infos, *_: infos  # nobody reads them, and gymnasium refuses some that differ in type
     atexit.register(envs.close)  # processes that ignore SIGTERM must be closed before Python ends
+    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+        raise SystemExit(f"{args.env_id}: its environments must reset by AutoresetMode.NEXT_STEP")
     states, actions = envs.single_observation_space, envs.single_action_space
     for space in (states, actions):
         if not isinstance(space, Discrete) or space.start != 0:
@@ -287,7 +308,10 @@ def main(args: Args, saved: dict | None = None) -> None:
     step = 0
     if saved:
         step = saved["step"]
-        agent.load_state_dict(saved["agent"])
+        try:
+            agent.load_state_dict(saved["agent"])
+        except RuntimeError as error:
+            raise SystemExit(f"--resume: {args.env_id} has other spaces than the environment of the run") from error
         announce_exploration(args, saved)
         if args.seed == saved["args"]["seed"]:
             torch.set_rng_state(saved["rng"])
@@ -298,7 +322,7 @@ def main(args: Args, saved: dict | None = None) -> None:
 
     # The optimum, where the environment says how it works.
     P = getattr(env, "P", None)
-    is_known = isinstance(P, dict)
+    is_known = is_model(P, states.n, actions.n)
     if is_known:
         starts = getattr(env, "initial_state_distrib", np.bincount(obs, minlength=len(P)) / len(obs))
         start_probs = torch.as_tensor(starts, dtype=torch.float64)
@@ -320,6 +344,7 @@ def main(args: Args, saved: dict | None = None) -> None:
     is_last = step >= args.total_timesteps
     while not is_last:
         # ===== collect =====
+        obs = obs.copy()  # the environments may reuse their array
         epsilon = epsilon_at(step, args.epsilon_end, args.exploration_fraction * args.total_timesteps)
         action = agent.act(torch.from_numpy(obs), epsilon).numpy()
         next_obs, reward, terminated, truncated, _ = envs.step(action)

@@ -9,3 +9,4 @@ for folder in (TESTS, TESTS.parent / "algos", TESTS.parent / "benchmark"):
     sys.path.insert(0, str(folder))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side
+os.environ["HF_HUB_OFFLINE"] = "1"  # without it datasets counts its uses on the hub, and waits seconds for no answer

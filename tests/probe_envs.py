@@ -210,6 +210,33 @@ class NoPictures(Probe):
     """Cannot be rendered."""
 
 
+class BadPictures(Probe):
+    """Can be asked for pictures, and shows what is none; `shown` is what it draws, or raises."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    pictures = {"nothing": None, "flat": np.zeros((8, 8), np.uint8), "text": "a picture"}
+
+    def __init__(self, shown="nothing", render_mode=None):
+        self.shown = shown
+        self.render_mode = render_mode
+
+    def render(self):
+        if self.shown == "fault":
+            raise ImportError("no module named pygame")
+        return self.pictures[self.shown]
+
+
+class MixedInfos(Probe):
+    """Infos whose values differ in type from step to step, as `winner` does in many a game."""
+
+    values = (None, 1, "a", np.ones(2), np.ones(3), {"deep": 1}, [1], 0.5)
+
+    def step(self, action):
+        *rest, _ = super().step(action)
+        kind = self.np_random.integers(len(self.values))
+        return *rest, {"winner": self.values[kind], f"of {kind}": kind}
+
+
 class ScalarAction(Probe):
     action_space = Box(-1, 1, (), np.float32)
 
@@ -234,7 +261,7 @@ def register_staggered(name, **kwargs):
 
 for cls in (OneStep, Identity, Target, Clock, Spike):
     register(cls)
-for cls in (Probe, Explodes, NeedsFile, NoPictures, ScalarAction, ManyActions, ActionsFromOne):
+for cls in (Probe, Explodes, NeedsFile, NoPictures, BadPictures, MixedInfos, ScalarAction, ManyActions, ActionsFromOne):
     register(cls, limit=10)
 register(Pixels, limit=15)
 register(Scaled, limit=20)

@@ -39,14 +39,6 @@ def test_a_run_resumed_with_another_seed_keeps_all_but_the_random_numbers(once, 
     assert all(same(load("still")[key], half[key]) for key in half.keys() - new)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-@scripts
-def test_a_gpu_that_is_not_there_is_no_cpu(script):
-    with pytest.raises((RuntimeError, AssertionError), match="(?i)cuda|nvidia"):
-        train(script, "run", "--device", "cuda", steps=200)
-    assert not Path("run").exists()
-
-
 @scripts
 def test_the_video_is_of_the_environment_with_its_arguments(script, monkeypatch):
     calls = spy_on(monkeypatch, importlib.import_module(script), "make_video_envs")

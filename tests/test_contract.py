@@ -652,6 +652,55 @@ def test_a_video_that_cannot_be_drawn_is_refused_before_the_first_step(script, m
 
 
 @scripts
+@pytest.mark.parametrize("shown", ["nothing", "flat", "text", "fault"])
+def test_what_is_drawn_must_be_a_picture_before_the_first_step(script, shown, monkeypatch):
+    step = spy_on(monkeypatch, probe_envs.BadPictures, "step")
+    kwargs = json.dumps({"shown": shown})
+    with pytest.raises(SystemExit, match="^--capture-video: probe_envs:BadPictures-v0 cannot be drawn as rgb_array: "):
+        train(script, "run", "--env-id", "probe_envs:BadPictures-v0", "--env-kwargs", kwargs, "--capture-video")
+    assert not step
+
+
+@scripts
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_infos_may_hold_anything(script, mode):
+    kwargs = json.dumps({"vectorization_mode": mode})
+    train(script, "run", "--env-id", "probe_envs:MixedInfos-v0", "--env-kwargs", kwargs, steps=300)
+    assert scalars(Path("run"), "charts/episodic_return")[-1][1] == 10
+
+
+@scripts
+def test_another_environment_than_that_of_the_run_is_refused_on_resume(once, script):
+    flags = ["--env-id", "CartPole-v1", "--total-timesteps", WHOLE]
+    with pytest.raises(SystemExit, match="^--resume: CartPole-v1 has other spaces than the environment of the run$"):
+        resume(script, once(script, HALF), "copy", *flags)
+
+
+@all_five
+def test_a_run_directory_that_cannot_be_made_is_refused_in_one_sentence(script):
+    Path("taken").touch()
+    with pytest.raises(SystemExit, match="^--run-dir taken/run cannot be made: .*taken"):
+        train(script, "taken/run")
+
+
+@scripts
+def test_a_gpu_that_is_not_there_is_refused(script, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        train(script, "run", "--device", "cuda")
+    assert "--device cuda: PyTorch finds no GPU" in capsys.readouterr().err
+
+
+@policy_gradients
+def test_a_lengthened_run_says_that_its_learning_rate_goes_up(once, script, capsys):
+    anneal = [] if script == "ppo" else ["--anneal-lr"]
+    resume(script, once(script, HALF), "longer", *anneal, "--total-timesteps", WHOLE)
+    assert "the learning rate goes up, to fall to 0 at the new --total-timesteps" in capsys.readouterr().out
+    resume(script, once(script, HALF), "constant", "--no-anneal-lr", "--total-timesteps", WHOLE)
+    assert "learning rate" not in capsys.readouterr().out
+
+
+@scripts
 def test_a_fault_inside_the_environment_shows_where_it_is_and_the_run_can_go_on(script):
     kwargs = json.dumps({"kind": "raise", "at": 150})
     with pytest.raises(OSError, match="the simulator died") as fault:

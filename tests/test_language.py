@@ -1336,7 +1336,7 @@ def test_a_template_that_leaves_out_a_part_of_an_answer_is_refused_and_one_that_
     script, layout, tmp_path
 ):
     tokenizer = tiny.bpe_tokenizer(template=DROPS)
-    with pytest.raises(SystemExit, match="leaves out a part of the answer '<think>dull</think>great'"):
+    with pytest.raises(SystemExit, match="leaves out a part of the turn '<think>dull</think>great'"):
         load(script, tmp_path, [learnt(script, "<think>dull</think>great")[layout]], tokenizer)
     ((prompt, answer, *_),) = load(script, tmp_path, [learnt(script, "great")[layout]], tokenizer)
     assert "great" in tokenizer.decode(answer)

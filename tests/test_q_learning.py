@@ -61,6 +61,14 @@ class Noisy(Tabular):
         return self.seen[-1]
 
 
+class Talks(Tabular):
+    """Has infos whose values differ in type."""
+
+    def step(self, action):
+        *rest, _ = super().step(action)
+        return *rest, {"winner": self.np_random.choice([None, 1, "a"])}
+
+
 class Fork(Tabular):
     """Starts in state 0 or 1, which it notes; says how often if `starts` are given."""
 
@@ -200,6 +208,7 @@ register("OnePair", Tabular, max_episode_steps=10, P=ONE_PAIR)
 register("Twos", Tabular, max_episode_steps=10, P={0: {0: [(1.0, 0, 2.0, False)]}})
 register("Noisy", Noisy, P=ONE_PAIR, publish=False)
 register("FourArms", Tabular, P=FOUR_ARMS)
+register("Talks", Talks, max_episode_steps=10, P=FOUR_ARMS)
 INFINITE = [(1.0, 0, np.inf, False)]
 register("Infinite", Tabular, P={0: {0: INFINITE, 1: INFINITE}})
 register("Fork", Fork, starts=FORK_STARTS)
@@ -212,6 +221,17 @@ register("StatesFromOne", Spaces, states=Discrete(2, start=1), actions=Discrete(
 register("ActionsFromOne", Spaces, states=Discrete(2), actions=Discrete(2, start=1))
 register("Matrix", claims, P=np.eye(3))
 register("None", claims, P=None)
+MISFITS = {  # what an environment may call P besides a table of its states and actions
+    "empty": {},
+    "probabilities": {"up": 0.8, "down": 0.2},
+    "pairs": {(s, a): CHAIN[s][a] for s in CHAIN for a in CHAIN[s]},
+    "lists": {s: list(CHAIN[s].values()) for s in CHAIN},
+    "triples": {s: {a: [outcome[:3] for outcome in CHAIN[s][a]] for a in CHAIN[s]} for s in CHAIN},
+    "one state less": {s: CHAIN[s] for s in (0, 1)},
+    "one action less": CHAIN | {2: {0: CHAIN[2][0]}},
+}
+for name, P in MISFITS.items():
+    register(name.title().replace(" ", ""), claims, P=P, max_episode_steps=20)
 register("Double", doubled_chain)
 register("Fickle", "gymnasium.envs.toy_text.taxi:TaxiEnv", max_episode_steps=200, **FICKLE)
 
@@ -298,6 +318,29 @@ def test_environments_that_visit_a_pair_at_once_update_it_one_after_another(tmp_
     table = weights(run_dir)
     assert len(Noisy.seen) == table["visits"].item() == 200
     assert table["q"].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_environments_that_share_one_array_are_learnt_alike(tmp_path):
+    kwargs = json.dumps({"is_slippery": False, "vector_kwargs": {"copy": False}})
+    run_dir = train(tmp_path / "run", "FrozenLake-v1", env_kwargs=kwargs, alpha_decay=0.0, total_timesteps=20_000)
+    assert last(run_dir, "charts/regret") == pytest.approx(0, abs=1e-9)
+    assert weights(run_dir)["q"][14, 2] == 1  # right into the goal
+
+
+def test_another_way_to_reset_is_refused(tmp_path):
+    kwargs = json.dumps({"vector_kwargs": {"autoreset_mode": "SameStep"}})
+    with pytest.raises(SystemExit, match=r"^QChain-v0: its environments must reset by AutoresetMode\.NEXT_STEP$"):
+        train(tmp_path / "run", "QChain-v0", env_kwargs=kwargs)
+
+
+def test_infos_may_hold_anything(tmp_path):
+    train(tmp_path / "run", "QTalks-v0", total_timesteps=200)
+
+
+def test_another_environment_than_that_of_the_run_is_refused_on_resume(tmp_path):
+    train(tmp_path / "run", "QChain-v0", total_timesteps=100)
+    with pytest.raises(SystemExit, match="^--resume: QFork-v0 has other spaces than the environment of the run$"):
+        invoke("--resume", tmp_path / "run", "--env-id", "QFork-v0", "--total-timesteps", 200)
 
 
 def test_the_chain_is_learnt_to_the_numbers_by_hand(tmp_path):
@@ -534,7 +577,10 @@ def test_where_no_transitions_are_published_only_returns_are_logged(tmp_path):
     assert last(run_dir, "charts/visited") == 1
 
 
-@pytest.mark.parametrize("env_id", ["QMatrix-v0", "QNone-v0"])
+MISFIT_IDS = [f"Q{name.title().replace(' ', '')}-v0" for name in MISFITS]
+
+
+@pytest.mark.parametrize("env_id", ["QMatrix-v0", "QNone-v0", *MISFIT_IDS])
 def test_a_p_that_is_no_table_is_ignored(env_id, tmp_path):
     run_dir = train(tmp_path / "run", env_id, alpha_decay=0.0, eval_episodes=1)
     torch.testing.assert_close(weights(run_dir)["q"][:2], tensor(CHAIN_Q, dtype=torch.float64))

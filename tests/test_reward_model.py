@@ -368,7 +368,7 @@ def test_a_template_that_leaves_out_a_part_of_an_answer_is_refused(layout):
             return {"chosen": [USER, GOOD], "rejected": [USER, poor]}
         return {"prompt": [USER], "chosen": [GOOD], "rejected": [poor]}
 
-    with pytest.raises(SystemExit, match="leaves out a part of the answer '<think>so</think>dull'"):
+    with pytest.raises(SystemExit, match="leaves out a part of the turn '<think>so</think>dull'"):
         rows_of(tiny.bpe_tokenizer(template=template), [row("<think>so</think>")])
     assert len(rows_of(tiny.bpe_tokenizer(template=template), [row("")])) == 1
 

@@ -258,7 +258,7 @@ def test_a_template_that_leaves_out_a_part_of_an_answer_is_refused_in_every_layo
         return {"prompt": [USER] if columns == "prompt and completion" else USER["content"], "completion": answer}
 
     tokenizer = tiny.bpe_tokenizer(template=THINKS)
-    with pytest.raises(SystemExit, match="leaves out a part of the answer '<think>was it"):
+    with pytest.raises(SystemExit, match="leaves out a part of the turn '<think>was it"):
         rows_of(tokenizer, [row("<think>was it dull</think>great")])
     ((prompt, completion),) = rows_of(tokenizer, [row(" great")])  # without thoughts nothing is left out
     assert tokenizer.decode(prompt + completion) == "review of plot :<|im_start|> great<|im_end|>"
