@@ -4,6 +4,7 @@ A new interpreter imports them for many seconds, and torchrun takes three interp
 """
 
 import atexit
+import functools
 import multiprocessing
 import os
 import runpy
@@ -31,7 +32,13 @@ def run_as_main(file: Path, flags: list[str], environment: dict[str, str], said:
     """What a copy does: run a file as `python file flags` would, and write all it prints to a file."""
     os.setsid()  # a process group of its own, as a terminal gives it
     multiprocessing.process._parent_process = None
-    atexit._clear()
+    at_exit = []  # what a copy would leave out
+
+    def register(function, *arguments, **keywords):
+        at_exit.append(functools.partial(function, *arguments, **keywords))
+        return function
+
+    atexit.register = register
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -45,7 +52,8 @@ def run_as_main(file: Path, flags: list[str], environment: dict[str, str], said:
     try:
         runpy.run_path(str(file), run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # which a copy leaves out
+        for function in at_exit:
+            function()
 
 
 def fork(said: Path, file: Path, *flags: object, **environment: str) -> ForkProcess:
