@@ -341,6 +341,9 @@ class Noise(Scaled):
     def reward(self, action):
         return self.direction * super().reward(action)
 
+    def render(self):
+        return np.zeros((8, 8, 3), np.uint8)
+
 
 class Alternating(Probe):
     """Episodes of `long` steps and of 5 in turn, each step worth 1."""
