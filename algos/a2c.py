@@ -16,7 +16,7 @@ Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 15
         --learning-rate 2e-3 --anneal-lr --gae-lambda 0.95 --log-std-init -1  # 3726
 
 The step after an episode's end only resets its environment (gymnasium's NEXT_STEP) and is not counted. It starts from
-the episode's last observation, so the critic values that too, which the return of a truncated episode needs.
+the episode's last observation, whose value the return of a truncated episode needs.
 Logged values are means since the last log. Returns are the environment's own. The number behind a command is their
 mean over the last 100 episodes.
 

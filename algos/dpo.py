@@ -16,9 +16,9 @@ on DPO with noisy preferences" (cDPO).
 
 Data: columns `prompt`, `chosen` and `rejected`, or the last two alone, both beginning with the prompt. They hold texts
 or lists of {"role", "content"} messages. Letters: B pairs of an update, b of a micro-batch, K columns of tokens from
-where the batch's first completion begins, L of a whole row, V words of the vocabulary. Logged: rewards/chosen and
-rewards/rejected are the implicit reward β·log π/π_ref, logps/* is log π(y|x). They usually fall; only the difference
-of a pair counts.
+the earliest start of a completion on, L columns of whole rows, V words of the vocabulary. Logged: rewards/chosen and
+rewards/rejected are the implicit reward β·log π/π_ref, logps/* is log π(y|x). All four usually fall; only the
+difference of a pair counts.
 
 Differs from the paper:
  1. AdamW without weight decay instead of RMSprop, a cosine schedule, the gradient's norm clipped to 1, no dropout.

@@ -20,8 +20,8 @@ Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (t
         --epsilon-end 0.01 --exploration-fraction 0.1 --save-every 2000000      # 7 GB of memory, 14 of disk
 
 The step after an episode's end only resets its environment (gymnasium's NEXT_STEP): it is not counted, and replay
-never draws it. But it starts from the episode's last observation, which replay needs as the next one of the step
-before. q_values are Q(s, a) of the replayed steps.
+never draws it. But its observation, the episode's last, is stored: replay uses it as the next observation of the
+episode's last step. q_values are Q(s, a) of the replayed steps.
 Logged values are means since the last log. Returns are the environment's own. The number behind a command is their
 mean over the last 100 episodes.
 

@@ -13,14 +13,14 @@ arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
     python algos/grpo.py  # the small language world: 0.81 of the possible gain
     python algos/grpo.py --kl-in reward --scale-rewards batch --learning-rate 2e-4  # the KL in the score: 0.92
     python algos/grpo.py --kl-coef 0.05 --reward-model benchmark/world/own_feelings.py:reward  # score 0.06 to 0.99
-    accelerate launch algos/grpo.py --model Qwen/Qwen3-0.6B --dataset my.jsonl --reward-model my_rewards.py:correct \\
-        --chat-template-kwargs '{"enable_thinking": false}' --response-length 256 --max-length 1024 --kl-coef 0.05 \\
-        --total-episodes 100000 --batch-size 512 --bf16 --gradient-checkpointing
+    accelerate launch algos/grpo.py --model Qwen/Qwen3-0.6B --dataset my.jsonl \\
+        --reward-model my_rewards.py:exact_answer --chat-template-kwargs '{"enable_thinking": false}' --kl-coef 0.05 \\
+        --response-length 256 --max-length 1024 --total-episodes 100000 --batch-size 512 --bf16 --gradient-checkpointing
 
 Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
 completions, **other columns) -> list of numbers, as in TRL. Letters: B responses of a rollout, G of a group, b of a
-micro-batch, R tokens of a response, L of a whole row, V words of the vocabulary. Logged: objective/kl sums log π/π_ref
-over a response, objective/entropy sums -log π; frac_reward_zero_std is the share of groups of equal scores.
+micro-batch, R tokens of the longest response, L of a whole row, V words of the vocabulary. Logged: objective/kl sums
+log π/π_ref over a response, objective/entropy -log π; frac_reward_zero_std is the share of groups of equal scores.
 Differs from the paper:
  1. π_ref stays the starting policy. Algorithm 1's outer loop, which renews it and the reward model, is left out.
  2. The KL term is multiplied by π/π_old (DeepSeek-V3.2, 2512.02556). Without it the gradient is not that of the KL.

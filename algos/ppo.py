@@ -18,7 +18,7 @@ Papers: Schulman et al. 2017, arXiv 1707.06347 (PPO); Schulman et al. 2015, arXi
         --num-minibatches 32 --learning-rate 3e-4 --ent-coef 0 --gamma 0.99 --log-std-init -1  # 4987
 
 The step after an episode's end only resets its environment (gymnasium's NEXT_STEP) and is not counted. It starts from
-the episode's last observation, so the critic values that too, which the return of a truncated episode needs.
+the episode's last observation, whose value the return of a truncated episode needs.
 Logged values are means since the last log. Returns are the environment's own. The number behind a command is their
 mean over the last 100 episodes.
 

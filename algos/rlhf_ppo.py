@@ -26,8 +26,8 @@ Differs from the papers:
  1. Policy and critic are two models, as in InstructGPT, and both learning rates fall linearly to 0.
  2. No dropout, so that π_old is π before the first step. β is constant; Ziegler's section 2.2 adapts it.
  3. A response without a stop token is scored as it is, less a penalty. Ziegler gives it a fixed reward of -1.
- 4. Advantages are normalised over the rollout. The gradient's norm is clipped to 1, and what an update changes in a
-    value to ± clip-coef.
+ 4. Advantages are normalised over the rollout. The gradient's norm is clipped to 1. A value's distance from its old
+    value is clipped to clip-coef.
  5. No gradients of a pretraining loss, which InstructGPT's "PPO-ptx" adds.
 """
 

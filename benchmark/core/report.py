@@ -16,8 +16,8 @@ from core.verdict import ANSWERS, as_text, compare, unit_of, values_of
 
 INTRO = """# Results of the benchmark
 
-Every script was run with several seeds; a real model and Pong with one. The learning curves stand here beside those
-of CleanRL, Stable-Baselines3 or TRL where they have it, beside published numbers, and beside the best possible where
+The main runs of every script have several seeds; a real model and Pong have one. Curves stand beside those of
+CleanRL, Stable-Baselines3 or TRL where they have the algorithm, beside published numbers, and beside the best possible where
 that is known. `python benchmark/run.py report` writes these pages from what is recorded in `../reference` and
 `*.json`: do not edit them.
 """
@@ -257,15 +257,14 @@ def policies() -> str:
     header = ["trainer", "β", "seeds", "gold reward", "KL, nats", "share of J* − J_ref", "proxy", "faulty texts"]
     return (
         "## The small language world: policies beside the exact optimum\n\nAll start from the SFT model "
-        "(`benchmark/world/assets/sft`). Flags are the defaults, but for β and seed; TRL's are set to match. Two rows have "
-        "more: rlhf_ppo.py at β = 0.01 has 16,384 episodes, and grpo.py --kl-in reward has --scale-rewards batch "
-        "--learning-rate 2e-4. No policy can "
-        "pass the black line of the picture; its dots are the best policies π* at some β. grpo.py divides advantages "
-        "by their spread, so its β is not on the scale of the others.\n\n"
+        "(`benchmark/world/assets/sft`). Flags are the defaults, but for β and seed; TRL's are set to match. But rlhf_ppo.py "
+        "at β = 0.01 has 16,384 episodes, and grpo.py --kl-in reward has --scale-rewards batch --learning-rate 2e-4. No policy can "
+        "pass the black line of the picture; its dots are the best policies π* at some β. grpo.py divides the "
+        "reward, but not the KL, by the spread of a group, so its β is not on the scale of the others.\n\n"
         f"{picture}The figures are of a final policy's samples for 3,000 prompts, mean ± standard deviation over "
         "seeds. Gold is the true reward. Proxy is the reward model's score, less that of the SFT model. Faulty texts are "
         "those with a sentence that no review has, with too few sentences, or without an end. A share of 0 is the SFT model, 1 the "
-        "best policy there is at this β; – where J* is not known well enough. The tables above are of the first 1,000 "
+        'best policy there is at this β; "–" means that J* is not known well enough. The tables above are of the first 1,000 '
         "of these prompts, where every trainer's share is 0.01 to 0.05 higher: compare within a table "
         "only.\n\n"
         f"{table(header, rows)}"
