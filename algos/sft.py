@@ -23,6 +23,7 @@ Differs from the paper:
 import argparse
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -601,6 +602,7 @@ def mean_over_processes(values: list[Tensor]) -> float:
 def save_checkpoint(accelerator: Accelerator, run_dir: Path, args: Args, step: int) -> None:
     """Write the tensors to checkpoint/<step>, and then state.json, which names that folder and changes in one piece."""
     folder = run_dir / "checkpoint"
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it warns of weights that are tied, as usual
     accelerator.save_state(folder / str(step))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

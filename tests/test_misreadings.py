@@ -307,3 +307,9 @@ def test_a_checkpoint_of_adapters_goes_on(train, script, tmp_path):
     call(script, "--resume", run_dir, *of_updates(script, 2))
     assert state(run_dir)["step"] == 2
     assert weights(run_dir)
+
+
+@scripts
+def test_saving_tied_weights_gives_no_warning(train, script, caplog):
+    train(script, *of_updates(script, 1))
+    assert "Removed shared tensor" not in caplog.text
