@@ -52,8 +52,9 @@ def run_as_main(file: Path, flags: list[str], environment: dict[str, str], said:
     try:
         runpy.run_path(str(file), run_name="__main__")
     finally:
-        for function in at_exit:
-            function()
+        if "RANK" not in environment:  # what several processes share may be gone by now
+            for function in at_exit:
+                function()
 
 
 def fork(said: Path, file: Path, *flags: object, **environment: str) -> ForkProcess:
