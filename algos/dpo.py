@@ -848,6 +848,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     if step == total_steps and accelerator.is_main_process:
         save_model(policy, tokenizer, weights, args, run_dir)
     accelerator.wait_for_everyone()  # torch may abort a process that exits right after it sent or received weights
+    model = None  # wrapped models that outlive the group of processes can make torch wait for ever
+    accelerator.free_memory()
     accelerator.end_training()
     if step < total_steps:
         launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"

@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 
 MAX_SECONDS = 300
 FORCED_FSDP2 = Path(__file__).parent / "forced_fsdp2.py"
+WATCH_THE_END = Path(__file__).parent / "watch_the_end.py"
 
 
 def free_port() -> int:
@@ -52,7 +53,7 @@ def run_as_main(file: Path, flags: list[str], environment: dict[str, str], said:
     try:
         runpy.run_path(str(file), run_name="__main__")
     finally:
-        if "RANK" not in environment:  # what several processes share may be gone by now
+        if "RANK" not in environment:  # environments in processes of their own are those of control
             for function in at_exit:
                 function()
 

@@ -24,7 +24,7 @@ import tiny
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from forks import FORCED_FSDP2, fork, fork_two
+from forks import FORCED_FSDP2, WATCH_THE_END, fork, fork_two
 from helpers import ALGOS, run as start, samples_logged, scalars, spy_on, text as logged_text
 from safetensors.torch import load_file, save_file
 from tensorboard.summary.writer import event_file_writer
@@ -517,7 +517,7 @@ def test_two_processes_compute_the_updates_of_one(finished, world, script, tmp_p
         done = start(script, *flags, processes=2)  # once by torchrun itself
         assert done.returncode == 0, done.stderr
     else:
-        fork_two(tmp_path / "said", ALGOS / f"{script}.py", *flags)
+        fork_two(tmp_path / "said", WATCH_THE_END, ALGOS / f"{script}.py", *flags)
     for tag in (LOSS[script], "grad_norm", *TAGS[script]):
         one = dict(scalars(finished(script), tag))
         two = dict(scalars(tmp_path / "two", tag))
