@@ -262,11 +262,18 @@ def choose_eval_split(name: str, config: str, split: str) -> str:
     return ""
 
 
-def refuse_columns(data: Any, name: str, columns: list[str]) -> None:
-    """Stop the run where a data set has some of these columns, filled: they are read by nobody."""
-    for column in columns:
-        if column in data.column_names and any(data[column]):
-            raise SystemExit(f"--dataset {name}: the column {column} is not read: put it into the prompt, or remove it")
+def refuse_unread(data: Any, name: str, columns: list[str], unread: list[str]) -> None:
+    """Stop the run where a column that belongs to the prompt says what none of the columns that are read says."""
+    unread = [column for column in unread if column in data.column_names]
+    if not unread:
+        return
+    for row in data.select_columns([*columns, *unread]).to_list():
+        shown = json.dumps([row[column] for column in columns])
+        for column in unread:
+            if row[column] and json.dumps(row[column]).strip('"[]') not in shown:
+                raise SystemExit(
+                    f"--dataset {name}: {column} is not read: put it into the prompt, or remove the column"
+                )
 
 
 def choose_columns(data: Any, name: str) -> list[str]:
@@ -453,7 +460,8 @@ def load_rows(
     path, files = locate_data(name)
     data = datasets.load_dataset(path, config or None, data_files=files, split=split)
     columns = choose_columns(data, name)
-    refuse_columns(data, name, ["system", "system_prompt", "tools", "input"])
+    prompt_only = ["input"] if "prompt" in columns else []
+    refuse_unread(data, name, columns, ["system", "system_prompt", "tools", *prompt_only])
     render = chat_renderer(tokenizer, template_kwargs)
     stops = stop_tokens(tokenizer, render)
     unknown = tokenizer.unk_token_id if tokenizer.unk_token_id not in stops else None

@@ -127,14 +127,25 @@ def test_what_a_template_refuses_is_said_with_its_reason(script, tmp_path):
 def test_a_column_that_belongs_to_the_prompt_and_is_not_read_is_refused(script, column, tmp_path):
     row = {"prompt": "review of plot :", "completion": " great", "chosen": " great", "rejected": " dull"}
     read(script, tmp_path, row | {column: ""}, tiny.word_tokenizer())
-    with pytest.raises(SystemExit, match=rf"the column {column} is not read: put it into the prompt, or remove it"):
+    with pytest.raises(SystemExit, match=rf": {column} is not read: put it into the prompt, or remove the column"):
         read(script, tmp_path, row | {column: "answer as a pirate"}, tiny.word_tokenizer())
+
+
+@scripts
+def test_a_system_text_that_the_messages_hold_already_may_have_a_column_too(script, tmp_path):
+    row = with_question(script, [SYSTEM, *chat("review of plot :")]) | {"system": SYSTEM["content"], "tools": "[]"}
+    assert "pirate" in read(script, tmp_path, row, tiny.bpe_tokenizer(template=tiny.CHATML))[0]
+
+
+def test_an_input_beside_whole_chats_is_not_missed(tmp_path):
+    row = learnt("sft", "great .")[0] | {"input": "where this came from"}
+    assert len(load("sft", tmp_path, [row])) == 1
 
 
 @row_scripts
 def test_an_input_beside_the_prompt_is_refused(script, tmp_path):
     row = {"prompt": "review of plot :", "completion": " great", "chosen": " great", "rejected": " dull"}
-    with pytest.raises(SystemExit, match="the column input is not read"):
+    with pytest.raises(SystemExit, match=": input is not read"):
         load(script, tmp_path, [row | {"input": "the film"}])
 
 
