@@ -27,7 +27,6 @@ Differs from the paper:
  4. Networks, Box actions and Atari are as in ppo.py.
 """
 
-import argparse
 import atexit
 import json
 import multiprocessing
@@ -136,14 +135,15 @@ class Agent(nn.Module):
         self.obs_norm = RunningNorm(*obs_space.shape) if normalize else nn.Identity()
         self.return_norm = RunningNorm() if normalize else nn.Identity()
         hidden = 512 if self.is_image else 64
-        num_actions = int(action_space.n) if self.discrete else action_space.shape[0]
+        num_actions = gym.spaces.flatdim(action_space)  # actions, or dimensions of a Box
         actor_head = nn.Linear(hidden, num_actions)
         critic_head = nn.Linear(hidden, 1)
         if self.is_image:
             layers = [nn.LazyConv2d(32, 8, stride=4), nn.ReLU(), nn.Conv2d(32, 64, 4, stride=2), nn.ReLU()]
             layers += [nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(512), nn.ReLU()]
             self.cnn = nn.Sequential(*layers)
-            self.actor, self.critic = actor_head, critic_head
+            self.actor = actor_head
+            self.critic = critic_head
         else:
             self.actor = nn.Sequential(nn.LazyLinear(64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), actor_head)
             self.critic = nn.Sequential(nn.LazyLinear(64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), critic_head)
@@ -243,7 +243,7 @@ def ignore_signals(env: gym.Env) -> gym.Env:
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.VectorEnv:
-    """N environments that show images or vectors, in which actions of ±1 are the finite bounds of Box actions."""
+    """N environments with images or vectors as observations; actions of -1 and 1 are the bounds of a Box, if finite."""
     warnings.filterwarnings("once", module="gymnasium")
     sys.path.append("")  # where a user's own module may lie
     kwargs = dict(env_kwargs)
@@ -264,9 +264,10 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.Vector
     elif kwargs.get("vectorization_mode") == "async":
         kwargs["wrappers"] = [ignore_signals]
     envs = gym.make_vec(env_id, num_envs, **kwargs)
-    envs._add_info = lambda infos, *_: infos  # nobody reads them, and gymnasium refuses some that differ in type
+    envs._add_info = lambda infos, *_: infos  # their own infos are not used, and gymnasium refuses some
     atexit.register(envs.close)  # processes that ignore SIGTERM must be closed before Python ends
-    obs, action = envs.single_observation_space, envs.single_action_space
+    obs = envs.single_observation_space
+    action = envs.single_action_space
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise SystemExit(f"{env_id}: its vector version does not declare AutoresetMode.NEXT_STEP in its metadata")
     if "ale_py" in str(envs.spec.entry_point) and not is_atari:
@@ -299,10 +300,10 @@ def make_video_envs(env_id: str, env_kwargs: dict, folder: Path) -> gym.vector.V
     try:
         envs = make_envs(env_id, 1, env_kwargs | {"render_mode": "rgb_array"})
         envs.reset()
-        shapes = [np.shape(frame) for frame in envs.render()]
-        if len(shapes[0]) != 3:
-            raise ValueError(f"frames have the shape {shapes[0]}, not (height, width, colours)")
-        return wrap.RecordVideo(envs, str(folder), video_length=2000)
+        shape = np.shape(envs.render()[0])
+        if len(shape) != 3:
+            raise ValueError(f"frames have the shape {shape}, not (height, width, colours)")
+        return wrap.RecordVideo(envs, folder, video_length=2000)
     except Exception as error:
         raise SystemExit(f"--capture-video: {env_id} cannot be drawn as rgb_array: {error}") from error
 
@@ -328,28 +329,26 @@ def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: torch.device)
 # --- run ---
 
 
-def load_checkpoint(path: Path) -> dict:
-    """The checkpoint of a run directory or a file; what is wrong with it ends in a sentence."""
-    file = path / "checkpoint.pt" if path.is_dir() else path
+def load_checkpoint(resume: Path | None = None) -> dict | None:
+    """The checkpoint of a run directory or a file. A file that cannot be used stops the run, with the reason."""
+    if resume is None:
+        return None
+    file = resume / "checkpoint.pt" if resume.is_dir() else resume
     if not file.exists():
-        raise SystemExit(f"--resume {path}: there is no run in {path}")
+        raise SystemExit(f"--resume {resume}: there is no run in {resume}")
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        script = saved["script"]
+        if saved["script"] != SCRIPT:
+            raise SystemExit(f"--resume {resume}: written by {saved['script']}.py, not {SCRIPT}.py")
     except Exception as error:
-        raise SystemExit(f"--resume {path}: {file} is damaged or no checkpoint ({type(error).__name__})") from error
-    if script != SCRIPT:
-        raise SystemExit(f"--resume {path}: written by {script}.py, not {SCRIPT}.py")
-    saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # renamed: a new run
+        raise SystemExit(f"--resume {resume}: {file} is damaged or no checkpoint ({type(error).__name__})") from error
+    saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # another name: a new run
     return saved
 
 
 def parse_args() -> tuple[Args, dict | None]:
-    """Flags of the command line; with --resume on top of those of the checkpoint, which is returned too."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", type=Path)
-    path = parser.parse_known_args()[0].resume
-    saved = load_checkpoint(path) if path else None
+    """Flags of the command line, and the checkpoint of --resume, whose flags are then the defaults."""
+    saved, _ = tyro.cli(load_checkpoint, add_help=False, return_unknown_args=True)  # its only flag is --resume
     default = Args(**saved["args"]) if saved else Args()
     args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
     for name in FIXED_FLAGS:
@@ -438,7 +437,7 @@ def main(args: Args, saved: dict | None = None) -> None:
             raise SystemExit(f"--resume: {args.env_id} has other spaces than the environment of the run") from error
         optimizer.load_state_dict(saved["optimizer"])
         if args.anneal_lr and args.total_timesteps > saved["args"]["total_timesteps"]:
-            print("the learning rate goes up, to fall to 0 at the new --total-timesteps: --anneal-lr")
+            print("the learning rate goes up: with --anneal-lr it falls to 0 at the new --total-timesteps")
         if args.seed == saved["args"]["seed"]:
             torch.set_rng_state(saved["rng"])
     if args.compile:
@@ -446,16 +445,17 @@ def main(args: Args, saved: dict | None = None) -> None:
         agent.act = torch.compile(agent.act, dynamic=True)
 
     # The rollout: T rows of N steps, and one more observation.
-    T, N = args.num_steps, args.num_envs
+    T = args.num_steps
+    N = args.num_envs
     obs = np.zeros((T + 1, N, *obs_space.shape), np.uint8 if agent.is_image else np.float32)
     actions = np.zeros((T + 1, N, *envs.single_action_space.shape), np.float32)  # 0 for the last observation
     rewards = np.zeros((T, N), np.float32)
-    terminated = np.zeros((T, N), np.float32)
-    done = np.zeros((T, N), np.float32)
+    terminated = np.zeros_like(rewards)
+    done = np.zeros_like(rewards)
     mask = np.zeros((T, N), bool)  # false in rows that are no steps, after `done`
-    discounted = np.zeros((T, N), np.float32)  # sums of rewards since the episode began, for return_norm
+    discounted = np.zeros_like(rewards)  # sums of rewards since the episode began, for return_norm
     prev_done = np.zeros(N, np.float32)
-    prev_discounted = np.zeros(N, np.float32)
+    prev_discounted = np.zeros_like(prev_done)
     obs[T], _ = envs.reset(seed=int(torch.randint(2**30, ())))
 
     # The run directory, with a first checkpoint if it is new, and the logs.
@@ -496,14 +496,16 @@ def main(args: Args, saved: dict | None = None) -> None:
         step_before = step
         step += int(mask.sum())
         b_rewards = tensor(rewards)  # (T, N)
-        b_terminated, b_done = tensor(terminated), tensor(done)  # (T, N)
+        b_terminated = tensor(terminated)  # (T, N)
+        b_done = tensor(done)  # (T, N)
         if args.normalize:
             agent.return_norm.update(tensor(discounted).flatten()[is_step])
             std = (agent.return_norm.var + 1e-8).sqrt()
             b_rewards = (b_rewards / std).clamp(-10, 10)
         logprobs, entropy, values = agent(b_obs, b_actions)  # ((T + 1)·N,)
         all_values = values.detach().view(T + 1, N)  # no gradient goes through the targets
-        old_values, next_values = all_values[:-1], all_values[1:]
+        old_values = all_values[:-1]
+        next_values = all_values[1:]
         advantages = compute_gae(b_rewards, old_values, next_values, b_terminated, b_done, args.gamma, args.gae_lambda)
         returns = advantages + old_values
         b_returns = returns.flatten()[is_step]  # (S,): from here on steps alone
@@ -517,8 +519,9 @@ def main(args: Args, saved: dict | None = None) -> None:
         metrics["losses/explained_variance"].append(1 - unexplained)
 
         # ===== update =====
-        share_left = 1 - step_before / args.total_timesteps if args.anneal_lr else 1.0
-        learning_rate = args.learning_rate * share_left
+        learning_rate = args.learning_rate
+        if args.anneal_lr:
+            learning_rate *= 1 - step_before / args.total_timesteps
         optimizer.param_groups[0]["lr"] = learning_rate
         pg_loss = -(b_logprobs * b_advantages).mean()  # its gradient is that of -J (A3C section 4)
         v_loss = 0.5 * ((b_values - b_returns) ** 2).mean()
@@ -532,7 +535,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         for name, value in losses.items():
             metrics[f"losses/{name}"].append(value.detach())
         if args.normalize and not agent.is_image:
-            agent.obs_norm.update(b_obs / agent.obs_scale)  # after the update, which must see what `act` saw
+            agent.obs_norm.update(b_obs / agent.obs_scale)  # after the update, which must normalise as `act` did
 
         # ===== log and save =====
         is_last = step >= args.total_timesteps or bool(caught)

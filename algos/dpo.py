@@ -15,8 +15,8 @@ on DPO with noisy preferences" (cDPO).
     accelerate launch algos/dpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized --beta 0.1 --bf16
 
 Data: columns `prompt`, `chosen` and `rejected`, or the last two alone, both beginning with the prompt. They hold texts
-or lists of {"role", "content"} messages. Letters: B pairs of an update, b of a micro-batch, K columns of tokens from
-the earliest start of a completion on, L columns of whole rows, V words of the vocabulary. Logged: rewards/chosen and
+or lists of {"role", "content"} messages. Letters: B pairs in an update, b in a micro-batch, L tokens in the longest
+row, K of them from the earliest start of a completion on, V words in the vocabulary. Logged: rewards/chosen and
 rewards/rejected are the implicit reward β·log π/π_ref, logps/* is log π(y|x). All four usually fall; only the
 difference of a pair counts.
 
@@ -25,8 +25,6 @@ Differs from the paper:
  2. A batch never mixes two epochs: the pairs that do not fill a batch are left out of that epoch.
 """
 
-import argparse
-import itertools
 import json
 import logging
 import math
@@ -74,7 +72,7 @@ class Args:
     eval_split: str = "auto"  # Held-out split; auto takes test or validation where there is one, '' none.
     chat_template_kwargs: str = "{}"  # Arguments of the chat template, as a JSON object.
     max_length: int = 512  # Longest row in tokens. Longer completions are cut.
-    learning_rate: float = 0  # Peak learning rate; 0: 1e-4 in the small world, else 1e-6, or 1e-5 with LoRA.
+    learning_rate: float = 0  # Peak learning rate; 0: 1e-4 with the default model, else 1e-6, or 1e-5 with LoRA.
     warmup: float = 0.1  # Share of the updates in which the learning rate rises, before it falls to 0 by a cosine.
     batch_size: int = 32  # Number B of pairs in an update, over all processes.
     micro_batch_size: int = 16  # Number b of pairs in a forward pass, over all processes. Fewer need less memory.
@@ -121,7 +119,7 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     for prompt, completion in rows:
         ids.append(torch.tensor(prompt + completion))
         labels.append(torch.tensor([-100] * len(prompt) + completion))
-    # What fills a row up, here any token, stands to its right, where a causal model does not look.
+    # Padding, here any token, stands to the right, where a causal model does not look.
     ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=int(ids[0][-1])).to(device)  # (b, L)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
     first = max(1, min(len(prompt) for prompt, completion in rows))  # nothing stands before column 0 to predict it from
@@ -191,12 +189,12 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     config = transformers.AutoConfig.from_pretrained(base, **changes)
     text_config = config.get_text_config()
     for key, value in vars(text_config).items():
-        if isinstance(value, float) and ("drop" in key or "jitter" in key):
+        if isinstance(value, float) and re.search("drop|jitter", key):
             setattr(text_config, key, 0.0)
     model, info = loader.from_pretrained(base, config=config, dtype="auto", output_loading_info=True)
 
     # Weights that a file lacks would be random numbers.
-    missing = set(info["missing_keys"])
+    missing = info["missing_keys"]
     has_head = "ForSequenceClassification" in str(config.architectures)
     if "num_labels" in changes and not has_head:
         missing.discard("score.weight")  # the head is new
@@ -271,7 +269,7 @@ def set_stop_tokens(model: nn.Module, stops: list[int]) -> None:
         own = [own]
     config.eos_token_id = sorted({*stops, *(own or [])})
     if not is_valid(config):
-        config.do_sample = True  # a temperature without it, as some published models have
+        config.do_sample = True  # some published models have a temperature without it
     if not is_valid(config):
         model.generation_config = transformers.GenerationConfig(
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
@@ -311,17 +309,15 @@ def choose_eval_split(name: str, config: str, split: str) -> str:
 
 
 def refuse_unread(data: Any, name: str, columns: list[str], unread: list[str]) -> None:
-    """Stop the run where a column that belongs to the prompt says what none of the columns that are read says."""
-    unread = [column for column in unread if column in data.column_names]
-    if not unread:
-        return
-    for row in data.select_columns([*columns, *unread]).to_list():
-        shown = json.dumps([row[column] for column in columns])
-        for column in unread:
-            if row[column] and json.dumps(row[column]).strip('"[]') not in shown:
-                raise SystemExit(
-                    f"--dataset {name}: {column} is not read: put it into the prompt, or remove the column"
-                )
+    """Stop the run if a column that belongs to the prompt holds text that none of the columns in use has."""
+    for extra in unread:
+        if extra not in data.column_names:
+            continue
+        for row in data:
+            shown = json.dumps([row[column] for column in columns])
+            text = json.dumps(row[extra] or "").strip('"[]')
+            if text not in shown:
+                raise SystemExit(f"--dataset {name}: {extra} is not read: put it into the prompt, or remove the column")
 
 
 def choose_columns(data: Any, name: str) -> list[str]:
@@ -356,13 +352,14 @@ def said_by(turns: list[dict]) -> list[tuple[str, str]]:
 
 
 def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
-    """A prompt as messages. Where the chat repeats it: all up to its end. Without one: what both chats begin with."""
+    """The turns of a prompt, and those before it in the chat; without a prompt, the turns that both chats share."""
     if isinstance(prompt, str) and prompt:
         prompt = [{"role": "user", "content": prompt}]
     if prompt and chats[0][0]["role"] == "assistant":
         return prompt  # the chats are answers alone
     if prompt:
-        asked, said = said_by(prompt), said_by(chats[0])
+        asked = said_by(prompt)
+        said = said_by(chats[0])
         for end in range(len(asked), len(said) + 1):
             if said[end - len(asked) : end] == asked:
                 return chats[0][:end]
@@ -444,7 +441,7 @@ def stop_tokens(tokenizer: Any, render: Callable) -> list[int]:
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         after = render(turns).rpartition("answer")[2].strip()
         ids = tokenizer(after, add_special_tokens=False).input_ids
-        if ids and ids[0] in tokenizer.added_tokens_decoder and ids[0] not in stops:
+        if ids and ids[0] in tokenizer.added_tokens_decoder:
             stops.append(ids[0])
     return stops
 
@@ -461,7 +458,7 @@ def end_once(tokenizer: Any, ids: list[int], stops: list[int]) -> list[int]:
 
 
 def encode(tokenizer: Any, question: str, texts: list[str], is_chat: bool) -> list[list[int]]:
-    """Token ids [prompt, completion, …] of texts that begin with a question; without one, of what the texts share.
+    """Token ids [prompt, completion, …] of texts. The prompt is the question, or without one what all texts begin with.
 
     Question and answer are tokenized as one text, since tokens may merge where they meet.
     """
@@ -548,7 +545,7 @@ def load_rows(
 
 
 def batch_at(num_rows: int, step: int, batch_size: int, seed: int) -> list[int]:
-    """Indices of the rows of update `step`, a function of it for resumed runs. A part batch is left out of an epoch."""
+    """Indices of the rows of update `step`, which depend on it and the seed alone. An epoch drops a last part batch."""
     epoch, batch = divmod(step, num_rows // batch_size)
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     order = torch.randperm(num_rows, generator=generator).tolist()
@@ -556,11 +553,11 @@ def batch_at(num_rows: int, step: int, batch_size: int, seed: int) -> list[int]:
 
 
 def micro_batches(rows: list[Any], indices: list[int], size: int) -> list[list[int]]:
-    """Indices of rows in parts of `size` or a little more. Rows of like length meet, which saves padding."""
+    """Indices of rows in parts of `size` or a little more. Rows of similar length go together, which saves padding."""
     indices = sorted(indices, key=lambda i: sum(len(ids) for ids in rows[i]))
     num_parts = max(1, len(indices) // size)
-    bounds = [part * len(indices) // num_parts for part in range(num_parts + 1)]
-    return [indices[start:end] for start, end in itertools.pairwise(bounds) if start < end]
+    parts = torch.tensor(indices).tensor_split(num_parts)
+    return [part.tolist() for part in parts if len(part)]
 
 
 def check_batches(args: Args, processes: int, num_rows: int, num_eval_rows: int) -> None:
@@ -576,18 +573,19 @@ def check_batches(args: Args, processes: int, num_rows: int, num_eval_rows: int)
 # --- run ---
 
 
-def load_state(path: Path) -> dict[str, Any]:
+def load_state(resume: Path | None = None) -> dict[str, Any] | None:
     """What the checkpoint of a run directory says: script, args and step; and the folder of its tensors."""
-    folder = path / "checkpoint" if (path / "checkpoint").is_dir() else path
+    if resume is None:
+        return None
+    folder = resume / "checkpoint" if (resume / "checkpoint").is_dir() else resume
     if not (folder / "state.json").exists():
-        raise SystemExit(f"--resume {path}: there is no run in it")
+        raise SystemExit(f"--resume {resume}: there is no run in it")
     try:
         saved = json.loads((folder / "state.json").read_text())
-        script = saved["script"]
+        if saved["script"] != SCRIPT:
+            raise SystemExit(f"--resume {resume}: written by {saved['script']}.py, not {SCRIPT}.py")
     except (ValueError, KeyError) as error:
-        raise SystemExit(f"--resume {path}: {folder / 'state.json'} is damaged") from error
-    if script != SCRIPT:
-        raise SystemExit(f"--resume {path}: written by {script}.py, not {SCRIPT}.py")
+        raise SystemExit(f"--resume {resume}: {folder / 'state.json'} is damaged") from error
     saved["folder"] = folder / str(saved["step"])
     saved["args"]["run_dir"] = str(folder.parent)
     return saved
@@ -603,11 +601,8 @@ def restore(accelerator: Accelerator, folder: Path, strict: bool = True) -> None
 
 
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
-    """Flags of the command line; with --resume on top of those of the checkpoint, which is returned too."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", type=Path)
-    path = parser.parse_known_args()[0].resume
-    saved = load_state(path) if path else None
+    """Flags of the command line, and the checkpoint of --resume, whose flags are then the defaults."""
+    saved, _ = tyro.cli(load_state, add_help=False, return_unknown_args=True)  # its only flag is --resume
     default = Args(**saved["args"]) if saved else Args()
     args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
     for name, value in vars(args).items():
@@ -616,7 +611,7 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     return args, saved
 
 
-def start_run(args: Args, accelerator: Accelerator, saved: dict[str, Any] | None) -> Path:
+def start_run(args: Args, accelerator: Accelerator, saved: dict[str, Any] | None, step: int) -> Path:
     """Make the run directory and the logs; a directory that holds another run is refused."""
     name = f"{Path(args.dataset).stem}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     name = re.sub(r"[^\w.-]", "_", name)  # some file systems refuse a colon
@@ -630,7 +625,6 @@ def start_run(args: Args, accelerator: Accelerator, saved: dict[str, Any] | None
         (run_dir / "args.json").write_text(flags + "\n")
     accelerator.print(f"run directory: {run_dir}, learning rate: {args.learning_rate:g}")
 
-    step = saved["step"] if saved else 0
     trackers = [TensorBoardTracker(run_dir.name, run_dir.parent, purge_step=step + 1, flush_secs=1)]
     if args.track:
         trackers.append("wandb")
@@ -723,7 +717,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16" if args.bf16 else "no")
     keep_float32(accelerator)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads take longer to start than a row takes
-    device, processes = accelerator.device, accelerator.num_processes
+    device = accelerator.device
+    processes = accelerator.num_processes
     accelerator.print(f"{processes} process(es) on {device.type}")
     own = slice(accelerator.process_index, None, processes)
     torch.manual_seed(args.seed)
@@ -746,7 +741,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         args.learning_rate = 1e-4 if args.model == Args.model else pretrained_rate
 
     # The pairs.
-    held_out, eval_split = [], choose_eval_split(args.dataset, args.dataset_config, args.eval_split)
+    held_out = []
+    eval_split = choose_eval_split(args.dataset, args.dataset_config, args.eval_split)
     settings = (tokenizer, args.max_length, args.dataset_config, args.chat_template_kwargs)
     train = load_rows(args.dataset, args.train_split, *settings)
     if eval_split:
@@ -786,11 +782,12 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     # The run directory, and what the loop keeps.
     if saved:
         restore(accelerator, saved["folder"], strict=not args.lora_rank)
-    run_dir = start_run(args, accelerator, saved)
+    run_dir = start_run(args, accelerator, saved, step)
     caught = catch_signals()
     stop = False
     metrics = defaultdict(list)
-    first_step, first_time = step, time.perf_counter()
+    first_step = step
+    first_time = time.perf_counter()
     bar = tqdm(total=total_steps, initial=step, unit="update", disable=not accelerator.is_main_process)
     while True:
         # ===== evaluate =====
@@ -806,7 +803,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             texts = [greedy_sample(policy, tokenizer, row, args.max_length) for row in (held_out or train)[:4]]
             accelerator.log(means | {"samples": "\n\n".join(texts)}, step)
             if held_out:
-                loss, accuracy = means["eval/loss"], means["eval/rewards/accuracies"]
+                loss = means["eval/loss"]
+                accuracy = means["eval/rewards/accuracies"]
                 accelerator.print(f"\nupdate {step}: held-out loss {loss:.4f}, accuracy {accuracy:.4f}")
             model.train()
         if stop or step >= total_steps:
@@ -833,7 +831,9 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         step += 1
 
         # ===== log and save =====
-        stop = accelerator.reduce(torch.tensor(len(caught), device=device)) > 0  # a signal to any process
+        if caught:
+            accelerator.set_trigger()
+        stop = accelerator.check_trigger()  # whether any process got a signal
         save_now = stop or step == total_steps or (args.save_every and step % args.save_every == 0)
         if save_now or step == 1 or step % 10 == 0:
             means = {name: mean_over_processes(values) for name, values in metrics.items()}
@@ -860,8 +860,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     accelerator.free_memory()
     accelerator.end_training()
     if step < total_steps:
-        launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__!r} --resume {str(run_dir)!r}")
+        raise SystemExit(f"stopped at update {step}; to go on: the same command with --resume {str(run_dir)!r}")
 
 
 if __name__ == "__main__":

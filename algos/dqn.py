@@ -3,21 +3,23 @@
 # dependencies = ["gymnasium[box2d,classic-control,mujoco]~=1.4.0", "ale-py~=0.12.1", "moviepy~=2.2.1", "numpy~=2.4.6",
 # "opencv-python-headless~=5.0", "safetensors~=0.8.0", "tensorboard~=2.21", "torch~=2.13.0", "tqdm~=4.70", "tyro~=1.0"]
 # ///
-"""Deep Q-Network (DQN): Q-learning with a network, from replayed steps and towards a network that lags behind.
+"""Deep Q-Network (DQN): Q-learning with a network, a replay buffer, and a target network that lags behind.
 
 Q(s, a) is the expected return of action a in state s when the best actions follow. It is fitted to the reward plus γ
 times the largest Q of the next state. Random replay breaks the correlation of successive steps. A lagging copy θ⁻ of
 the network keeps the target still.
 Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (target network, clipped error, CNN).
 
-    python algos/dqn.py                                           # CartPole-v1, which the defaults are made for: 492
+    python algos/dqn.py                                           # CartPole-v1, which the defaults are made for: 499
     python algos/dqn.py --env-id LunarLander-v3 --buffer-size 100000 --train-every 4 --target-every 1000 \\
-        --learning-rate 6.3e-4 --loss huber --max-grad-norm 10  # 231
+        --learning-rate 6.3e-4 --loss huber --max-grad-norm 10 --gamma 0.99 --learning-starts 10000 \\
+        --epsilon-end 0.05 --exploration-fraction 0.5  # 231
     python algos/dqn.py --env-id MountainCar-v0 --env-kwargs '{"max_episode_steps": 1000}' --num-envs 16 \\
-        --train-every 4 --buffer-size 100000 --learning-rate 1e-3 --learning-starts 1000 --target-every 600  # -135
-    python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --learning-rate 1e-4 --batch-size 32 \\
-        --num-envs 8 --train-every 4 --buffer-size 1000000 --learning-starts 80000 --target-every 1000 \\
-        --epsilon-end 0.01 --exploration-fraction 0.1 --save-every 2000000      # 7 GB of memory, 14 of disk
+        --train-every 4 --buffer-size 100000 --learning-rate 1e-3 --target-every 600 --gamma 0.99 \\
+        --epsilon-end 0.05 --exploration-fraction 0.5 --max-grad-norm 0  # -135
+    python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 8 --train-every 4 --batch-size 32 \\
+        --buffer-size 1000000 --learning-starts 80000 --target-every 1000 --gamma 0.99 --exploration-fraction 0.1 \\
+        --max-grad-norm 0 --save-every 2000000  # 7 GB of memory, 14 of disk
 
 The step after an episode's end only resets its environment (gymnasium's NEXT_STEP): it is not counted, and replay
 never draws it. But its observation, the episode's last, is stored: replay uses it as the next observation of the
@@ -33,7 +35,6 @@ Differs from the paper:
  5. A run that is lengthened by --resume stretches the fall of ε over the new total, and prints a line if ε rises.
 """
 
-import argparse
 import atexit
 import copy
 import json
@@ -83,17 +84,17 @@ class Args:
     env_kwargs: str = "{}"  # Arguments for gymnasium.make_vec and the environment, as a JSON object.
     total_timesteps: int = 500_000  # Environment steps to train for.
     num_envs: int = 20  # Number N of environments that are stepped side by side.
-    learning_rate: float = 2.5e-4  # Learning rate of Adam.
-    max_grad_norm: float = 0.0  # Clip the norm of the gradient to this; 0 does not clip.
+    learning_rate: float = 1e-4  # Learning rate of Adam.
+    max_grad_norm: float = 1.0  # Clip the norm of the gradient to this; 0 does not clip.
     batch_size: int = 128  # Number B of steps in a minibatch.
-    train_every: int = 10  # Environment steps per minibatch.
-    learning_starts: int = 10_000  # Environment steps before the first minibatch.
-    gamma: float = 0.99  # Discount factor γ.
+    train_every: int = 5  # Environment steps per minibatch.
+    learning_starts: int = 1_000  # Environment steps before the first minibatch.
+    gamma: float = 0.98  # Discount factor γ.
     loss: Literal["mse", "huber"] = "mse"  # Loss of the error: its square (DQN Eq. 2), or linear beyond ±1 (Nature).
-    buffer_size: int = 10_000  # Rows of the replay buffer: one per step, and one more for each final observation.
+    buffer_size: int = 20_000  # Rows of the replay buffer: one per step, and one more for each final observation.
     target_every: int = 500  # Environment steps between copies of the network to θ⁻ (Nature Algorithm 1).
-    epsilon_end: float = 0.05  # Share ε of random actions in the end; it starts at 1.
-    exploration_fraction: float = 0.5  # Share of total_timesteps in which ε falls linearly.
+    epsilon_end: float = 0.01  # Share ε of random actions in the end; it starts at 1.
+    exploration_fraction: float = 0.04  # Share of total_timesteps in which ε falls linearly.
 
     def __post_init__(self) -> None:
         if type(json.loads(self.env_kwargs)) is not dict:
@@ -138,15 +139,14 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Q (B, A) of observations (B, *obs) of any dtype; images may have channels first, last or none."""
-        if self.obs_scale != 1:
-            obs = obs / self.obs_scale
+        obs = obs / self.obs_scale
         if not self.is_image:
             return self.layers(obs.float())
         if obs.ndim == 3:
             obs = obs.unsqueeze(1)
         if obs.shape[-1] < obs.shape[1]:
             obs = obs.movedim(-1, 1)
-        return self.layers(obs.float())  # of (B, C, H, W)
+        return self.layers(obs)  # of (B, C, H, W)
 
     @torch.no_grad()
     def act(self, obs: Tensor, epsilon: float = 0.0, greedy: bool = False) -> Tensor:
@@ -276,7 +276,7 @@ def ignore_signals(env: gym.Env) -> gym.Env:
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.VectorEnv:
-    """N environments that show images or vectors, in which actions of ±1 are the finite bounds of Box actions."""
+    """N environments with images or vectors as observations; actions of -1 and 1 are the bounds of a Box, if finite."""
     warnings.filterwarnings("once", module="gymnasium")
     sys.path.append("")  # where a user's own module may lie
     kwargs = dict(env_kwargs)
@@ -297,9 +297,10 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.Vector
     elif kwargs.get("vectorization_mode") == "async":
         kwargs["wrappers"] = [ignore_signals]
     envs = gym.make_vec(env_id, num_envs, **kwargs)
-    envs._add_info = lambda infos, *_: infos  # nobody reads them, and gymnasium refuses some that differ in type
+    envs._add_info = lambda infos, *_: infos  # their own infos are not used, and gymnasium refuses some
     atexit.register(envs.close)  # processes that ignore SIGTERM must be closed before Python ends
-    obs, action = envs.single_observation_space, envs.single_action_space
+    obs = envs.single_observation_space
+    action = envs.single_action_space
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise SystemExit(f"{env_id}: its vector version does not declare AutoresetMode.NEXT_STEP in its metadata")
     if "ale_py" in str(envs.spec.entry_point) and not is_atari:
@@ -332,10 +333,10 @@ def make_video_envs(env_id: str, env_kwargs: dict, folder: Path) -> gym.vector.V
     try:
         envs = make_envs(env_id, 1, env_kwargs | {"render_mode": "rgb_array"})
         envs.reset()
-        shapes = [np.shape(frame) for frame in envs.render()]
-        if len(shapes[0]) != 3:
-            raise ValueError(f"frames have the shape {shapes[0]}, not (height, width, colours)")
-        return wrap.RecordVideo(envs, str(folder), video_length=2000)
+        shape = np.shape(envs.render()[0])
+        if len(shape) != 3:
+            raise ValueError(f"frames have the shape {shape}, not (height, width, colours)")
+        return wrap.RecordVideo(envs, folder, video_length=2000)
     except Exception as error:
         raise SystemExit(f"--capture-video: {env_id} cannot be drawn as rgb_array: {error}") from error
 
@@ -361,28 +362,26 @@ def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: torch.device)
 # --- run ---
 
 
-def load_checkpoint(path: Path) -> dict:
-    """The checkpoint of a run directory or a file; what is wrong with it ends in a sentence."""
-    file = path / "checkpoint.pt" if path.is_dir() else path
+def load_checkpoint(resume: Path | None = None) -> dict | None:
+    """The checkpoint of a run directory or a file. A file that cannot be used stops the run, with the reason."""
+    if resume is None:
+        return None
+    file = resume / "checkpoint.pt" if resume.is_dir() else resume
     if not file.exists():
-        raise SystemExit(f"--resume {path}: there is no run in {path}")
+        raise SystemExit(f"--resume {resume}: there is no run in {resume}")
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        script = saved["script"]
+        if saved["script"] != SCRIPT:
+            raise SystemExit(f"--resume {resume}: written by {saved['script']}.py, not {SCRIPT}.py")
     except Exception as error:
-        raise SystemExit(f"--resume {path}: {file} is damaged or no checkpoint ({type(error).__name__})") from error
-    if script != SCRIPT:
-        raise SystemExit(f"--resume {path}: written by {script}.py, not {SCRIPT}.py")
-    saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # renamed: a new run
+        raise SystemExit(f"--resume {resume}: {file} is damaged or no checkpoint ({type(error).__name__})") from error
+    saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # another name: a new run
     return saved
 
 
 def parse_args() -> tuple[Args, dict | None]:
-    """Flags of the command line; with --resume on top of those of the checkpoint, which is returned too."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", type=Path)
-    path = parser.parse_known_args()[0].resume
-    saved = load_checkpoint(path) if path else None
+    """Flags of the command line, and the checkpoint of --resume, whose flags are then the defaults."""
+    saved, _ = tyro.cli(load_checkpoint, add_help=False, return_unknown_args=True)  # its only flag is --resume
     default = Args(**saved["args"]) if saved else Args()
     args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
     for name in FIXED_FLAGS:
@@ -532,7 +531,8 @@ def main(args: Args, saved: dict | None = None) -> None:
         b_obs = tensor(buffer.observations(rows))  # (K·B, *obs)
         b_next_obs = tensor(buffer.observations(rows + args.num_envs))
         b_actions = tensor(buffer.actions[rows])  # (K·B,)
-        b_rewards, b_terminated = tensor(buffer.rewards[rows]), tensor(buffer.terminated[rows])
+        b_rewards = tensor(buffer.rewards[rows])
+        b_terminated = tensor(buffer.terminated[rows])
         with torch.no_grad():
             b_targets = td_target(b_rewards, target_network(b_next_obs), b_terminated, args.gamma)  # (K·B,)
 
@@ -557,9 +557,8 @@ def main(args: Args, saved: dict | None = None) -> None:
         save_now = is_last or crossed(args.save_every, step_before, step)
         is_first_update = updates_before == 0 and updates > 0
         if save_now or is_first_update or crossed(LOG_EVERY, step_before, step):
-            numbers = list(agent.state_dict().values())
-            numbers += metrics.get("losses/td_loss", [])  # an infinite Huber loss has a finite gradient
-            if not torch.cat([x.flatten() for x in numbers]).isfinite().all():
+            td_losses = metrics.get("losses/td_loss", [])  # an infinite Huber loss has a finite gradient
+            if not all(x.isfinite().all() for x in [*agent.state_dict().values(), *td_losses]):
                 raise SystemExit(f"\nthe agent became nan or inf before step {step}; {run_dir}/checkpoint.pt is older")
             episode_returns = metrics.get("charts/episodic_return")
             if episode_returns:

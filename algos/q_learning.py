@@ -9,7 +9,7 @@ Q*(s, a) is the return of action a in state s when the best actions follow. Each
 a sample of Bellman's optimality equation. Where the environment publishes its transitions (`P`, as toy text does),
 value iteration finds Q* first, and two exact errors are logged. The regret usually reaches 0 before q_error does:
 
- - charts/q_error is the mean of |Q - Q*| over all pairs (s, a) that can be reached. Q is 0 where none was tried.
+ - charts/q_error is the mean of |Q - Q*| over all pairs (s, a) that can be reached. Pairs never tried have Q = 0.
  - charts/regret is V*(s₀) - V^π(s₀), what the greedy policy π loses to the optimal one, on average over starts s₀.
 
     python algos/q_learning.py    # Taxi-v4: regret 0, q_error 4.7 (0 with --alpha-decay 0 --epsilon-end 0.5)
@@ -23,7 +23,6 @@ Differs from the paper:
  4. A run that is lengthened by --resume stretches the fall of ε over the new total, and says so where ε goes up.
 """
 
-import argparse
 import atexit
 import json
 import multiprocessing
@@ -127,7 +126,8 @@ def is_model(P: object, num_states: int, num_actions: int) -> bool:
 
 def read_model(P: dict[int, dict[int, list]]) -> tuple[Tensor, Tensor]:
     """p(s'|s, a) of going on in s', (S, A, S), and mean rewards r(s, a), (S, A), of P[s][a] = [(p, s', r, end), …]."""
-    num_states, num_actions = len(P), len(P[0])
+    num_states = len(P)
+    num_actions = len(P[0])
     next_probs = torch.zeros(num_states, num_actions, num_states, dtype=torch.float64)
     rewards = torch.zeros(num_states, num_actions, dtype=torch.float64)
     for s, actions in P.items():
@@ -154,7 +154,7 @@ def value_iteration(next_probs: Tensor, rewards: Tensor, gamma: float) -> Tensor
 def policy_values(next_probs: Tensor, rewards: Tensor, policy: Tensor, gamma: float) -> Tensor:
     """V^π (S,) of a policy (S,) of actions, from Bellman's equation V = r_π + γ·P_π·V, which is linear in V."""
     states = torch.arange(len(policy))
-    identity = torch.eye(len(policy), dtype=torch.float64)
+    identity = torch.eye(len(policy))
     return torch.linalg.solve(identity - gamma * next_probs[states, policy], rewards[states, policy])
 
 
@@ -190,28 +190,26 @@ def announce_exploration(args: Args, saved: dict) -> None:
         print(f"epsilon rises from {before:.3f} to {now:.3f}: --exploration-fraction is a share of --total-timesteps")
 
 
-def load_checkpoint(path: Path) -> dict:
-    """The checkpoint of a run directory or a file; what is wrong with it ends in a sentence."""
-    file = path / "checkpoint.pt" if path.is_dir() else path
+def load_checkpoint(resume: Path | None = None) -> dict | None:
+    """The checkpoint of a run directory or a file. A file that cannot be used stops the run, with the reason."""
+    if resume is None:
+        return None
+    file = resume / "checkpoint.pt" if resume.is_dir() else resume
     if not file.exists():
-        raise SystemExit(f"--resume {path}: there is no run in {path}")
+        raise SystemExit(f"--resume {resume}: there is no run in {resume}")
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        script = saved["script"]
+        if saved["script"] != SCRIPT:
+            raise SystemExit(f"--resume {resume}: written by {saved['script']}.py, not {SCRIPT}.py")
     except Exception as error:
-        raise SystemExit(f"--resume {path}: {file} is damaged or no checkpoint ({type(error).__name__})") from error
-    if script != SCRIPT:
-        raise SystemExit(f"--resume {path}: written by {script}.py, not {SCRIPT}.py")
-    saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # renamed: a new run
+        raise SystemExit(f"--resume {resume}: {file} is damaged or no checkpoint ({type(error).__name__})") from error
+    saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # another name: a new run
     return saved
 
 
 def parse_args() -> tuple[Args, dict | None]:
-    """Flags of the command line; with --resume on top of those of the checkpoint, which is returned too."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", type=Path)
-    path = parser.parse_known_args()[0].resume
-    saved = load_checkpoint(path) if path else None
+    """Flags of the command line, and the checkpoint of --resume, whose flags are then the defaults."""
+    saved, _ = tyro.cli(load_checkpoint, add_help=False, return_unknown_args=True)  # its only flag is --resume
     default = Args(**saved["args"]) if saved else Args()
     args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
     for name in FIXED_FLAGS:
@@ -295,16 +293,18 @@ def main(args: Args, saved: dict | None = None) -> None:
     sys.path.append("")  # where a user's own module may lie
     env_kwargs = {"vectorization_mode": "sync"} | json.loads(args.env_kwargs)
     envs = gym.make_vec(args.env_id, args.num_envs, wrappers=[ignore_signals], **env_kwargs)
-    envs._add_info = lambda infos, *_: infos  # nobody reads them, and gymnasium refuses some that differ in type
+    envs._add_info = lambda infos, *_: infos  # their own infos are not used, and gymnasium refuses some
     atexit.register(envs.close)  # processes that ignore SIGTERM must be closed before Python ends
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise SystemExit(f"{args.env_id}: its environments must reset by AutoresetMode.NEXT_STEP")
-    states, actions = envs.single_observation_space, envs.single_action_space
+    states = envs.single_observation_space
+    actions = envs.single_action_space
     for space in (states, actions):
         if not isinstance(space, Discrete) or space.start != 0:
             raise SystemExit(f"{args.env_id}: observations and actions must be Discrete from 0, not {space}")
     agent = QTable(states.n, actions.n)
-    q, visits = agent.q.numpy(), agent.visits.numpy()  # which share the table's memory
+    q = agent.q.numpy()  # which shares the table's memory
+    visits = agent.visits.numpy()
     step = 0
     if saved:
         step = saved["step"]

@@ -6,9 +6,9 @@
 """RLHF by PPO: raise a reward model's score of a language model's own texts, and stay near the model it started from.
 
 The last of RLHF's three steps. The policy π answers prompts. Each response y earns r(x, y) - β·log π(y|x)/π_ref(y|x),
-and PPO raises its expectation. The best policy is known: π* ∝ π_ref·exp(r/β), so β says how far to trust the score.
-Four models take part: the policy; the critic, which starts from the reward model; the reward model and the reference
-π_ref, a copy of the policy at the start, which are frozen.
+and PPO raises its expectation. The best policy is known: π* ∝ π_ref·exp(r/β). A smaller β trusts the score more.
+Four models take part: the policy; the critic, which is the reward model with a new head at the start; the reward model
+and the reference π_ref, a copy of the policy at the start, which are frozen.
 Papers: Ziegler et al. 2019, arXiv 1909.08593; Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT); Schulman et al. 2017,
 arXiv 1707.06347 (PPO); Schulman et al. 2015, arXiv 1506.02438 (GAE).
 
@@ -18,9 +18,9 @@ arXiv 1707.06347 (PPO); Schulman et al. 2015, arXiv 1506.02438 (GAE).
 
 Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
 completions, **other columns) -> list of numbers, as in TRL; the critic then starts from the policy. A state is a prompt
-with the response so far, an action the next token. Letters: B responses of a rollout, b of a micro-batch, R tokens of a
-response, L of a whole row, V words of the vocabulary, d width of a model. Logged: objective/kl sums log π/π_ref over
-a response, objective/entropy sums -log π; objective/scores is r(x, y) less the penalty of an unfinished response.
+with the response so far, an action the next token. Letters: B responses in a rollout, b in a micro-batch, R tokens in a
+response, L in the longest row, V words in the vocabulary, d width of a model. Logged: objective/kl sums log π/π_ref
+over a response, objective/entropy sums -log π; objective/scores is r(x, y) less the penalty of an unfinished response.
 
 Differs from the papers:
  1. Policy and critic are two models, as in InstructGPT, and both learning rates fall linearly to 0.
@@ -31,10 +31,8 @@ Differs from the papers:
  5. No gradients of a pretraining loss, which InstructGPT's "PPO-ptx" adds.
 """
 
-import argparse
 import copy
 import importlib
-import itertools
 import json
 import logging
 import math
@@ -84,7 +82,7 @@ class Args:
     chat_template_kwargs: str = "{}"  # Arguments of the chat template, as a JSON object.
     total_episodes: int = 4096  # Responses to sample in all.
     max_length: int = 512  # Longest row in tokens. Prompts that leave no room are left out.
-    learning_rate: float = 0  # Learning rate at the start; 0: 5e-4 in the small world, else 3e-6, or 3e-5 with LoRA.
+    learning_rate: float = 0  # Initial learning rate; 0: 5e-4 with the default model, else 3e-6, or 3e-5 with LoRA.
     batch_size: int = 128  # Number B of responses in a rollout, over all processes.
     num_minibatches: int = 4  # Minibatches per epoch, one step of the optimiser each.
     num_ppo_epochs: int = 4  # Passes over the rollout in each update (PPO Algorithm 1's K).
@@ -134,7 +132,7 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     for prompt, completion in rows:
         ids.append(torch.tensor(prompt + completion))
         labels.append(torch.tensor([-100] * len(prompt) + completion))
-    # What fills a row up, here any token, stands to its right, where a causal model does not look.
+    # Padding, here any token, stands to the right, where a causal model does not look.
     ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=int(ids[0][-1])).to(device)  # (b, L)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
     first = max(1, min(len(prompt) for prompt, completion in rows))  # nothing stands before column 0 to predict it from
@@ -197,7 +195,7 @@ def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tens
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float) -> Tensor:
-    """Half the squared error per sample, the worse of V and V clipped to V_old ± ε; ε = inf: no clip (PPO Eq. 9)."""
+    """Half the squared error of V (PPO Eq. 9), or that of V clipped to V_old ± ε where it is larger; inf: no clip."""
     losses = (values - returns) ** 2
     if clip_coef < torch.inf:
         clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
@@ -224,12 +222,12 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     config = transformers.AutoConfig.from_pretrained(base, **changes)
     text_config = config.get_text_config()
     for key, value in vars(text_config).items():
-        if isinstance(value, float) and ("drop" in key or "jitter" in key):
+        if isinstance(value, float) and re.search("drop|jitter", key):
             setattr(text_config, key, 0.0)
     model, info = loader.from_pretrained(base, config=config, dtype="auto", output_loading_info=True)
 
     # Weights that a file lacks would be random numbers.
-    missing = set(info["missing_keys"])
+    missing = info["missing_keys"]
     has_head = "ForSequenceClassification" in str(config.architectures)
     if "num_labels" in changes and not has_head:
         missing.discard("score.weight")  # the head is new
@@ -304,7 +302,7 @@ def set_stop_tokens(model: nn.Module, stops: list[int]) -> None:
         own = [own]
     config.eos_token_id = sorted({*stops, *(own or [])})
     if not is_valid(config):
-        config.do_sample = True  # a temperature without it, as some published models have
+        config.do_sample = True  # some published models have a temperature without it
     if not is_valid(config):
         model.generation_config = transformers.GenerationConfig(
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
@@ -314,12 +312,13 @@ def set_stop_tokens(model: nn.Module, stops: list[int]) -> None:
 @torch.no_grad()
 def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor) -> list[list[int]]:
     """Responses to prompts, drawn by numbers `uniform` (b, R) in [0, 1), each up to its first stop token."""
-    # Padding goes to the left, so that all prompts end in one column.
-    width = max(len(prompt) for prompt in prompts)
+    # Padding, here any token, goes to the left, so that all prompts end in one column.
+    rows = [torch.tensor(prompt, device=uniform.device) for prompt in prompts]
+    visible = [torch.ones_like(row) for row in rows]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=prompts[0][0], padding_side="left")
+    visible = nn.utils.rnn.pad_sequence(visible, batch_first=True, padding_side="left")  # (b, width)
+    width = ids.shape[1]
     R = uniform.shape[1]
-    ids = torch.tensor([prompt[:1] * (width - len(prompt)) + prompt for prompt in prompts], device=uniform.device)
-    lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=uniform.device)
-    visible = torch.arange(width, device=uniform.device) >= width - lengths  # (b, width)
 
     def draw(ids: Tensor, logits: Tensor) -> Tensor:
         """Logits that leave one token, the one at which the distribution function reaches the uniform number."""
@@ -330,22 +329,22 @@ def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor) -> list[
 
     is_parallel = torch.distributed.is_initialized()  # then all processes go on until the last has ended
     ids = model.generate(
-        ids, attention_mask=visible.long(), logits_processor=[draw], max_new_tokens=R, synced_gpus=is_parallel
+        ids, attention_mask=visible, logits_processor=[draw], max_new_tokens=R, synced_gpus=is_parallel
     )
     responses = []
-    for response in ids[:, width : width + R].tolist():
-        length = R
-        for t, token in enumerate(response):
+    for tokens in ids[:, width:].tolist():
+        response = []
+        for token in tokens:
+            response.append(token)
             if token in model.generation_config.eos_token_id:
-                length = t + 1
                 break
-        responses.append(response[:length])
+        responses.append(response)
     return responses
 
 
 @torch.no_grad()
 def samples_as_trained(model: nn.Module) -> bool:
-    """Whether generation, with its cache and beside a longer prompt, has the logits of a whole pass."""
+    """Whether generation, with its cache and a padded prompt, has the logits of one forward pass over all tokens."""
     ids = torch.tensor([[1, 1, 1, 1], [1, 2, 3, 4]])
     visible = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]])
     output = model.generate(
@@ -356,7 +355,7 @@ def samples_as_trained(model: nn.Module) -> bool:
         output_logits=True,
         return_dict_in_generate=True,
     )
-    logits = torch.stack([step_logits[0] for step_logits in output.logits])  # (8, V)
+    logits = torch.stack(output.logits)[:, 0]  # (8, V)
     expected = model(output.sequences[:1, 3:-1], use_cache=False).logits[0]
     return (logits - expected).abs().max() < 1e-3 * expected.std()
 
@@ -433,7 +432,7 @@ def load_reward_function(name: str) -> Callable:
         raise SystemExit(f"--reward-model {name}: there is no file {path}")
     sys.path.insert(0, str(path.parent))
     module = importlib.import_module(path.stem)
-    if Path(str(module.__spec__.origin)).resolve() != path:  # that of a module of Python's own is no file
+    if Path(str(module.__spec__.origin)).resolve() != path:  # a module that is built into Python has no file
         raise SystemExit(f"--reward-model {name}: {path.stem} is the name of another module; rename the file")
     if not hasattr(module, function):
         raise SystemExit(f"--reward-model {name}: the file has no function {function}")
@@ -445,9 +444,9 @@ def function_rewards(function: Callable, name: str, rows: list[dict[str, Any]], 
     prompts = [row["prompt"] for row in rows]
     if isinstance(prompts[0], list):
         texts = [[{"role": "assistant", "content": text}] for text in texts]
-    columns = {column: [row[column] for row in rows] for column in rows[0]}
-    for reserved in ("prompt", "prompts", "completions"):
-        columns.pop(reserved, None)
+    columns = {}
+    for column in rows[0].keys() - {"prompt", "prompts", "completions"}:
+        columns[column] = [row[column] for row in rows]
     try:
         values = [float(value) for value in function(prompts=prompts, completions=texts, **columns)]
     except Exception as error:
@@ -479,17 +478,15 @@ def locate_data(name: str) -> tuple[str, str | None]:
 
 
 def refuse_unread(data: Any, name: str, columns: list[str], unread: list[str]) -> None:
-    """Stop the run where a column that belongs to the prompt says what none of the columns that are read says."""
-    unread = [column for column in unread if column in data.column_names]
-    if not unread:
-        return
-    for row in data.select_columns([*columns, *unread]).to_list():
-        shown = json.dumps([row[column] for column in columns])
-        for column in unread:
-            if row[column] and json.dumps(row[column]).strip('"[]') not in shown:
-                raise SystemExit(
-                    f"--dataset {name}: {column} is not read: put it into the prompt, or remove the column"
-                )
+    """Stop the run if a column that belongs to the prompt holds text that none of the columns in use has."""
+    for extra in unread:
+        if extra not in data.column_names:
+            continue
+        for row in data:
+            shown = json.dumps([row[column] for column in columns])
+            text = json.dumps(row[extra] or "").strip('"[]')
+            if text not in shown:
+                raise SystemExit(f"--dataset {name}: {extra} is not read: put it into the prompt, or remove the column")
 
 
 def check_value(value: Any, place: str) -> None:
@@ -512,13 +509,14 @@ def said_by(turns: list[dict]) -> list[tuple[str, str]]:
 
 
 def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
-    """A prompt as messages. Where the chat repeats it: all up to its end. Without one: what both chats begin with."""
+    """The turns of a prompt, and those before it in the chat; without a prompt, the turns that both chats share."""
     if isinstance(prompt, str) and prompt:
         prompt = [{"role": "user", "content": prompt}]
     if prompt and chats[0][0]["role"] == "assistant":
         return prompt  # the chats are answers alone
     if prompt:
-        asked, said = said_by(prompt), said_by(chats[0])
+        asked = said_by(prompt)
+        said = said_by(chats[0])
         for end in range(len(asked), len(said) + 1):
             if said[end - len(asked) : end] == asked:
                 return chats[0][:end]
@@ -565,13 +563,13 @@ def stop_tokens(tokenizer: Any, render: Callable) -> list[int]:
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         after = render(turns).rpartition("answer")[2].strip()
         ids = tokenizer(after, add_special_tokens=False).input_ids
-        if ids and ids[0] in tokenizer.added_tokens_decoder and ids[0] not in stops:
+        if ids and ids[0] in tokenizer.added_tokens_decoder:
             stops.append(ids[0])
     return stops
 
 
 def encode_prompt(row: dict[str, Any], tokenizer: Any, render: Callable, stops: list[int], place: str) -> list[int]:
-    """Token ids of a row's `prompt`, up to where the answer begins. A text becomes a chat where other columns are."""
+    """Token ids of a row's `prompt`, up to the answer. A text becomes a chat if another column holds chats."""
     prompt = row["prompt"]
     check_value(prompt, f"{place}, column prompt")
     if isinstance(prompt, str) and not prompt.strip():
@@ -631,7 +629,7 @@ def load_prompts(
 
 
 def batch_at(num_rows: int, step: int, batch_size: int, seed: int) -> list[int]:
-    """Indices of the rows of update `step`, a function of it for resumed runs. A part batch is left out of an epoch."""
+    """Indices of the rows of update `step`, which depend on it and the seed alone. An epoch drops a last part batch."""
     epoch, batch = divmod(step, num_rows // batch_size)
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     order = torch.randperm(num_rows, generator=generator).tolist()
@@ -639,11 +637,11 @@ def batch_at(num_rows: int, step: int, batch_size: int, seed: int) -> list[int]:
 
 
 def micro_batches(rows: list[Any], indices: list[int], size: int) -> list[list[int]]:
-    """Indices of rows in parts of `size` or a little more. Rows of like length meet, which saves padding."""
+    """Indices of rows in parts of `size` or a little more. Rows of similar length go together, which saves padding."""
     indices = sorted(indices, key=lambda i: sum(len(ids) for ids in rows[i]))
     num_parts = max(1, len(indices) // size)
-    bounds = [part * len(indices) // num_parts for part in range(num_parts + 1)]
-    return [indices[start:end] for start, end in itertools.pairwise(bounds) if start < end]
+    parts = torch.tensor(indices).tensor_split(num_parts)
+    return [part.tolist() for part in parts if len(part)]
 
 
 def check_rollout(args: Args, processes: int, num_prompts: int) -> None:
@@ -659,18 +657,19 @@ def check_rollout(args: Args, processes: int, num_prompts: int) -> None:
 # --- run ---
 
 
-def load_state(path: Path) -> dict[str, Any]:
+def load_state(resume: Path | None = None) -> dict[str, Any] | None:
     """What the checkpoint of a run directory says: script, args and step; and the folder of its tensors."""
-    folder = path / "checkpoint" if (path / "checkpoint").is_dir() else path
+    if resume is None:
+        return None
+    folder = resume / "checkpoint" if (resume / "checkpoint").is_dir() else resume
     if not (folder / "state.json").exists():
-        raise SystemExit(f"--resume {path}: there is no run in it")
+        raise SystemExit(f"--resume {resume}: there is no run in it")
     try:
         saved = json.loads((folder / "state.json").read_text())
-        script = saved["script"]
+        if saved["script"] != SCRIPT:
+            raise SystemExit(f"--resume {resume}: written by {saved['script']}.py, not {SCRIPT}.py")
     except (ValueError, KeyError) as error:
-        raise SystemExit(f"--resume {path}: {folder / 'state.json'} is damaged") from error
-    if script != SCRIPT:
-        raise SystemExit(f"--resume {path}: written by {script}.py, not {SCRIPT}.py")
+        raise SystemExit(f"--resume {resume}: {folder / 'state.json'} is damaged") from error
     saved["folder"] = folder / str(saved["step"])
     saved["args"]["run_dir"] = str(folder.parent)
     return saved
@@ -686,11 +685,8 @@ def restore(accelerator: Accelerator, folder: Path, strict: bool = True) -> None
 
 
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
-    """Flags of the command line; with --resume on top of those of the checkpoint, which is returned too."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", type=Path)
-    path = parser.parse_known_args()[0].resume
-    saved = load_state(path) if path else None
+    """Flags of the command line, and the checkpoint of --resume, whose flags are then the defaults."""
+    saved, _ = tyro.cli(load_state, add_help=False, return_unknown_args=True)  # its only flag is --resume
     default = Args(**saved["args"]) if saved else Args()
     args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
     for name, value in vars(args).items():
@@ -699,7 +695,7 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     return args, saved
 
 
-def start_run(args: Args, accelerator: Accelerator, saved: dict[str, Any] | None) -> Path:
+def start_run(args: Args, accelerator: Accelerator, saved: dict[str, Any] | None, step: int) -> Path:
     """Make the run directory and the logs; a directory that holds another run is refused."""
     name = f"{Path(args.dataset).stem}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     name = re.sub(r"[^\w.-]", "_", name)  # some file systems refuse a colon
@@ -713,7 +709,6 @@ def start_run(args: Args, accelerator: Accelerator, saved: dict[str, Any] | None
         (run_dir / "args.json").write_text(flags + "\n")
     accelerator.print(f"run directory: {run_dir}, learning rate: {args.learning_rate:g}")
 
-    step = saved["step"] if saved else 0
     trackers = [TensorBoardTracker(run_dir.name, run_dir.parent, purge_step=step + 1, flush_secs=1)]
     if args.track:
         trackers.append("wandb")
@@ -786,13 +781,15 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16" if args.bf16 else "no")
     keep_float32(accelerator)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads take longer to start than a row takes
-    device, processes = accelerator.device, accelerator.num_processes
+    device = accelerator.device
+    processes = accelerator.num_processes
     accelerator.print(f"{processes} process(es) on {device.type}")
     own = slice(accelerator.process_index, None, processes)
     torch.manual_seed(args.seed)
-    B, R = args.batch_size, args.response_length
+    B = args.batch_size
+    R = args.response_length
 
-    # The policy. Of its generation config sampling takes the stop tokens only: the rest would draw from another π.
+    # The policy. Sampling takes only the stop tokens of its generation config; other settings would change π.
     policy, tokenizer = load_model(transformers.AutoModelForCausalLM, args.model, args.max_length)
     if policy.num_parameters() < 10e6:
         torch.set_num_threads(1)  # more only lose time
@@ -802,7 +799,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     stops = generation_config.eos_token_id
     policy.generation_config = transformers.GenerationConfig(eos_token_id=stops, pad_token_id=stops[0])
     if not samples_as_trained(policy):
-        raise SystemExit(f"--model {args.model} samples from other probabilities than a whole pass gives")
+        raise SystemExit(f"--model {args.model} samples from other probabilities than one forward pass gives")
 
     # The score, a reward model or a function, and the critic, which starts from the one or from the policy.
     reward_model = None
@@ -893,10 +890,11 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     # The run directory, and what the loop keeps.
     if saved:
         restore(accelerator, saved["folder"], strict=not args.lora_rank)
-    run_dir = start_run(args, accelerator, saved)
+    run_dir = start_run(args, accelerator, saved, step)
     caught = catch_signals()
     stop = False
-    first_step, first_time = step, time.perf_counter()
+    first_step = step
+    first_time = time.perf_counter()
     bar = tqdm(total=total_steps, initial=step, unit="update", disable=not accelerator.is_main_process)
     while True:
         # ===== evaluate =====
@@ -931,7 +929,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             token_rewards.T, old_values.T, next_values.T, terminated=last.T, done=last.T, gamma=1.0, lam=args.gae_lambda
         ).T
         returns = advantages + old_values
-        mean, std = advantages[mask].mean(), advantages[mask].std(correction=0)
+        mean = advantages[mask].mean()
+        std = advantages[mask].std(correction=0)
         advantages = (advantages - mean) / (std + 1e-8)
 
         # ===== update =====
@@ -995,7 +994,9 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             accelerator.print(
                 f"\n{unfinished:.0%} of the responses have no end: --response-length {R} may be too short"
             )
-        stop = accelerator.reduce(torch.tensor(len(caught), device=device)) > 0  # a signal to any process
+        if caught:
+            accelerator.set_trigger()
+        stop = accelerator.check_trigger()  # whether any process got a signal
         if stop or step == total_steps or (args.save_every and step % args.save_every == 0):
             save_checkpoint(accelerator, run_dir, args, step)
         bar.update(1)
@@ -1013,8 +1014,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     accelerator.free_memory()
     accelerator.end_training()
     if step < total_steps:
-        launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-        raise SystemExit(f"stopped at update {step}; to go on: {launch} {__file__!r} --resume {str(run_dir)!r}")
+        raise SystemExit(f"stopped at update {step}; to go on: the same command with --resume {str(run_dir)!r}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from helpers import ALGOS, REPO
 LINES = {  # at most, header and docstring included
     "q_learning": 420,
     "reinforce": 540,
-    "a2c": 575,
+    "a2c": 580,
     "dqn": 600,
     "ppo": 610,
     "sft": 765,
@@ -25,16 +25,16 @@ LINES = {  # at most, header and docstring included
     "rlhf_ppo": 1025,
 }
 NODES = {  # of syntax in all, at most; and below, per statement, which says one thing
-    "q_learning": 1600,
-    "reinforce": 2300,
-    "a2c": 2505,
-    "dqn": 2385,
-    "ppo": 2635,
-    "sft": 2990,
-    "reward_model": 3035,
-    "dpo": 3435,
-    "grpo": 4035,
-    "rlhf_ppo": 4190,
+    "q_learning": 1575,
+    "reinforce": 2260,
+    "a2c": 2450,
+    "dqn": 2350,
+    "ppo": 2580,
+    "sft": 2910,
+    "reward_model": 2950,
+    "dpo": 3350,
+    "grpo": 3930,
+    "rlhf_ppo": 4085,
 }
 MEAN_NODES, P90_NODES, MAX_NODES = 8.0, 15, 25
 MAX_DENSE = 12  # comprehensions, lambdas, walruses and conditional expressions per 100 statements

@@ -32,7 +32,8 @@ from helpers import ALGOS, environment, scalars, spy_on, text, weights
 from tensorboard.summary.writer import event_file_writer
 
 DQN_SIZES = ["--learning-starts", 100, "--buffer-size", 800, "--batch-size", 16,
-             "--train-every", 8, "--target-every", 50]  # fmt: skip
+             "--train-every", 8, "--target-every", 50, "--max-grad-norm", 0,
+             "--exploration-fraction", 0.5, "--epsilon-end", 0.05]  # fmt: skip
 SHORT = {  # flags of a short run with several updates and checkpoints
     "reinforce": ["--num-envs", 4, "--normalize"],
     "a2c": ["--num-envs", 4, "--normalize"],
@@ -201,7 +202,7 @@ def test_args_json_is_json_for_every_reader_and_says_what_the_checkpoint_says(on
     assert written == load(run_dir)["args"]
     assert written["total_timesteps"] == HALF
     if script == "dqn":
-        assert written["max_grad_norm"] == 0  # its default, no clip
+        assert written["max_grad_norm"] == 0  # no clip
 
 
 @all_five
@@ -695,7 +696,7 @@ def test_a_gpu_that_is_not_there_is_refused(script, monkeypatch, capsys):
 def test_a_lengthened_run_says_that_its_learning_rate_goes_up(once, script, capsys):
     anneal = [] if script == "ppo" else ["--anneal-lr"]
     resume(script, once(script, HALF), "longer", *anneal, "--total-timesteps", WHOLE)
-    assert "the learning rate goes up, to fall to 0 at the new --total-timesteps" in capsys.readouterr().out
+    assert "the learning rate goes up: with --anneal-lr it falls to 0 at the new --total-timesteps" in capsys.readouterr().out
     resume(script, once(script, HALF), "constant", "--no-anneal-lr", "--total-timesteps", WHOLE)
     assert "learning rate" not in capsys.readouterr().out
 

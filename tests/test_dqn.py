@@ -418,7 +418,7 @@ def test_a_loaded_buffer_draws_what_the_saved_one_draws():
     [
         ({"buffer_size": 100}, "buffer-size"),
         ({"buffer_size": 1000, "num_envs": 200}, "buffer-size"),
-        ({"total_timesteps": 10_000}, "learning-starts"),
+        ({"total_timesteps": 1_000}, "learning-starts"),
         ({"epsilon_end": -0.1}, "epsilon-end"),
         ({"exploration_fraction": -0.1}, "exploration-fraction"),
         ({"train_every": 0}, "train-every"),
@@ -575,7 +575,7 @@ def test_one_minibatch_is_learnt_per_train_every_counted_steps(num_envs, train_e
 
 @pytest.mark.parametrize("num_envs, together", [(4, 1), (8, 2), (12, 3)])
 def test_minibatches_drawn_together_keep_the_targets_of_their_own_rows(num_envs, together, tmp_path, losses):
-    flags = {"total_timesteps": 3000, "gamma": 0.0, "learning_rate": 0.01, "epsilon_end": 1.0}
+    flags = {"total_timesteps": 3000, "gamma": 0.0, "learning_rate": 0.01, "epsilon_end": 1.0, "max_grad_norm": 0.0}
     run_dir = train(tmp_path / "run", "Chain-v0", num_envs=num_envs, train_every=4, **flags)
     assert len(losses) == (load(run_dir)["step"] - 16) // 4 >= 10 * together
     late = losses[-300:]
@@ -767,7 +767,8 @@ def test_epsilon_falls_in_a_run_over_its_share_of_the_steps(num_envs, tmp_path, 
 
 
 def test_a_lengthened_run_says_that_it_explores_again_and_does_so(tmp_path, capsys, monkeypatch):
-    run_dir = train(tmp_path / "run", "probe_envs:Endless-v0", total_timesteps=100, epsilon_end=0.1)
+    flags = {"epsilon_end": 0.1, "exploration_fraction": 0.5}
+    run_dir = train(tmp_path / "run", "probe_envs:Endless-v0", total_timesteps=100, **flags)
     acts = spy_on(monkeypatch, dqn.QNetwork, "act")
     assert "epsilon" not in capsys.readouterr().out
     invoke("--resume", run_dir, "--total-timesteps", 400)

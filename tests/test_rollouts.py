@@ -155,7 +155,7 @@ def test_a_model_that_takes_no_positions_is_refused_since_padding_would_change_i
             torch.nn.init.normal_(parameter, std=0.2)
     bart.save_pretrained(tmp_path / "bart")
     tokenizer.save_pretrained(tmp_path / "bart")
-    assert "bart samples from other probabilities than a whole pass gives" in refusal(
+    assert "bart samples from other probabilities than one forward pass gives" in refusal(
         script, world, tmp_path, model=str(tmp_path / "bart")
     )
 

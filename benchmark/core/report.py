@@ -40,7 +40,7 @@ the untrained model. The margin, a share of the same unit, is stated in each spe
 - **pass**: both lie above -margin;
 - **inconclusive**: neither; more seeds are asked for (`--seeds`).
 
-From five seeds on both sides the interval is scipy's bootstrap percentile interval, at a level raised for the few
+With five or more seeds on each side the interval is scipy's bootstrap percentile interval, at a level raised for the few
 samples (Hesterberg's expanded percentile interval). With fewer, as in the quick tier, resampling says nothing of the
 spread. Then it is estimated from all seeds together (pooled variance; a single seed gets a prediction interval).
 `tests/test_benchmark.py` simulates both. An unchanged script with normally distributed results gets an interval that
@@ -138,8 +138,8 @@ def tiers() -> str:
         "The time is that of the recorded runs, which ran two at a time on two cores, evaluation included. Runs that "
         "were resumed count as the mean of their spec's others.\n\n"
         f"{table(['tier', 'specs (seeds)', 'runs', 'time'], rows)}\n"
-        "The quick tier is for whoever changes a script. It is not part of `.ci/run`, whose tests look for the "
-        "[planted faults](faults.md) without a learning curve.\n"
+        "The quick tier is for whoever changes a script. It is not part of `.ci/run`, whose tests find the "
+        "[planted faults](faults.md) without learning curves.\n"
     )
 
 
@@ -216,7 +216,7 @@ def published() -> str:
     header = ["spec", "source", "environment", "steps", "published", "ours after as many"]
     return (
         f"{protocols}\n## Numbers that can be compared\n\nThey are of the same version of an environment, and "
-        "returns of training episodes after no more steps than ours. Ours is the level after as many steps with "
+        "returns of training episodes, after no more steps than ours where the steps are said. Ours is the level after as many steps with "
         "its 95 % interval. The difference is also given as a share of |theirs - random policy|. Level: theirs "
         "lies in our "
         "interval.\n\n"
@@ -408,9 +408,9 @@ def power() -> str:
     header = ["spec", "measure", "margin", "area: spread", "area: drop seen", "final: spread", "final: drop seen",
               "with the seeds of"]  # fmt: skip
     return (
-        "## What a check can see\n\nAll as shares of |reference - start|: the standard deviation of the recorded "
-        "seeds, and the drop of the mean that is called a regression in four of five cases, with as many seeds as a "
-        "tier has.\n\n" + table(header, rows)
+        "## What a check can see\n\nAll are shares of |reference - start|. Spread is the standard deviation of the "
+        "recorded seeds. Drop seen is a fall of the mean that is called a regression in four of five cases, one for each "
+        "tier's number of seeds.\n\n" + table(header, rows)
     )
 
 
@@ -501,7 +501,7 @@ def write(out: Path, more: dict[str, str]) -> None:
     more |= {"published": published(), "tiers": tiers(), "method": f"{METHOD}\n{power()}\n{alarms()}"}
     links = []
     for name, (title, what) in MORE.items():
-        (folder / f"{name}.md").write_text(f"# {title}\n\nOf [the results](README.md).\n\n{more[name]}")
+        (folder / f"{name}.md").write_text(f"# {title}\n\nPart of [the results](README.md).\n\n{more[name]}")
         links.append(f"- [{title}]({name}.md): {what}.\n")
     parts = [INTRO, against_peers(), results(), learning_curves(out / "pictures"), pong(out / "pictures"), policies()]
     parts += [convergence(out / "pictures"), real_model()]

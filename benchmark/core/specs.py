@@ -195,6 +195,7 @@ PPO_MUJOCO = ("--num-envs", "1", "--num-steps", "2048", "--num-minibatches", "32
               "--learning-rate", "3e-4", "--ent-coef", "0", "--gamma", "0.99")  # fmt: skip
 KL_IN_REWARD = ("--kl-in", "reward", "--scale-rewards", "batch", "--learning-rate", "2e-4")
 CARTPOLE = {"task": "CartPole-v1", "flags": CONTROL, "measures": returns(22, optimum=500.0)}
+DQN_EXPLORES = ("--gamma", "0.99", "--learning-starts", "10000", "--epsilon-end", "0.05", "--exploration-fraction", "0.5")
 ACROBOT = {"task": "Acrobot-v1", "flags": (*CONTROL, "--env-id", "Acrobot-v1"), "measures": returns(-495)}
 
 SPECS = (
@@ -202,7 +203,9 @@ SPECS = (
     Spec("reinforce", seeds={"quick": 2, "full": 5}, minutes=0.4, **CARTPOLE),
     Spec("a2c", seeds={"quick": 2, "full": 5}, minutes=0.7, peer="sb3_a2c_CartPole-v1.json", **CARTPOLE),
     Spec("ppo", seeds={"quick": 2, "full": 5}, minutes=0.7, peer="cleanrl_ppo_CartPole-v1.json", **CARTPOLE),
-    Spec("dqn", seeds={"full": 5}, minutes=1.5, peer="cleanrl_dqn_Acrobot-v1.json", **ACROBOT),
+    Spec("dqn", seeds={"full": 5}, minutes=1.5, peer="cleanrl_dqn_Acrobot-v1.json",
+         **ACROBOT | {"flags": (*ACROBOT["flags"], "--learning-rate", "2.5e-4", "--train-every", "10", "--buffer-size", "10000",
+                                "--max-grad-norm", "0", *DQN_EXPLORES)}),
     Spec("reinforce", seeds={"full": 5}, minutes=2,
          **ACROBOT | {"flags": (*ACROBOT["flags"], "--learning-rate", "5e-3", "--gamma", "0.95")}),
     Spec("a2c", seeds={"full": 5}, minutes=1, peer="sb3_a2c_Acrobot-v1.json",
@@ -237,11 +240,13 @@ SPECS = (
          peer="sb3_a2c_Pendulum-v1.json"),
     Spec("dqn", "LunarLander-v3", {"full": 5}, 2.5, returns(-185),
          (*CONTROL, "--env-id", "LunarLander-v3", "--buffer-size", "100000", "--train-every", "4", "--target-every", "1000",
-          "--learning-rate", "6.3e-4", "--loss", "huber", "--max-grad-norm", "10"), peer="sb3_dqn_LunarLander-v3.json"),
+          "--learning-rate", "6.3e-4", "--loss", "huber", "--max-grad-norm", "10", *DQN_EXPLORES),
+         peer="sb3_dqn_LunarLander-v3.json"),
     Spec("dqn", "MountainCar-v0", {"full": 5}, 1, returns(-1000),
          (*CONTROL, "--env-id", "MountainCar-v0", "--env-kwargs", '{"max_episode_steps": 1000}',
-          "--total-timesteps", "500000", "--num-envs", "16", "--buffer-size", "100000", "--learning-rate", "1e-3",
-          "--learning-starts", "1000", "--train-every", "4", "--target-every", "600")),
+          "--num-envs", "16", "--train-every", "4", "--buffer-size", "100000", "--learning-rate", "1e-3",
+          "--target-every", "600", "--gamma", "0.99", "--epsilon-end", "0.05", "--exploration-fraction", "0.5",
+          "--max-grad-norm", "0")),
     Spec("q_learning", "Taxi-v4", {"quick": 2, "full": 5}, 0.3,
          (Measure("eval/return_mean", "greedy return", start=-776, margin=0.02, optimum=lambda: TAXI),
           Measure("charts/q_error", "mean of |Q − Q*|", higher=False, margin=1.5, optimum=lambda: 0.0),

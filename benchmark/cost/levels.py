@@ -94,6 +94,6 @@ def section() -> str:
     return (
         "## Time to a level\n\nTime of training on one thread until the mean return of the last 100 training episodes "
         "gets to a level: ppo.py by the flags of its recipes, beside Stable-Baselines3's PPO by those of RL Zoo, in "
-        f"turns, the median of {len(SEEDS)} seeds (`run.py levels --peer-python ...`). Never: not within its "
-        "budget, which its settings are made for.\n\n" + table(header, rows)
+        f"turns, the median of {len(SEEDS)} seeds (`run.py levels --peer-python ...`). Never: not within "
+        "the steps that its settings are made for.\n\n" + table(header, rows)
     )

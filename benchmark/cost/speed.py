@@ -62,14 +62,17 @@ SETTINGS = {
         "num_envs": 20,
         "log_interval": 20,  # episodes
         "model": {
-            "learning_rate": 2.5e-4,
-            "buffer_size": 10_000,
-            "learning_starts": 10_000,
+            "learning_rate": 1e-4,
+            "gamma": 0.98,
+            "max_grad_norm": 1.0,
+            "buffer_size": 20_000,
+            "learning_starts": 1_000,
             "batch_size": 128,
-            "train_freq": 1,  # of each environment: one minibatch per 10 steps
-            "gradient_steps": 2,
+            "train_freq": 1,  # of each environment: one minibatch per 5 steps
+            "gradient_steps": 4,
             "target_update_interval": 500,
-            "exploration_fraction": 0.5,
+            "exploration_fraction": 0.04,
+            "exploration_final_eps": 0.01,
             "policy_kwargs": {"net_arch": [120, 84]},
         },
     },

@@ -29,9 +29,8 @@ from world import ASSETS
 REPO = specs.BENCHMARK.parent
 
 # what planting has shown of the tests
-GAPS = """Nothing noticed `rlhf-ratio-to-the-reference`, `learning-rate-not-set` and `language-gradient-not-clipped` until
-their tests were written. The test named for `prev-done-lost-between-rollouts` let it pass (another one noticed), since it
-parted the rollouts one row too late; it has been mended."""
+GAPS = """For `rlhf-ratio-to-the-reference`, `learning-rate-not-set` and `language-gradient-not-clipped` the test was
+written only after the mistake had been planted and nothing had noticed it."""
 
 
 @dataclass(frozen=True)
@@ -177,11 +176,13 @@ def section() -> str:
         rows.append([fault.name, ", ".join(fault.scripts), f"`{test}`" if noticed else test,
                      f"`{result['effect']}`" if noticed else "", curve])  # fmt: skip
     measured = sum(fault.name in found for fault in FAULTS)
-    total = f"{measured} of {len(FAULTS)} mistakes were planted, one by one, by `run.py faults` in copies."
-    total += f" Tests noticed {red}"
+    total = f"`run.py faults` planted {measured} of {len(FAULTS)} mistakes in copies, one at a time. Tests found {red} of them"
     if measured < len(FAULTS):
         total += f"; the other {len(FAULTS) - measured} are not measured yet"
     if curves_red:
         total += f"; of the {len(curves_red)} that were also run as a spec, its curves alone noticed {sum(curves_red)}"
     header = ["fault", "scripts", "first test to turn red", "by how much", "learning curve"]
+    if not curves_red:  # the last column is empty
+        header = header[:-1]
+        rows = [row[:-1] for row in rows]
     return f"{total}. {GAPS}\n\n" + table(header, rows)

@@ -82,7 +82,7 @@ def verdict(folder: Path) -> tuple[str, str, str]:
         uniform = torch.rand(3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         model.generation_config = transformers.GenerationConfig(eos_token_id=[1], pad_token_id=0)
         if not rlhf_ppo.samples_as_trained(model):
-            raise SystemExit("rlhf_ppo, grpo: it samples from other probabilities than a whole pass gives")
+            raise SystemExit("rlhf_ppo, grpo: it samples from other probabilities than one forward pass gives")
     except (SystemExit, Exception) as fault:  # noqa: BLE001 ours, or a library's
         said = " ".join(str(fault).replace(str(folder), "it").split())
         return "–", "–", f"refused: {said[:110]}"
