@@ -696,7 +696,10 @@ def test_a_gpu_that_is_not_there_is_refused(script, monkeypatch, capsys):
 def test_a_lengthened_run_says_that_its_learning_rate_goes_up(once, script, capsys):
     anneal = [] if script == "ppo" else ["--anneal-lr"]
     resume(script, once(script, HALF), "longer", *anneal, "--total-timesteps", WHOLE)
-    assert "the learning rate goes up: with --anneal-lr it falls to 0 at the new --total-timesteps" in capsys.readouterr().out
+    assert (
+        "the learning rate goes up: with --anneal-lr it falls to 0 at the new --total-timesteps"
+        in capsys.readouterr().out
+    )
     resume(script, once(script, HALF), "constant", "--no-anneal-lr", "--total-timesteps", WHOLE)
     assert "learning rate" not in capsys.readouterr().out
 
