@@ -15,15 +15,15 @@ Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 15
     python algos/a2c.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-steps 16 \\
         --learning-rate 2e-3 --anneal-lr --gae-lambda 0.95 --log-std-init -1  # 3726
 
-The step after an episode's end only resets its environment (gymnasium's NEXT_STEP) and is not counted. It starts from
-the episode's last observation, whose value the return of a truncated episode needs.
+After an episode ends, its environment's next step is only the reset (gymnasium's NEXT_STEP). It is not counted, but its
+row holds the episode's last observation: the return of a truncated episode goes on with that observation's value.
 Logged values are means since the last log. Returns are the environment's own. The number behind a command is their
 mean over the last 100 episodes.
 
 Differs from the paper:
  1. Synchronous: one process steps N environments, where the threads of A3C update on their own.
  2. RMSprop as torch has it, with eps outside the root (the paper's is inside). The gradient's norm is clipped to 0.5.
- 3. A truncated episode continues with the value of its final observation; only a termination ends the return.
+ 3. The return of a truncated episode goes on with the value of its last observation; only a termination ends it.
  4. Networks, Box actions and Atari are as in ppo.py.
 """
 
@@ -75,7 +75,7 @@ class Args:
     env_kwargs: str = "{}"  # Arguments for gymnasium.make_vec and the environment, as a JSON object.
     total_timesteps: int = 500_000  # Environment steps to train for.
     num_envs: int = 16  # Number N of environments that are stepped side by side.
-    normalize: bool = False  # Normalise observations (in a2c and ppo rewards too) by running statistics.
+    normalize: bool = False  # Normalise observations by running statistics; a2c and ppo also normalise rewards.
     learning_rate: float = 1e-3  # Learning rate of RMSprop at the start.
     anneal_lr: bool = False  # Let the learning rate fall linearly to 0.
     num_steps: int = 5  # Number T of steps in each environment between two updates (A3C's t_max).

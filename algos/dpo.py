@@ -7,7 +7,7 @@
 
 RLHF's best policy is π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β). We solve this for r: every policy π is the best one for the
 reward β·log π(y|x)/π_ref(y|x) plus a function of x. The Bradley-Terry model says how likely the pairs are under a
-reward: σ(r(x, y_w) - r(x, y_l)), y_w being the chosen completion. Its negative log, with this reward, is a loss on π.
+reward: σ(r(x, y_w) - r(x, y_l)), y_w being the chosen completion. With the reward above, -log of this is a loss on π.
 Papers: Rafailov et al. 2023, arXiv 2305.18290 (DPO); Azar et al. 2023, arXiv 2310.12036 (IPO); Mitchell 2023, "A note
 on DPO with noisy preferences" (cDPO).
 
@@ -16,9 +16,8 @@ on DPO with noisy preferences" (cDPO).
 
 Data: columns `prompt`, `chosen` and `rejected`, or the last two alone, both beginning with the prompt. They hold texts
 or lists of {"role", "content"} messages. Letters: B pairs in an update, b in a micro-batch, L tokens in the longest
-row, K of them from the earliest start of a completion on, V words in the vocabulary. Logged: rewards/chosen and
-rewards/rejected are the implicit reward β·log π/π_ref, logps/* is log π(y|x). All four usually fall; only the
-difference of a pair counts.
+row, K of them after the shortest prompt, V words in the vocabulary. Logged: rewards/chosen and rewards/rejected are
+the implicit reward β·log π/π_ref, logps/* is log π(y|x). All four usually fall; only the difference of a pair counts.
 
 Differs from the paper:
  1. AdamW without weight decay instead of RMSprop, a cosine schedule, the gradient's norm clipped to 1, no dropout.

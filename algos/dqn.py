@@ -24,14 +24,14 @@ Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (t
 The step after an episode's end only resets its environment (gymnasium's NEXT_STEP): it is not counted, and replay
 never draws it. But its observation, the episode's last, is stored: replay uses it as the next observation of the
 episode's last step. q_values are Q(s, a) of the replayed steps.
-Logged values are means since the last log. Returns are the environment's own. The number behind a command is their
-mean over the last 100 episodes.
+Logged values are means since the last log. Returns are the environment's own. A single number behind a command is
+their mean over the last 100 episodes.
 
 Differs from the paper:
  1. Adam, and the plain squared error; `--loss huber` has the gradient of the clipped error of 2015.
- 2. N environments are stepped side by side. All intervals count the steps of all N, also the target network's.
- 3. A truncated episode continues with the Q of its final observation; only a termination ends the return.
- 4. Vectors: an MLP of 120 and 84 units. Atari: an episode is a whole game, not a life.
+ 2. N environments are stepped side by side. Every interval, the target network's too, counts the steps of all N.
+ 3. The return of a truncated episode goes on with the Q of its last observation; only a termination ends the return.
+ 4. Vector inputs: an MLP of 120 and 84 units. Atari: an episode is a whole game, not a life.
  5. A run that is lengthened by --resume stretches the fall of ε over the new total, and prints a line if ε rises.
 """
 
@@ -93,7 +93,7 @@ class Args:
     loss: Literal["mse", "huber"] = "mse"  # Loss of the error: its square (DQN Eq. 2), or linear beyond ±1 (Nature).
     buffer_size: int = 20_000  # Rows of the replay buffer: one per step, and one more for each final observation.
     target_every: int = 500  # Environment steps between copies of the network to θ⁻ (Nature Algorithm 1).
-    epsilon_end: float = 0.01  # Share ε of random actions in the end; it starts at 1.
+    epsilon_end: float = 0.01  # Share ε of random actions at the end; it starts at 1.
     exploration_fraction: float = 0.04  # Share of total_timesteps in which ε falls linearly.
 
     def __post_init__(self) -> None:

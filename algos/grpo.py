@@ -6,7 +6,7 @@
 """Group relative policy optimisation (GRPO): RLHF without a critic; the mean of a group of answers is the baseline.
 
 The policy π answers each prompt G times. All tokens of an answer get one advantage: how much better it scores than its
-group. A KL penalty keeps π near π_ref, the policy at the start. A reward model gives the scores, or a Python function.
+group. A KL penalty keeps π near π_ref, the policy at the start. Scores come from a reward model or a Python function.
 Papers: Shao et al. 2024, arXiv 2402.03300 (GRPO); Liu et al. 2025, arXiv 2503.20783 (Dr. GRPO); Ahmadian et al. 2024,
 arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
 
@@ -19,9 +19,9 @@ arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
 
 Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
 completions, **other columns) -> list of numbers, as in TRL. Letters: B responses in a rollout, G in a group, b in a
-micro-batch, R tokens in the longest response, L in the longest row, V words in the vocabulary, d width of a model.
-Logged: objective/kl sums log π/π_ref over a response, objective/entropy -log π; objective/scores is less the penalty of
-an unfinished response, eval/scores is not. frac_reward_zero_std is the share of groups whose scores are all equal.
+micro-batch, R tokens that a response may have, L in the longest row, V words in the vocabulary, d width of a model.
+Logged: objective/kl sums log π/π_ref over a response, objective/entropy -log π; objective/scores has the penalty for an
+unfinished response taken off, eval/scores has not. frac_reward_zero_std is the share of groups whose scores are equal.
 Differs from the paper:
  1. π_ref stays the starting policy. Algorithm 1's outer loop, which renews it and the reward model, is left out.
  2. The KL term is multiplied by π/π_old (DeepSeek-V3.2, 2512.02556). Without it the gradient is not that of the KL.
@@ -72,7 +72,7 @@ class Args:
     device: Literal["auto", "cpu"] = "auto"  # Where the models run; auto takes GPUs when there are some.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
     resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
-    save_every: int = 20  # Updates between checkpoints, and evaluations; 0 saves at the end only.
+    save_every: int = 20  # Updates between checkpoints and evaluations; 0 saves at the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     model: str = str(ASSETS / "sft")  # Policy to start from, which is π_ref: a hub id, folder or peft adapter.
     reward_model: str = str(ASSETS / "reward")  # Reward model, a hub id or folder; or a function, as file.py:function.
@@ -96,7 +96,7 @@ class Args:
     kl_in: Literal["loss", "reward"] = "loss"  # Where the penalty is: the loss, as in the paper, or the score (RLOO).
     group_size: int = 8  # Number G of responses to each prompt of a rollout.
     baseline: Literal["group", "leave-one-out"] = "group"  # Mean of the whole group, or of the other responses (RLOO).
-    scale_rewards: Literal["group", "batch", "none"] = "group"  # What divides advantages and losses; see Differs 5.
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # Divide by: group std and length; rollout std and R; R.
     clip_coef: float = 0.2  # Clip range ε of the ratio (PPO Eq. 7).
     missing_eos_penalty: float = 1.0  # Taken off the score of a response without a stop token.
 

@@ -17,15 +17,15 @@ Papers: Schulman et al. 2017, arXiv 1707.06347 (PPO); Schulman et al. 2015, arXi
     python algos/ppo.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 64 --num-epochs 10 \\
         --num-minibatches 32 --learning-rate 3e-4 --ent-coef 0 --gamma 0.99 --log-std-init -1  # 4987
 
-The step after an episode's end only resets its environment (gymnasium's NEXT_STEP) and is not counted. It starts from
-the episode's last observation, whose value the return of a truncated episode needs.
+After an episode ends, its environment's next step is only the reset (gymnasium's NEXT_STEP). It is not counted, but its
+row holds the episode's last observation: the return of a truncated episode goes on with that observation's value.
 Logged values are means since the last log. Returns are the environment's own. The number behind a command is their
 mean over the last 100 episodes.
 
 Differs from the paper:
- 1. Vectors: separate networks for actor and critic. Images: one CNN (Mnih et al. 2015) for both. Orthogonal weights.
+ 1. Vector inputs: separate actor and critic. Images: one CNN (Mnih et al. 2015) for both. Orthogonal initial weights.
  2. Advantages are normalised per minibatch, the gradient's norm is clipped to 0.5, the learning rate falls to 0.
- 3. A truncated episode continues with the value of its final observation; only a termination ends the return.
+ 3. The return of a truncated episode goes on with the value of its last observation; only a termination ends it.
  4. Box actions: a Gaussian with one learnt standard deviation per dimension; ±1 stands for the environment's bounds.
  5. Atari: an episode is a whole game, not a life. Rewards are clipped to their sign. Sticky actions are off.
 """
@@ -78,7 +78,7 @@ class Args:
     env_kwargs: str = "{}"  # Arguments for gymnasium.make_vec and the environment, as a JSON object.
     total_timesteps: int = 500_000  # Environment steps to train for.
     num_envs: int = 16  # Number N of environments that are stepped side by side.
-    normalize: bool = False  # Normalise observations (in a2c and ppo rewards too) by running statistics.
+    normalize: bool = False  # Normalise observations by running statistics; a2c and ppo also normalise rewards.
     learning_rate: float = 1e-3  # Learning rate of Adam at the start.
     anneal_lr: bool = True  # Let the learning rate fall linearly to 0.
     num_steps: int = 32  # Number T of steps in each environment between two updates (PPO Algorithm 1).

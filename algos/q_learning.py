@@ -7,7 +7,7 @@
 
 Q*(s, a) is the return of action a in state s when the best actions follow. Each step moves Q(s, a) by a share α towards
 a sample of Bellman's optimality equation. Where the environment publishes its transitions (`P`, as toy text does),
-value iteration finds Q* first, and two exact errors are logged. The regret usually reaches 0 before q_error does:
+value iteration finds Q* first, and two exact errors are logged; the second usually reaches 0 before the first does:
 
  - charts/q_error is the mean of |Q - Q*| over all pairs (s, a) that can be reached. Pairs never tried have Q = 0.
  - charts/regret is V*(s₀) - V^π(s₀), what the greedy policy π loses to the optimal one, on average over starts s₀.
@@ -19,7 +19,7 @@ value iteration finds Q* first, and two exact errors are logged. The regret usua
 Differs from the paper:
  1. N environments step together. Their N targets come from the same table; then N updates follow one by one.
  2. The step size is α = 1 / n^ω at the n-th visit of a pair; ω > 1/2 averages chance out (Even-Dar & Mansour 2003).
- 3. A truncated episode continues with the Q of its final observation; only a termination ends the return.
+ 3. The return of a truncated episode goes on with the Q of its last observation; only a termination ends the return.
  4. A run that is lengthened by --resume stretches the fall of ε over the new total, and says so where ε goes up.
 """
 
@@ -64,7 +64,7 @@ class Args:
     num_envs: int = 16  # Number N of environments that are stepped side by side.
     gamma: float = 0.99  # Discount factor γ.
     alpha_decay: float = 0.6  # Exponent ω of the step size α = 1 / n^ω; 0 is α = 1, best where nothing is random.
-    epsilon_end: float = 0.1  # Share ε of random actions in the end; it starts at 1.
+    epsilon_end: float = 0.1  # Share ε of random actions at the end; it starts at 1.
     exploration_fraction: float = 0.5  # Share of total_timesteps in which ε falls linearly.
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ mean over the last 100 episodes.
 Differs from the paper:
  1. The returns of an update are normalised over all its steps, which scales the gradient and subtracts a baseline.
  2. The factor γ^t in front of each step's term is left out, as is usual. Adam, with a falling learning rate.
- 3. A truncated episode counts as one that has ended. Steps behind it, while others still play, are not counted.
+ 3. A truncated episode counts as one that has ended. Steps after it, while others still play, are not counted.
  4. Networks, Box actions and Atari are as in ppo.py.
 """
 
@@ -71,7 +71,7 @@ class Args:
     env_kwargs: str = "{}"  # Arguments for gymnasium.make_vec and the environment, as a JSON object.
     total_timesteps: int = 500_000  # Environment steps to train for.
     num_envs: int = 8  # Number N of environments that are stepped side by side, one episode in each per update.
-    normalize: bool = False  # Normalise observations (in a2c and ppo rewards too) by running statistics.
+    normalize: bool = False  # Normalise observations by running statistics; a2c and ppo also normalise rewards.
     learning_rate: float = 2e-3  # Learning rate of Adam at the start.
     anneal_lr: bool = True  # Let the learning rate fall linearly to 0.
     num_steps: int = 10_000  # Number T of steps after which a training episode is cut.

@@ -6,8 +6,8 @@
 """Reward model: a scalar score of whole texts that agrees with people's preferences.
 
 The second of RLHF's three steps. The fine-tuned language model swaps its vocabulary head for one output r(x, y), and
-learns from pairs of completions to one prompt that the preferred one, y_w, should score above the other, y_l. RLHF
-then raises this score in place of asking people.
+learns from pairs of completions to one prompt: the preferred one, y_w, should score above the other, y_l. RLHF then
+raises this score in place of asking people.
 Paper: Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT), step 2 in section 3.5.
 
     python algos/reward_model.py  # the small language world: held-out accuracy 0.767, where 0.791 is the best possible

@@ -7,8 +7,8 @@
 
 The last of RLHF's three steps. The policy π answers prompts. Each response y earns r(x, y) - β·log π(y|x)/π_ref(y|x),
 and PPO raises its expectation. The best policy is known: π* ∝ π_ref·exp(r/β). A smaller β trusts the score more.
-Four models take part: the policy; the critic, which is the reward model with a new head at the start; the reward model
-and the reference π_ref, a copy of the policy at the start, which are frozen.
+Four models take part. Two are trained: the policy, and the critic, which starts as the reward model with a new head.
+Two are frozen: the reward model, and the reference π_ref, a copy of the policy at the start.
 Papers: Ziegler et al. 2019, arXiv 1909.08593; Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT); Schulman et al. 2017,
 arXiv 1707.06347 (PPO); Schulman et al. 2015, arXiv 1506.02438 (GAE).
 
@@ -18,9 +18,10 @@ arXiv 1707.06347 (PPO); Schulman et al. 2015, arXiv 1506.02438 (GAE).
 
 Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
 completions, **other columns) -> list of numbers, as in TRL; the critic then starts from the policy. A state is a prompt
-with the response so far, an action the next token. Letters: B responses in a rollout, b in a micro-batch, R tokens in a
-response, L in the longest row, V words in the vocabulary, d width of a model. Logged: objective/kl sums log π/π_ref
-over a response, objective/entropy sums -log π; objective/scores is r(x, y) less the penalty of an unfinished response.
+with the response so far, an action the next token. Letters: B responses in a rollout, b in a micro-batch, R tokens that
+a response may have, L in the longest row, V words in the vocabulary, d width of a model. Logged: objective/kl sums
+log π/π_ref over a response, objective/entropy -log π; objective/scores is r(x, y), with the penalty for an unfinished
+response taken off.
 
 Differs from the papers:
  1. Policy and critic are two models, as in InstructGPT, and both learning rates fall linearly to 0.
@@ -72,7 +73,7 @@ class Args:
     device: Literal["auto", "cpu"] = "auto"  # Where the models run; auto takes GPUs when there are some.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
     resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
-    save_every: int = 20  # Updates between checkpoints, and evaluations; 0 saves at the end only.
+    save_every: int = 20  # Updates between checkpoints, and between logged samples; 0 saves at the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     model: str = str(ASSETS / "sft")  # Policy to start from, which is π_ref: a hub id, folder or peft adapter.
     reward_model: str = str(ASSETS / "reward")  # Reward model, a hub id or folder; or a function, as file.py:function.

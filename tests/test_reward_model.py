@@ -5,7 +5,6 @@ import gzip
 import json
 import math
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,6 +15,7 @@ import reward_model
 import tiny
 import torch
 from accelerate.state import AcceleratorState
+from forks import fork
 from helpers import samples_logged, scalars, spy_on
 from reward_model import pair_rewards, reward_loss, text_rewards
 from safetensors.torch import load_file, save_file
@@ -182,8 +182,10 @@ def test_a_new_process_reads_the_same_scores_of_texts(pad, world, tmp_path):
     with torch.no_grad():
         scores = pair_rewards(model, rows_of(tokenizer, pairs), chosen, CPU).flatten()
     texts = [row["prompt"] + row[side] + " <eos>" for side in ("chosen", "rejected") for row in pairs]
-    command = [sys.executable, "-c", PLAIN, f"{args.run_dir}/model", json.dumps(texts)]
-    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-2:]:
+    (tmp_path / "plain.py").write_text(PLAIN)
+    process = fork(tmp_path / "said", tmp_path / "plain.py", f"{args.run_dir}/model", json.dumps(texts))
+    process.join()
+    for line in (tmp_path / "said").read_text().splitlines()[-2:]:
         torch.testing.assert_close(torch.tensor(json.loads(line)), scores, atol=1e-5, rtol=1e-5)
 
 

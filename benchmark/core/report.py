@@ -19,7 +19,7 @@ INTRO = """# Results of the benchmark
 The main runs of every script have several seeds; a real model and Pong have one. Curves stand beside those of
 CleanRL, Stable-Baselines3 or TRL where they have the algorithm, beside published numbers, and beside the best possible where
 that is known. `python benchmark/run.py report` writes these pages from what is recorded in `../reference` and
-`*.json`: do not edit them.
+`*.json`: do not edit the pages.
 """
 MORE = {  # a file beside README.md: its title, and what it holds
     "published": ("Published numbers", "ours beside what others published"),
@@ -161,7 +161,7 @@ def results() -> str:
     return (
         "## Results\n\nMeans over seeds with 95 % intervals. A greedy return may lie a little above the best possible: "
         "it is a mean of 100 episodes. Gold reward is the true reward of a language model's samples, from -1 to 1 (see "
-        "below).\n\n" + table(header, rows)
+        "below); J is 3 · gold reward - β · KL.\n\n" + table(header, rows)
     )
 
 
@@ -257,8 +257,8 @@ def policies() -> str:
     header = ["trainer", "β", "seeds", "gold reward", "KL, nats", "share of J* − J_ref", "proxy", "faulty texts"]
     return (
         "## The small language world: policies beside the exact optimum\n\nAll start from the SFT model "
-        "(`benchmark/world/assets/sft`). Flags are the defaults, but for β and seed; TRL's are set to match. But rlhf_ppo.py "
-        "at β = 0.01 has 16,384 episodes, and grpo.py --kl-in reward has --scale-rewards batch --learning-rate 2e-4. No policy can "
+        "(`benchmark/world/assets/sft`). Flags are the defaults except β and seed, with TRL's set to match. Exceptions: "
+        "rlhf_ppo.py at β = 0.01 (16,384 episodes) and grpo.py --kl-in reward (--scale-rewards batch --learning-rate 2e-4). No policy can "
         "pass the black line of the picture; its dots are the best policies π* at some β. grpo.py divides the "
         "reward, but not the KL, by the spread of a group, so its β is not on the scale of the others.\n\n"
         f"{picture}The figures are of a final policy's samples for 3,000 prompts, mean ± standard deviation over "
@@ -288,16 +288,16 @@ def against_peers() -> str:
     if not rows:
         return ""
     answers = [row[-1] for row in rows]
-    counts = ", ".join(f"{answers.count(answer)} {answer}" for answer in ANSWERS)
+    counts = ", ".join(f"{answer} {answers.count(answer)}" for answer in ANSWERS)
     header = ["spec", "peer, in as many steps", "measure", "area", "final level", "margin", "answer"]
     return (
         f"## Does each script learn as well as its peer?\n\n{len(rows)} comparisons: {counts}. Each cell is (ours − peer) / "
         "(peer − its start), with a 95 % interval. The start is a random policy, or the model before training. Where "
         "less is better, as with a loss or KL, the sign is turned, so that above 0 ours is always better. The final level "
         "is the end of the training, the area the mean over all of it. Pass: all intervals shown lie above -margin. "
-        "Inconclusive: these seeds cannot tell ([how this is found](method.md)). All train for as many steps as "
-        "ours; a peer whose own settings are made for another number is marked, and may be far from its best.\n\n"
-        + table(header, rows)
+        "Inconclusive: these seeds cannot tell ([how this is found](method.md)). Every peer trains for "
+        "as many steps as ours; one whose settings are made for another number of steps is marked, and may be far from "
+        "its best.\n\n" + table(header, rows)
     )
 
 
@@ -361,7 +361,7 @@ def real_model() -> str:
     return (
         "## A real model\n\nSmolLM2-135M-Instruct, one run per task on one thread, in bfloat16. `../real/tasks.py` "
         "makes the data and judges the answers. Once `python benchmark/run.py smollm2` has written the model, "
-        "`python benchmark/run.py run --tier real` trains and measures all four, and `benchmark/run.py record --tier "
+        "`python benchmark/run.py run --tier real` trains and measures all four, and `python benchmark/run.py record --tier "
         "real` keeps the result. Before and after are the same held-out questions, answered by the likeliest tokens "
         "(films: by samples).\n\n"
         f"{table(header, rows)}\nThe first held-out questions and their answers (⏎ is a new line):\n\n"

@@ -160,7 +160,7 @@ RLHF_REWARD = Measure("objective/rlhf_reward", "score - β·KL", margin=0.25, la
 SCORE = Measure("objective/scores", "score", margin=0.25, last=4)
 HELD_OUT_SCORE = Measure("eval/scores", "held-out score", margin=0.25)
 KL = Measure("objective/kl", "KL from the reference", higher=False, margin=0.4, last=4, start=0.0)
-SHARE = Measure("evaluation/share", "share of J* - J_ref", margin=0.25, start=0.0, optimum=lambda: 1.0)
+SHARE = Measure("evaluation/share", "share of J* − J_ref", margin=0.25, start=0.0, optimum=lambda: 1.0)
 GOLD = Measure("evaluation/gold", "gold reward", margin=0.25, start=-0.2)  # it starts about where SFT is
 FINAL_KL = Measure("evaluation/kl", "KL from the reference", higher=False, margin=0.25, start=0.0)
 DPO = (PAIR_ACCURACY, PAIR_LOSS, SHARE, GOLD, FINAL_KL)

@@ -70,12 +70,12 @@ def measure(peer_python: Path, tasks: list[str]) -> None:
 
 
 def in_words(runs: list[list[float | None]]) -> tuple[str, str]:
-    """Median seconds and steps of runs, where never is longest, and how many got there if not all."""
-    there = sum(run != NEVER for run in runs)
+    """Median seconds and steps of runs, where never is longest, and how many never got there."""
+    failed = sum(run == NEVER for run in runs)
     steps, seconds = (median(np.inf if value is None else value for value in column) for column in zip(*runs))
     if not np.isfinite(seconds):
         return "never", "–"
-    share = "" if there == len(runs) else f" ({there} of {len(runs)} seeds)"
+    share = f" (never by {failed} seed{'s' * (failed > 1)} of {len(runs)})" if failed else ""
     return f"{seconds:,.0f} s{share}", f"{steps:,.0f}"
 
 
