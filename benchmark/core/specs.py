@@ -263,7 +263,7 @@ SPECS = (
     Spec("sft", "reviews", {"quick": 1, "full": 5}, 3, SFT, (*CPU, "--eval-every", "125")),
     Spec("reward_model", "preferences", {"quick": 1, "full": 5}, 3, REWARD, (*CPU, "--eval-every", "75"),
          peer="trl_reward_model_preferences.json"),
-    Spec("dpo", "preferences", {"quick": 1, "full": 5}, 3, DPO, (*CPU, "--eval-every", "75"),
+    Spec("dpo", "preferences", {"quick": 1, "full": 5}, 3, DPO, (*CPU, "--eval-every", "25"),
          peer="trl_dpo_preferences.json",
          evaluation=EVALUATE),
     Spec("rlhf_ppo", "prompts", {"quick": 1, "full": 5}, 4, RLHF, CPU, peer="trl_rlhf_ppo_prompts.json",
