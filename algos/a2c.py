@@ -5,7 +5,7 @@
 # ///
 """Advantage actor-critic (A2C): a critic takes variance out of the policy gradient.
 
-REINFORCE waits for the end of an episode, and credits each action with rewards that it did not cause. A critic V(s)
+REINFORCE waits for the end of an episode, and credits each action with later rewards it did not cause. A critic V(s)
 learns what return to expect. Its TD errors tell after a few steps how much better an action was, so updates come often.
 Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 1506.02438 (GAE; λ = 1: n-step returns).
 
@@ -15,8 +15,8 @@ Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 15
     python algos/a2c.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-steps 16 \\
         --learning-rate 2e-3 --anneal-lr --gae-lambda 0.95 --log-std-init -1  # 3726
 
-After an episode ends, its environment's next step is only the reset (gymnasium's NEXT_STEP). It is not counted, but its
-row holds the episode's last observation: the return of a truncated episode goes on with that observation's value.
+After an episode ends, its environment's next step is only the reset (gymnasium's NEXT_STEP). It is not counted, but it
+starts from the episode's last observation: the return of a truncated episode goes on with that observation's value.
 Logged values are means since the last log. Returns are the environment's own. The number behind a command is their
 mean over the last 100 episodes.
 

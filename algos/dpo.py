@@ -16,8 +16,8 @@ on DPO with noisy preferences" (cDPO).
 
 Data: columns `prompt`, `chosen` and `rejected`, or the last two alone, both beginning with the prompt. They hold texts
 or lists of {"role", "content"} messages. Letters: B pairs in an update, b in a micro-batch, L tokens in the longest
-row, K of them after the shortest prompt, V words in the vocabulary. Logged: rewards/chosen and rewards/rejected are
-the implicit reward β·log π/π_ref, logps/* is log π(y|x). All four usually fall; only the difference of a pair counts.
+row, K = L less the shortest prompt, V words in the vocabulary. Logged: rewards/chosen and rewards/rejected are
+the implicit reward β·log π/π_ref, logps/* is log π(y|x). All these usually fall; only the difference of a pair counts.
 
 Differs from the paper:
  1. AdamW without weight decay instead of RMSprop, a cosine schedule, the gradient's norm clipped to 1, no dropout.
@@ -553,7 +553,11 @@ def batch_at(num_rows: int, step: int, batch_size: int, seed: int) -> list[int]:
 
 def micro_batches(rows: list[Any], indices: list[int], size: int) -> list[list[int]]:
     """Indices of rows in parts of `size` or a little more. Rows of similar length go together, which saves padding."""
-    indices = sorted(indices, key=lambda i: sum(len(ids) for ids in rows[i]))
+    lengths = {}
+    for i in indices:
+        prompt, *texts = rows[i]
+        lengths[i] = len(prompt) + max(map(len, texts))
+    indices = sorted(indices, key=lengths.get)
     num_parts = max(1, len(indices) // size)
     parts = torch.tensor(indices).tensor_split(num_parts)
     return [part.tolist() for part in parts if len(part)]

@@ -20,8 +20,8 @@ arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
 Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
 completions, **other columns) -> list of numbers, as in TRL. Letters: B responses in a rollout, G in a group, b in a
 micro-batch, R tokens that a response may have, L in the longest row, V words in the vocabulary, d width of a model.
-Logged: objective/kl sums log π/π_ref over a response, objective/entropy -log π; objective/scores has the penalty for an
-unfinished response taken off, eval/scores has not. frac_reward_zero_std is the share of groups whose scores are equal.
+Logged: objective/kl and objective/entropy sum log π/π_ref and -log π over a response; objective/scores is less the
+penalty for an unfinished one, eval/scores is not. frac_reward_zero_std is the share of groups whose scores are equal.
 Differs from the paper:
  1. π_ref stays the starting policy. Algorithm 1's outer loop, which renews it and the reward model, is left out.
  2. The KL term is multiplied by π/π_old (DeepSeek-V3.2, 2512.02556). Without it the gradient is not that of the KL.
@@ -96,7 +96,7 @@ class Args:
     kl_in: Literal["loss", "reward"] = "loss"  # Where the penalty is: the loss, as in the paper, or the score (RLOO).
     group_size: int = 8  # Number G of responses to each prompt of a rollout.
     baseline: Literal["group", "leave-one-out"] = "group"  # Mean of the whole group, or of the other responses (RLOO).
-    scale_rewards: Literal["group", "batch", "none"] = "group"  # Divide by: group std and length; rollout std and R; R.
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # Divisors. group: std, length; batch: std, R; none: R.
     clip_coef: float = 0.2  # Clip range ε of the ratio (PPO Eq. 7).
     missing_eos_penalty: float = 1.0  # Taken off the score of a response without a stop token.
 
@@ -634,7 +634,11 @@ def batch_at(num_rows: int, step: int, batch_size: int, seed: int) -> list[int]:
 
 def micro_batches(rows: list[Any], indices: list[int], size: int) -> list[list[int]]:
     """Indices of rows in parts of `size` or a little more. Rows of similar length go together, which saves padding."""
-    indices = sorted(indices, key=lambda i: sum(len(ids) for ids in rows[i]))
+    lengths = {}
+    for i in indices:
+        prompt, *texts = rows[i]
+        lengths[i] = len(prompt) + max(map(len, texts))
+    indices = sorted(indices, key=lengths.get)
     num_parts = max(1, len(indices) // size)
     parts = torch.tensor(indices).tensor_split(num_parts)
     return [part.tolist() for part in parts if len(part)]

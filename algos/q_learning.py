@@ -7,7 +7,7 @@
 
 Q*(s, a) is the return of action a in state s when the best actions follow. Each step moves Q(s, a) by a share α towards
 a sample of Bellman's optimality equation. Where the environment publishes its transitions (`P`, as toy text does),
-value iteration finds Q* first, and two exact errors are logged; the second usually reaches 0 before the first does:
+value iteration finds Q* first, and two exact errors are logged; regret usually reaches 0 before q_error does:
 
  - charts/q_error is the mean of |Q - Q*| over all pairs (s, a) that can be reached. Pairs never tried have Q = 0.
  - charts/regret is V*(s₀) - V^π(s₀), what the greedy policy π loses to the optimal one, on average over starts s₀.

@@ -507,7 +507,11 @@ def batch_at(num_rows: int, step: int, batch_size: int, seed: int) -> list[int]:
 
 def micro_batches(rows: list[Any], indices: list[int], size: int) -> list[list[int]]:
     """Indices of rows in parts of `size` or a little more. Rows of similar length go together, which saves padding."""
-    indices = sorted(indices, key=lambda i: sum(len(ids) for ids in rows[i]))
+    lengths = {}
+    for i in indices:
+        prompt, *texts = rows[i]
+        lengths[i] = len(prompt) + max(map(len, texts))
+    indices = sorted(indices, key=lengths.get)
     num_parts = max(1, len(indices) // size)
     parts = torch.tensor(indices).tensor_split(num_parts)
     return [part.tolist() for part in parts if len(part)]

@@ -19,9 +19,9 @@ arXiv 1707.06347 (PPO); Schulman et al. 2015, arXiv 1506.02438 (GAE).
 Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
 completions, **other columns) -> list of numbers, as in TRL; the critic then starts from the policy. A state is a prompt
 with the response so far, an action the next token. Letters: B responses in a rollout, b in a micro-batch, R tokens that
-a response may have, L in the longest row, V words in the vocabulary, d width of a model. Logged: objective/kl sums
-log π/π_ref over a response, objective/entropy -log π; objective/scores is r(x, y), with the penalty for an unfinished
-response taken off.
+a response may have, L in the longest row, V words in the vocabulary, d width of a model. Logged: objective/kl and
+objective/entropy sum log π/π_ref and -log π over a response; objective/scores is r(x, y) less the penalty for an
+unfinished response.
 
 Differs from the papers:
  1. Policy and critic are two models, as in InstructGPT, and both learning rates fall linearly to 0.
@@ -639,7 +639,11 @@ def batch_at(num_rows: int, step: int, batch_size: int, seed: int) -> list[int]:
 
 def micro_batches(rows: list[Any], indices: list[int], size: int) -> list[list[int]]:
     """Indices of rows in parts of `size` or a little more. Rows of similar length go together, which saves padding."""
-    indices = sorted(indices, key=lambda i: sum(len(ids) for ids in rows[i]))
+    lengths = {}
+    for i in indices:
+        prompt, *texts = rows[i]
+        lengths[i] = len(prompt) + max(map(len, texts))
+    indices = sorted(indices, key=lengths.get)
     num_parts = max(1, len(indices) // size)
     parts = torch.tensor(indices).tensor_split(num_parts)
     return [part.tolist() for part in parts if len(part)]

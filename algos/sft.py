@@ -13,7 +13,7 @@ that RLHF and DPO start from and are held to. Paper: Ouyang et al. 2022, arXiv 2
 
 Data: columns `prompt` and `completion`, of which only the completion gets a loss; or `messages` or `text`, which get
 one on every token but the first. They hold texts or lists of {"role", "content"} messages. Letters: B rows in an
-update, b in a micro-batch, L tokens in the longest row, K of them after the shortest prompt, V words in the vocabulary.
+update, b in a micro-batch, L tokens in the longest row, K = L less the shortest prompt, V words in the vocabulary.
 
 Differs from the paper:
  1. The loss is the mean over all completion tokens of a batch, so a long completion counts for more than a short one.
@@ -493,7 +493,11 @@ def batch_at(num_rows: int, step: int, batch_size: int, seed: int) -> list[int]:
 
 def micro_batches(rows: list[Any], indices: list[int], size: int) -> list[list[int]]:
     """Indices of rows in parts of `size` or a little more. Rows of similar length go together, which saves padding."""
-    indices = sorted(indices, key=lambda i: sum(len(ids) for ids in rows[i]))
+    lengths = {}
+    for i in indices:
+        prompt, *texts = rows[i]
+        lengths[i] = len(prompt) + max(map(len, texts))
+    indices = sorted(indices, key=lengths.get)
     num_parts = max(1, len(indices) // size)
     parts = torch.tensor(indices).tensor_split(num_parts)
     return [part.tolist() for part in parts if len(part)]
