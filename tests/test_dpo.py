@@ -373,6 +373,11 @@ def test_a_saved_adapter_as_model_is_the_merged_model(world, tmp_path):
 # --- data ---
 
 
+def test_pairs_whose_longer_texts_are_alike_go_together():
+    pairs = [[[1], [2] * 9, [3]], [[1], [2] * 5, [3] * 6], [[1], [2] * 2, [3] * 8]]
+    assert dpo.micro_batches(pairs, [0, 1, 2], 1) == [[1], [2], [0]]
+
+
 @pytest.mark.parametrize("tokenizer", [word_tokenizer(), bpe_tokenizer()], ids=["words", "bytes"])
 @pytest.mark.parametrize("change", [lambda row: row, as_messages], ids=["texts", "messages"])
 def test_an_implicit_prompt_gives_the_token_ids_of_an_explicit_one(tokenizer, change, tmp_path):

@@ -146,24 +146,12 @@ def flags_of(world, script, **changed):
     return [names[name] if value is True else f"{names[name]}={value}" for name, value in flags.items()]
 
 
-def shorter(greedy_sample):
-    """Samples of four new tokens at most: few tests look at them."""
-
-    def sample(model, tokenizer, row, max_length):
-        prompt = row[0] or row[1][:8]
-        return greedy_sample(model, tokenizer, row, min(max_length, len(prompt) + 4))
-
-    return sample
-
-
 def call(script, *flags):
     """Run a script in this process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     module = importlib.import_module(script)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{ALGOS / script}.py", *map(str, flags)])
-        if hasattr(module, "greedy_sample"):
-            patch.setattr(module, "greedy_sample", shorter(module.greedy_sample))
         module.main(*module.parse_args())
 
 
