@@ -10,7 +10,7 @@ times the largest Q of the next state. Random replay breaks the correlation of s
 the network keeps the target still.
 Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (target network, clipped error, CNN).
 
-    python algos/dqn.py                                           # CartPole-v1, which the defaults are made for: 499
+    python algos/dqn.py                                           # CartPole-v1, which the defaults are made for: 500
     python algos/dqn.py --env-id LunarLander-v3 --buffer-size 100000 --train-every 4 --target-every 1000 \\
         --learning-rate 6.3e-4 --loss huber --max-grad-norm 10 --gamma 0.99 --learning-starts 10000 \\
         --epsilon-end 0.05 --exploration-fraction 0.5  # 231
@@ -85,7 +85,7 @@ class Args:
     total_timesteps: int = 500_000  # Environment steps to train for.
     num_envs: int = 20  # Number N of environments that are stepped side by side.
     learning_rate: float = 1e-4  # Learning rate of Adam.
-    max_grad_norm: float = 1.0  # Clip the norm of the gradient to this; 0 does not clip.
+    max_grad_norm: float = 0.0  # Clip the norm of the gradient to this; 0 does not clip.
     batch_size: int = 128  # Number B of steps in a minibatch.
     train_every: int = 5  # Environment steps per minibatch.
     learning_starts: int = 1_000  # Environment steps before the first minibatch.

@@ -209,7 +209,7 @@ DEFAULTS = {  # what the recorded runs of CartPole-v1 and Taxi-v4 were made with
         "epsilon_end": 0.01,
         "exploration_fraction": 0.04,
         "loss": "mse",
-        "max_grad_norm": 1.0,
+        "max_grad_norm": 0.0,
     },
     "reinforce": {"gamma": 0.99, "learning_rate": 2e-3, "anneal_lr": True, "num_envs": 8},
     "a2c": {
