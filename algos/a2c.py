@@ -15,8 +15,8 @@ Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 15
     python algos/a2c.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-steps 16 \\
         --learning-rate 2e-3 --anneal-lr --gae-lambda 0.95 --log-std-init -1  # 3726
 
-After an episode ends, its environment's next step is only the reset (gymnasium's NEXT_STEP). It is not counted, but it
-starts from the episode's last observation: the return of a truncated episode goes on with that observation's value.
+The step after an episode's end only resets its environment (gymnasium's NEXT_STEP): it is not counted, and nothing is
+learnt from it. But its observation, the episode's last, is stored: a truncated episode's return needs its value.
 Logged values are means since the last log. Returns are the environment's own. The number behind a command is their
 mean over the last 100 episodes.
 

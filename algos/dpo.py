@@ -16,7 +16,7 @@ on DPO with noisy preferences" (cDPO).
 
 Data: columns `prompt`, `chosen` and `rejected`, or the last two alone, both beginning with the prompt. They hold texts
 or lists of {"role", "content"} messages. Letters: B pairs in an update, b in a micro-batch, L tokens in the longest
-row, K = L less the shortest prompt, V words in the vocabulary. Logged: rewards/chosen and rewards/rejected are
+row, K = L less the shortest prompt's, V words in the vocabulary. Logged: rewards/chosen and rewards/rejected are
 the implicit reward β·log π/π_ref, logps/* is log π(y|x). All these usually fall; only the difference of a pair counts.
 
 Differs from the paper:

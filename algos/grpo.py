@@ -20,8 +20,8 @@ arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
 Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
 completions, **other columns) -> list of numbers, as in TRL. Letters: B responses in a rollout, G in a group, b in a
 micro-batch, R tokens that a response may have, L in the longest row, V words in the vocabulary, d width of a model.
-Logged: objective/kl and objective/entropy sum log π/π_ref and -log π over a response; objective/scores is less the
-penalty for an unfinished one, eval/scores is not. frac_reward_zero_std is the share of groups whose scores are equal.
+Logged: objective/kl and objective/entropy sum log π/π_ref and -log π over a response; objective/scores has the penalty
+for an unfinished one subtracted, eval/scores has not. frac_reward_zero_std is the share of groups of equal scores.
 Differs from the paper:
  1. π_ref stays the starting policy. Algorithm 1's outer loop, which renews it and the reward model, is left out.
  2. The KL term is multiplied by π/π_old (DeepSeek-V3.2, 2512.02556). Without it the gradient is not that of the KL.
@@ -29,7 +29,7 @@ Differs from the paper:
  4. `--kl-in reward` takes the KL of a whole response off its score. In the paper's loss, a token is trained on its own
     KL, but not on what it does to the KL of later tokens.
  5. The paper divides advantages by the std of their group, and losses by the length of their response. That is
-    `--scale-rewards group`. `batch` divides by the std of the rollout and by R, and `none` by R only (Dr. GRPO).
+    `--scale-rewards group`, the default. `batch` divides by the rollout's std and by R, `none` by R only (Dr. GRPO).
 """
 
 import copy

@@ -17,8 +17,8 @@ Papers: Schulman et al. 2017, arXiv 1707.06347 (PPO); Schulman et al. 2015, arXi
     python algos/ppo.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 64 --num-epochs 10 \\
         --num-minibatches 32 --learning-rate 3e-4 --ent-coef 0 --gamma 0.99 --log-std-init -1  # 4987
 
-After an episode ends, its environment's next step is only the reset (gymnasium's NEXT_STEP). It is not counted, but it
-starts from the episode's last observation: the return of a truncated episode goes on with that observation's value.
+The step after an episode's end only resets its environment (gymnasium's NEXT_STEP): it is not counted, and nothing is
+learnt from it. But its observation, the episode's last, is stored: a truncated episode's return needs its value.
 Logged values are means since the last log. Returns are the environment's own. The number behind a command is their
 mean over the last 100 episodes.
 

@@ -6,7 +6,7 @@
 """Tabular Q-learning (Watkins 1989; Sutton & Barto 2018, section 6.5), beside the exact optimum.
 
 Q*(s, a) is the return of action a in state s when the best actions follow. Each step moves Q(s, a) by a share α towards
-a sample of Bellman's optimality equation. Where the environment publishes its transitions (`P`, as toy text does),
+a sample of Bellman's optimality equation. Where an environment publishes its transitions (`P` in gymnasium's toy text),
 value iteration finds Q* first, and two exact errors are logged; regret usually reaches 0 before q_error does:
 
  - charts/q_error is the mean of |Q - Q*| over all pairs (s, a) that can be reached. Pairs never tried have Q = 0.
@@ -18,7 +18,7 @@ value iteration finds Q* first, and two exact errors are logged; regret usually 
 
 Differs from the paper:
  1. N environments step together. Their N targets come from the same table; then N updates follow one by one.
- 2. The step size is α = 1 / n^ω at the n-th visit of a pair; ω > 1/2 averages chance out (Even-Dar & Mansour 2003).
+ 2. At a pair's n-th visit α = 1 / n^ω (--alpha-decay ω); ω > 1/2 averages chance out (Even-Dar & Mansour 2003).
  3. The return of a truncated episode goes on with the Q of its last observation; only a termination ends the return.
  4. A run that is lengthened by --resume stretches the fall of ε over the new total, and says so where ε goes up.
 """

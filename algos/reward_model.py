@@ -21,7 +21,7 @@ at a text's last token.
 
 Differs from the paper:
  1. Pairs are drawn one by one; the paper puts all comparisons of a prompt into one batch, against overfitting.
- 2. Rewards are not shifted to mean 0, which changes no preference; --centering (arXiv 2312.09244) holds them near it.
+ 2. A reward's mean is free, as a shift changes no preference; --centering (arXiv 2312.09244) keeps it near 0.
  3. AdamW without weight decay, a cosine schedule, the gradient's norm clipped to 1, no dropout.
 """
 

@@ -13,7 +13,7 @@ that RLHF and DPO start from and are held to. Paper: Ouyang et al. 2022, arXiv 2
 
 Data: columns `prompt` and `completion`, of which only the completion gets a loss; or `messages` or `text`, which get
 one on every token but the first. They hold texts or lists of {"role", "content"} messages. Letters: B rows in an
-update, b in a micro-batch, L tokens in the longest row, K = L less the shortest prompt, V words in the vocabulary.
+update, b in a micro-batch, L tokens in the longest row, K = L less the shortest prompt's, V words in the vocabulary.
 
 Differs from the paper:
  1. The loss is the mean over all completion tokens of a batch, so a long completion counts for more than a short one.

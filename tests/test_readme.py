@@ -147,7 +147,7 @@ def test_its_figures_of_the_language_scripts_are_those_recorded(script):
 
 
 def test_what_grpo_reaches_with_the_kl_in_the_score_is_recorded():
-    (said,) = re.findall(r"second command: ([\d.]+)\.\n", README)
+    (said,) = re.findall(r"its share is ([\d.]+)\.\n", README)
     (spec,) = [spec for spec in specs.SPECS if spec.name == "grpo-kl-in-reward"]
     finals = [figures["evaluation/share"]["final"] for figures in references.ours(spec).seeds.values()]
     assert float(said) == round(np.mean(finals), 3)
