@@ -16,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # without it datasets counts its uses on the
 
 
 def pytest_collection_finish() -> None:
-    """Keep what is imported out of garbage collections: each run ends with one, which would take half a second."""
+    """Keep what is imported out of garbage collections: each language run ends with one."""
     gc.collect()
     gc.freeze()
 

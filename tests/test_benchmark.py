@@ -564,7 +564,7 @@ def test_the_time_until_a_level_is_read_from_the_logs_of_both(monkeypatch, capsy
     text = levels.section()
     assert "| CartPole-v1 | 475 | 8 s | 4,000 | 120 s | 1,200 | 100,000 |" in text
     assert "| Acrobot-v1 | −100 | 6 s | 3,000 | never | – | 1,000,000 |" in text
-    assert levels.in_words([[10, 1], [30, 3], [None, None]]) == ("3 s (never by 1 seed of 3)", "30")
+    assert levels.in_words([[10, 1], [30, 3], [None, None]]) == ("3 s (never by 1 of 3 seeds)", "30")
     short = {"step": [10], "return": [500], "seconds": [1]}
     monkeypatch.setattr(levels, "output", lambda command: command[5].write_text(json.dumps({"seeds": {"1": short}})))
     assert levels.peers("python", "CartPole-v1", 1) == [None, None]  # one episode is not 100

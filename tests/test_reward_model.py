@@ -185,7 +185,9 @@ def test_a_new_process_reads_the_same_scores_of_texts(pad, world, tmp_path):
     (tmp_path / "plain.py").write_text(PLAIN)
     process = fork(tmp_path / "said", tmp_path / "plain.py", f"{args.run_dir}/model", json.dumps(texts))
     process.join()
-    for line in (tmp_path / "said").read_text().splitlines()[-2:]:
+    assert process.exitcode == 0
+    right, left = (tmp_path / "said").read_text().splitlines()[-2:]
+    for line in (right, left):
         torch.testing.assert_close(torch.tensor(json.loads(line)), scores, atol=1e-5, rtol=1e-5)
 
 

@@ -195,16 +195,8 @@ PPO_MUJOCO = ("--num-envs", "1", "--num-steps", "2048", "--num-minibatches", "32
               "--learning-rate", "3e-4", "--ent-coef", "0", "--gamma", "0.99")  # fmt: skip
 KL_IN_REWARD = ("--kl-in", "reward", "--scale-rewards", "batch", "--learning-rate", "2e-4")
 CARTPOLE = {"task": "CartPole-v1", "flags": CONTROL, "measures": returns(22, optimum=500.0)}
-DQN_EXPLORES = (
-    "--gamma",
-    "0.99",
-    "--learning-starts",
-    "10000",
-    "--epsilon-end",
-    "0.05",
-    "--exploration-fraction",
-    "0.5",
-)
+DQN_EXPLORES = ("--gamma", "0.99", "--learning-starts", "10000", "--epsilon-end", "0.05",
+                "--exploration-fraction", "0.5")  # fmt: skip
 ACROBOT = {"task": "Acrobot-v1", "flags": (*CONTROL, "--env-id", "Acrobot-v1"), "measures": returns(-495)}
 
 SPECS = (

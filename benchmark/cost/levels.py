@@ -75,7 +75,7 @@ def in_words(runs: list[list[float | None]]) -> tuple[str, str]:
     steps, seconds = (median(np.inf if value is None else value for value in column) for column in zip(*runs))
     if not np.isfinite(seconds):
         return "never", "–"
-    share = f" (never by {failed} seed{'s' * (failed > 1)} of {len(runs)})" if failed else ""
+    share = f" (never by {failed} of {len(runs)} seeds)" if failed else ""
     return f"{seconds:,.0f} s{share}", f"{steps:,.0f}"
 
 
