@@ -55,7 +55,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-FIXED_FLAGS = ("normalize", "log_std_init")  # a resumed run keeps them
 LOG_EVERY = 1000  # environment steps
 MAX_EVAL_STEPS = 27_000  # an evaluation episode is cut there, as Atari's are
 
@@ -124,6 +123,11 @@ class RunningNorm(nn.Module):
         return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
 
 
+def mlp(head: nn.Linear) -> nn.Sequential:
+    """Two hidden layers of 64 units before a head. The first finds the number of its inputs when it is called."""
+    return nn.Sequential(nn.LazyLinear(64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), head)
+
+
 class Agent(nn.Module):
     """Actor and critic on raw observations: separate MLPs on vectors, two linear heads on one CNN on images."""
 
@@ -145,8 +149,8 @@ class Agent(nn.Module):
             self.actor = actor_head
             self.critic = critic_head
         else:
-            self.actor = nn.Sequential(nn.LazyLinear(64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), actor_head)
-            self.critic = nn.Sequential(nn.LazyLinear(64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), critic_head)
+            self.actor = mlp(actor_head)
+            self.critic = mlp(critic_head)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((num_actions,), log_std_init))
         self(torch.zeros(1, *obs_space.shape), torch.zeros(1, *action_space.shape))  # lazy layers learn their sizes
@@ -351,9 +355,6 @@ def parse_args() -> tuple[Args, dict | None]:
     saved, _ = tyro.cli(load_checkpoint, add_help=False, return_unknown_args=True)  # its only flag is --resume
     default = Args(**saved["args"]) if saved else Args()
     args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
-    for name in FIXED_FLAGS:
-        if saved and vars(args)[name] != saved["args"][name]:
-            raise SystemExit(f"--{name.replace('_', '-')} cannot change when a run is resumed")
     return args, saved
 
 
@@ -365,10 +366,7 @@ def start_run(args: Args, saved: dict | None) -> Path:
     is_resumed = saved and args.run_dir.rstrip("/") == saved["args"]["run_dir"]
     if (run_dir / "checkpoint.pt").exists() and not is_resumed:
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"--run-dir {run_dir} cannot be made: {error}") from error
+    run_dir.mkdir(parents=True, exist_ok=True)
     print(f"run directory: {run_dir}")
     if args.track:
         import wandb
@@ -434,10 +432,11 @@ def main(args: Args, saved: dict | None = None) -> None:
         try:
             agent.load_state_dict(saved["agent"])
         except RuntimeError as error:
-            raise SystemExit(f"--resume: {args.env_id} has other spaces than the environment of the run") from error
+            message = f"--resume: --normalize and the spaces of {args.env_id} must be those of the run"
+            raise SystemExit(message) from error
         optimizer.load_state_dict(saved["optimizer"])
-        if args.anneal_lr and args.total_timesteps > saved["args"]["total_timesteps"]:
-            print("the learning rate goes up: with --anneal-lr it falls to 0 at the new --total-timesteps")
+        if args.anneal_lr:
+            print(f"the learning rate goes on as in a run of {args.total_timesteps} steps, at whose end it is 0")
         if args.seed == saved["args"]["seed"]:
             torch.set_rng_state(saved["rng"])
     if args.compile:

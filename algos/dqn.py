@@ -32,7 +32,7 @@ Differs from the paper:
  2. N environments are stepped side by side. Every interval, the target network's too, counts the steps of all N.
  3. The return of a truncated episode goes on with the Q of its last observation; only a termination ends the return.
  4. Vector inputs: an MLP of 120 and 84 units. Atari: an episode is a whole game, not a life.
- 5. A run that is lengthened by --resume stretches the fall of ε over the new total, and prints a line if ε rises.
+ 5. A run that is lengthened by --resume stretches the fall of ε over the new total, and says where ε goes on.
 """
 
 import atexit
@@ -64,7 +64,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-FIXED_FLAGS = ("buffer_size", "num_envs")  # a resumed run keeps them: its replay buffer is made of them
 LOG_EVERY = 1000  # environment steps
 MAX_EVAL_STEPS = 27_000  # an evaluation episode is cut there, as Atari's are
 
@@ -384,19 +383,7 @@ def parse_args() -> tuple[Args, dict | None]:
     saved, _ = tyro.cli(load_checkpoint, add_help=False, return_unknown_args=True)  # its only flag is --resume
     default = Args(**saved["args"]) if saved else Args()
     args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
-    for name in FIXED_FLAGS:
-        if saved and vars(args)[name] != saved["args"][name]:
-            raise SystemExit(f"--{name.replace('_', '-')} cannot change when a run is resumed")
     return args, saved
-
-
-def announce_exploration(args: Args, saved: dict) -> None:
-    """Say what ε becomes where a resumed run has a longer schedule, and so explores again."""
-    step, old = saved["step"], saved["args"]
-    before = epsilon_at(step, old["epsilon_end"], old["exploration_fraction"] * old["total_timesteps"])
-    now = epsilon_at(step, args.epsilon_end, args.exploration_fraction * args.total_timesteps)
-    if now > before:
-        print(f"epsilon rises from {before:.3f} to {now:.3f}: --exploration-fraction is a share of --total-timesteps")
 
 
 def start_run(args: Args, saved: dict | None) -> Path:
@@ -407,10 +394,7 @@ def start_run(args: Args, saved: dict | None) -> Path:
     is_resumed = saved and args.run_dir.rstrip("/") == saved["args"]["run_dir"]
     if (run_dir / "checkpoint.pt").exists() and not is_resumed:
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"--run-dir {run_dir} cannot be made: {error}") from error
+    run_dir.mkdir(parents=True, exist_ok=True)
     print(f"run directory: {run_dir}")
     if args.track:
         import wandb
@@ -475,16 +459,21 @@ def main(args: Args, saved: dict | None = None) -> None:
     stack = obs_space.shape[0] if is_stack else 1  # frames in an observation
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_space, stack)
     parts = {"agent": agent, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
+    exploration_steps = args.exploration_fraction * args.total_timesteps
     step = 0
     if saved:
         step = saved["step"]
+        if args.num_envs != saved["args"]["num_envs"]:
+            raise SystemExit("--num-envs cannot change when a run is resumed: the replay buffer is made for it")
         try:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
         except RuntimeError as error:
-            raise SystemExit(f"--resume: {args.env_id} has other spaces than the environment of the run") from error
+            message = f"--resume: --buffer-size and the spaces of {args.env_id} must be those of the run"
+            raise SystemExit(message) from error
         optimizer.param_groups[0]["lr"] = args.learning_rate
-        announce_exploration(args, saved)
+        epsilon = epsilon_at(step, args.epsilon_end, exploration_steps)
+        print(f"epsilon goes on at {epsilon:.3f}: --exploration-fraction is a share of --total-timesteps")
         if args.seed == saved["args"]["seed"]:
             torch.set_rng_state(saved["rng"])
     if args.compile:
@@ -509,7 +498,7 @@ def main(args: Args, saved: dict | None = None) -> None:
     is_last = step >= args.total_timesteps
     while not is_last:
         # ===== collect =====
-        epsilon = epsilon_at(step, args.epsilon_end, args.exploration_fraction * args.total_timesteps)
+        epsilon = epsilon_at(step, args.epsilon_end, exploration_steps)
         action = agent.act(tensor(obs), epsilon).numpy()  # (N,)
         obs, reward, terminated, truncated, info = envs.step(action)
         if "ALE/" in args.env_id:

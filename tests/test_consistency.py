@@ -13,10 +13,10 @@ import pytest
 from helpers import ALGOS, REPO
 
 LINES = {  # at most, header and docstring included
-    "q_learning": 420,
+    "q_learning": 400,
     "reinforce": 540,
     "a2c": 580,
-    "dqn": 600,
+    "dqn": 590,
     "ppo": 610,
     "sft": 765,
     "reward_model": 780,
@@ -25,11 +25,11 @@ LINES = {  # at most, header and docstring included
     "rlhf_ppo": 1030,
 }
 NODES = {  # of syntax in all, at most; and below, per statement, which says one thing
-    "q_learning": 1575,
-    "reinforce": 2260,
-    "a2c": 2450,
-    "dqn": 2350,
-    "ppo": 2580,
+    "q_learning": 1490,
+    "reinforce": 2230,
+    "a2c": 2400,
+    "dqn": 2310,
+    "ppo": 2540,
     "sft": 2920,
     "reward_model": 2960,
     "dpo": 3360,

@@ -433,11 +433,11 @@ def test_bad_flags_are_refused_in_a_sentence(flags, named):
         dqn.Args(**flags)
 
 
-@pytest.mark.parametrize("flag, value", [("--buffer-size", 3000), ("--buffer-size", 2001), ("--num-envs", 8)])
+@pytest.mark.parametrize("flag, value", [("--buffer-size", 3000), ("--num-envs", 8)])
 def test_a_checkpoint_is_not_resumed_with_another_buffer(flag, value, tmp_path):
     run_dir = train(tmp_path / "run", "CartPole-v1", total_timesteps=60)
     before = (run_dir / "checkpoint.pt").read_bytes()
-    with pytest.raises(SystemExit, match=f"{flag} cannot change when a run is resumed"):
+    with pytest.raises(SystemExit, match=f"{flag} (cannot change|and the spaces of CartPole-v1 must be those)"):
         invoke("--resume", run_dir, "--total-timesteps", 100, flag, value)
     assert (run_dir / "checkpoint.pt").read_bytes() == before
     assert json.loads((run_dir / "args.json").read_text())["num_envs"] == 4
@@ -772,29 +772,16 @@ def test_a_lengthened_run_says_that_it_explores_again_and_does_so(tmp_path, caps
     acts = spy_on(monkeypatch, dqn.QNetwork, "act")
     assert "epsilon" not in capsys.readouterr().out
     invoke("--resume", run_dir, "--total-timesteps", 400)
-    said = "epsilon rises from 0.100 to 0.550: --exploration-fraction is a share of --total-timesteps"
+    said = "epsilon goes on at 0.550: --exploration-fraction is a share of --total-timesteps"
     assert capsys.readouterr().out.count(said) == 1
     assert acts[0].epsilon == pytest.approx(1 - 0.9 * 100 / 200)
 
 
-def test_epsilon_before_a_lengthened_run_is_that_of_the_old_flags(tmp_path, capsys):
+def test_epsilon_after_a_resumption_is_that_of_the_new_flags(tmp_path, capsys):
     flags = {"epsilon_end": 0.1, "exploration_fraction": 2.0}
     run_dir = train(tmp_path / "run", "probe_envs:Endless-v0", total_timesteps=100, **flags)
     invoke("--resume", run_dir, "--total-timesteps", 400, "--epsilon-end", 0.2, "--exploration-fraction", 1.0)
-    assert "epsilon rises from 0.550 to 0.800" in capsys.readouterr().out  # 1 - 0.9 · 100/200 and 1 - 0.8 · 100/400
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--exploration-fraction", 0.125),  # of 400 steps, as many as before
-        ("--epsilon-end", 0.0, "--exploration-fraction", 0.25),  # ε falls, to 0
-    ],
-)
-def test_a_lengthened_run_that_explores_no_more_than_before_says_nothing(flags, tmp_path, capsys):
-    run_dir = train(tmp_path / "run", "probe_envs:Endless-v0", total_timesteps=100, epsilon_end=0.1)
-    invoke("--resume", run_dir, "--total-timesteps", 400, *flags)
-    assert "epsilon" not in capsys.readouterr().out
+    assert "epsilon goes on at 0.800" in capsys.readouterr().out  # 1 - 0.8 · 100/400
 
 
 # --- known answers ---

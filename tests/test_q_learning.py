@@ -226,7 +226,6 @@ MISFITS = {  # what an environment may call P besides a table of its states and 
     "probabilities": {"up": 0.8, "down": 0.2},
     "pairs": {(s, a): CHAIN[s][a] for s in CHAIN for a in CHAIN[s]},
     "lists": {s: list(CHAIN[s].values()) for s in CHAIN},
-    "triples": {s: {a: [outcome[:3] for outcome in CHAIN[s][a]] for a in CHAIN[s]} for s in CHAIN},
     "one state less": {s: CHAIN[s] for s in (0, 1)},
     "one action less": CHAIN | {2: {0: CHAIN[2][0]}},
 }
@@ -585,7 +584,6 @@ def test_a_p_that_is_no_table_is_ignored(env_id, tmp_path):
     run_dir = train(tmp_path / "run", env_id, alpha_decay=0.0, eval_episodes=1)
     torch.testing.assert_close(weights(run_dir)["q"][:2], tensor(CHAIN_Q, dtype=torch.float64))
     assert scalars(run_dir, "charts/q_error") == []
-    assert scalars(run_dir, "eval/optimal_return_mean") == []
 
 
 @pytest.mark.parametrize(
@@ -605,7 +603,7 @@ def test_the_optimum_is_dropped_as_soon_as_the_environment_does_otherwise_than_i
     said = f"{env_id} does otherwise than its P says: the optimum is not known"
     assert capfd.readouterr().out.count(said) == otherwise
     step, _ = scalars(run_dir, "eval/return_mean")[-1]
-    for tag in ("charts/q_error", "charts/regret", "eval/optimal_return_mean"):
+    for tag in ("charts/q_error", "charts/regret"):
         assert (step in dict(scalars(run_dir, tag))) != otherwise
 
 
@@ -655,19 +653,11 @@ def test_all_of_the_many_episodes_since_the_last_log_are_in_the_mean(tmp_path):
 # --- evaluation ---
 
 
-def test_the_greedy_policy_is_evaluated_beside_the_optimal_one(tmp_path, capfd):
+def test_the_greedy_policy_is_evaluated(tmp_path, capfd):
     run_dir = train(tmp_path / "chain", "QChain-v0", eval_episodes=3)
-    assert last(run_dir, "eval/return_mean") == last(run_dir, "eval/optimal_return_mean") == 3
-    assert "evaluation: return 3.00 ± 0.00, 0 of 3 cut" in capfd.readouterr().out
-    run_dir = train(tmp_path / "lake", "FrozenLake-v1", eval_episodes=20, gamma=0.99, total_timesteps=100)
-    assert last(run_dir, "eval/return_mean") < 0.5 < last(run_dir, "eval/optimal_return_mean")
-
-
-def test_both_policies_play_the_same_episodes(tmp_path):
-    run_dir = log_of_table(tmp_path / "run", "QFork-v0", FORK_Q, eval_episodes=50)
-    mean = last(run_dir, "eval/return_mean")
-    assert mean == last(run_dir, "eval/optimal_return_mean")
-    assert mean not in (8, 10)  # of starts in 1 and in 0
+    assert last(run_dir, "eval/return_mean") == 3
+    assert last(run_dir, "eval/return_std") == 0
+    assert "evaluation: return 3.00 ± 0.00 over 3 greedy episodes" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("truncate", [False, True])
@@ -684,7 +674,9 @@ def test_greedy_returns_are_those_of_the_first_episodes_which_differ_between_see
         returns = 3 * np.array(Lasts.lengths[4:])  # after those of training
         assert len(returns) == 20
         assert last(run_dir, "eval/return_mean") == pytest.approx(returns.mean())
-        assert f"return {returns.mean():.2f} ± {returns.std():.2f}, 0 of 20 cut" in capfd.readouterr().out
+        assert last(run_dir, "eval/return_std") == pytest.approx(returns.std())
+        said = f"return {returns.mean():.2f} ± {returns.std():.2f} over 20 greedy episodes"
+        assert said in capfd.readouterr().out
     assert len(Lasts.seeds) == len(set(Lasts.seeds)) == 3 * (4 + 20)
 
 
@@ -693,7 +685,7 @@ def test_evaluation_of_an_endless_episode_ends_and_says_so(tmp_path, monkeypatch
     monkeypatch.setattr(q_learning, "MAX_EVAL_STEPS", 50)
     run_dir = train(tmp_path / "run", "QFourArms-v0", eval_episodes=2)
     assert last(run_dir, "eval/return_mean") == 50
-    assert "2 of 2 cut" in capfd.readouterr().out
+    assert "evaluation: 2 of 2 episodes were cut after 50 steps" in capfd.readouterr().out
 
 
 def test_training_environments_are_closed_before_evaluation(tmp_path, monkeypatch):
@@ -789,29 +781,16 @@ def test_a_lengthened_run_says_that_it_explores_again_and_does_so(tmp_path, caps
     acts = spy_on(monkeypatch, q_learning.QTable, "act")
     assert "epsilon" not in capsys.readouterr().out
     invoke("--resume", run_dir, "--total-timesteps", 400)
-    said = "epsilon rises from 0.100 to 0.550: --exploration-fraction is a share of --total-timesteps"
+    said = "epsilon goes on at 0.550: --exploration-fraction is a share of --total-timesteps"
     assert capsys.readouterr().out.count(said) == 1
     assert acts[0].epsilon == pytest.approx(1 - 0.9 * 100 / 200)
 
 
-def test_epsilon_before_a_lengthened_run_is_that_of_the_old_flags(tmp_path, capsys):
+def test_epsilon_after_a_resumption_is_that_of_the_new_flags(tmp_path, capsys):
     flags = {"epsilon_end": 0.1, "exploration_fraction": 2.0}
     run_dir = train(tmp_path / "run", "QFourArms-v0", total_timesteps=100, **flags)
     invoke("--resume", run_dir, "--total-timesteps", 400, "--epsilon-end", 0.2, "--exploration-fraction", 1.0)
-    assert "epsilon rises from 0.550 to 0.800" in capsys.readouterr().out  # 1 - 0.9 · 100/200 and 1 - 0.8 · 100/400
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--exploration-fraction", 0.125),  # of 400 steps, as many as before
-        ("--epsilon-end", 0.0, "--exploration-fraction", 0.25),  # ε falls, to 0
-    ],
-)
-def test_a_lengthened_run_that_explores_no_more_than_before_says_nothing(flags, tmp_path, capsys):
-    run_dir = train(tmp_path / "run", "QFourArms-v0", total_timesteps=100, epsilon_end=0.1, exploration_fraction=0.5)
-    invoke("--resume", run_dir, "--total-timesteps", 400, *flags)
-    assert "epsilon" not in capsys.readouterr().out
+    assert "epsilon goes on at 0.800" in capsys.readouterr().out  # 1 - 0.8 · 100/400
 
 
 def test_the_old_checkpoint_stays_whole_while_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
