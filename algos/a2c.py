@@ -6,8 +6,11 @@
 """Advantage actor-critic (A2C): a critic takes variance out of the policy gradient.
 
 REINFORCE waits for the end of an episode, and credits each action with later rewards it did not cause. A critic V(s)
-learns what return to expect. Its TD errors tell after a few steps how much better an action was, so updates come often.
+learns what return to expect. So its TD errors tell after a few steps whether an action was better than expected, and
+updates come often.
 Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 1506.02438 (GAE; λ = 1: n-step returns).
+
+The number at the end of a command's comment is the mean return of the last 100 training episodes:
 
     python algos/a2c.py                                           # CartPole-v1, which the defaults are made for: 500
     python algos/a2c.py --env-id LunarLander-v3 --normalize --total-timesteps 2000000 --learning-rate 5e-3 \\
@@ -15,15 +18,14 @@ Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 15
     python algos/a2c.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-steps 16 \\
         --learning-rate 2e-3 --anneal-lr --gae-lambda 0.95 --log-std-init -1  # 3726
 
-The step after an episode's end only resets its environment (gymnasium's NEXT_STEP): it is not counted, and nothing is
-learnt from it. But its observation, the episode's last, is stored: a truncated episode's return needs its value.
-Logged values are means since the last log. Returns are the environment's own. The number behind a command is their
-mean over the last 100 episodes.
+gymnasium resets an environment in the step after an episode's end (NEXT_STEP). The script neither counts that step nor
+trains on it. But it keeps the episode's last observation: the return of a truncated episode needs its value.
+Returns are sums of the environment's own rewards. Logged values are means since the last log.
 
 Differs from the paper:
- 1. Synchronous: one process steps N environments, where the threads of A3C update on their own.
+ 1. Synchronous: one process steps N environments. In A3C, several threads update the networks independently.
  2. RMSprop as torch has it, with eps outside the root (the paper's is inside). The gradient's norm is clipped to 0.5.
- 3. The return of a truncated episode goes on with the value of its last observation; only a termination ends it.
+ 3. After a truncation, the value of the last observation stands for the rest of the return.
  4. Networks, Box actions and Atari are as in ppo.py.
 """
 
@@ -64,7 +66,7 @@ class Args:
     seed: int = 1  # Seed of all random numbers, environments included.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # Where the networks run; auto takes a GPU when there is one.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
+    resume: str = ""  # Run directory or checkpoint to continue. Its flags hold, except those that you give.
     save_every: int = 100_000  # Steps between checkpoints; 0 saves at the start and the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     compile: bool = False  # Compile the networks with torch.compile.

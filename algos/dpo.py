@@ -5,19 +5,22 @@
 # ///
 """Direct preference optimisation (DPO): learn from preferences between two completions, without a reward model.
 
-RLHF's best policy is π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β). We solve this for r: every policy π is the best one for the
-reward β·log π(y|x)/π_ref(y|x) plus a function of x. The Bradley-Terry model says how likely the pairs are under a
-reward: σ(r(x, y_w) - r(x, y_l)), y_w being the chosen completion. With the reward above, -log of this is a loss on π.
+RLHF's best policy is π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β). Solved for r, this is r(x, y) = β·log π*(y|x)/π_ref(y|x) plus
+a function of x. So any policy π is the best one for the reward β·log π(y|x)/π_ref(y|x). In the Bradley-Terry model,
+people choose y_w over y_l with probability σ(r(x, y_w) - r(x, y_l)). DPO puts the reward of π into this formula. Then
+-log of the probability is a loss on π. The function of x cancels.
 Papers: Rafailov et al. 2023, arXiv 2305.18290 (DPO); Azar et al. 2023, arXiv 2310.12036 (IPO); Mitchell 2023, "A note
 on DPO with noisy preferences" (cDPO).
 
     python algos/dpo.py  # the small language world: held-out loss 0.511, where ln 2 = 0.693 is the start
     accelerate launch algos/dpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized --beta 0.1 --bf16
 
-Data: columns `prompt`, `chosen` and `rejected`, or the last two alone, both beginning with the prompt. They hold texts
-or lists of {"role", "content"} messages. Letters: B pairs in an update, b in a micro-batch, L tokens in the longest
-row, K = L less the shortest prompt's, V words in the vocabulary. Logged: rewards/chosen and rewards/rejected are
-the implicit reward β·log π/π_ref, logps/* is log π(y|x). All these usually fall; only the difference of a pair counts.
+Data: columns `prompt`, `chosen` and `rejected`. Without a column `prompt`, the prompt is what chosen and rejected both
+begin with. Columns hold texts or lists of {"role", "content"} messages.
+Letters: B pairs in an update, b in a micro-batch, L tokens in the longest row,
+K = L minus the length of the shortest prompt, V words in the vocabulary.
+Logged: rewards/chosen and rewards/rejected are the implicit reward β·log π/π_ref, logps/* is log π(y|x). All of these
+usually fall. What counts is how far chosen lies above rejected.
 
 Differs from the paper:
  1. AdamW without weight decay instead of RMSprop, a cosine schedule, the gradient's norm clipped to 1, no dropout.
@@ -60,7 +63,7 @@ class Args:
     seed: int = 1  # Seed of the order of pairs and of LoRA's first weights.
     device: Literal["auto", "cpu"] = "auto"  # Where the model runs; auto takes GPUs when there are some.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
+    resume: str = ""  # Run directory or checkpoint to continue. Its flags hold, except those that you give.
     save_every: int = 200  # Updates between checkpoints; 0 saves at the end only.
     eval_every: int = 200  # Updates between evaluations; 0 evaluates before and after training only.
     track: bool = False  # Send the logs to Weights & Biases too.
@@ -71,7 +74,7 @@ class Args:
     eval_split: str = "auto"  # Held-out split; auto takes test or validation where there is one, '' none.
     chat_template_kwargs: str = "{}"  # Arguments of the chat template, as a JSON object.
     max_length: int = 512  # Longest row in tokens. Longer completions are cut.
-    learning_rate: float = 0  # Peak learning rate; 0: 1e-4 with the default model, else 1e-6, or 1e-5 with LoRA.
+    learning_rate: float = 0  # Peak learning rate. 0: 1e-4 for the default model; for others 1e-6, with LoRA 1e-5.
     warmup: float = 0.1  # Share of the updates in which the learning rate rises, before it falls to 0 by a cosine.
     batch_size: int = 32  # Number B of pairs in an update, over all processes.
     micro_batch_size: int = 16  # Number b of pairs in a forward pass, over all processes. Fewer need less memory.
@@ -79,7 +82,7 @@ class Args:
     max_steps: int = 0  # Updates to train for, in place of --epochs where it is not 0.
     bf16: bool = False  # Compute in bfloat16; weights and log-probabilities stay in float32.
     gradient_checkpointing: bool = False  # Compute activations twice: less memory, about a third slower.
-    lora_rank: int = 0  # Train low-rank adapters of this rank in all linear layers, with α = 2·rank; 0 trains all.
+    lora_rank: int = 0  # Train low-rank adapters of this rank in all linear layers, with α = 2·rank; 0: all weights.
     beta: float = 0.5  # Weight β of the divergence from π_ref (DPO Eq. 3).
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # Loss of DPO (Eq. 7), or of IPO (Eq. 17 with τ = β and log π summed).
     label_smoothing: float = 0.0  # Share ε of the pairs whose label is taken to be wrong (cDPO).

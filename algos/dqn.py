@@ -10,6 +10,8 @@ times the largest Q of the next state. Random replay breaks the correlation of s
 the network keeps the target still.
 Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (target network, clipped error, CNN).
 
+The number at the end of a command's comment is the mean return of the last 100 training episodes:
+
     python algos/dqn.py                                           # CartPole-v1, which the defaults are made for: 500
     python algos/dqn.py --env-id LunarLander-v3 --buffer-size 100000 --train-every 4 --target-every 1000 \\
         --learning-rate 6.3e-4 --loss huber --max-grad-norm 10 --gamma 0.99 --learning-starts 10000 \\
@@ -21,18 +23,16 @@ Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (t
         --buffer-size 1000000 --learning-starts 80000 --target-every 1000 --gamma 0.99 --exploration-fraction 0.1 \\
         --max-grad-norm 0 --save-every 2000000  # 7 GB of memory, 14 of disk
 
-The step after an episode's end only resets its environment (gymnasium's NEXT_STEP): it is not counted, and replay
-never draws it. But its observation, the episode's last, is stored: replay uses it as the next observation of the
-episode's last step. q_values are Q(s, a) of the replayed steps.
-Logged values are means since the last log. Returns are the environment's own. A single number behind a command is
-their mean over the last 100 episodes.
+gymnasium resets an environment in the step after an episode's end (NEXT_STEP). The script neither counts that step nor
+trains on it. Returns are sums of the environment's own rewards. Logged values are means since the last log; q_values
+is Q(s, a) of the replayed steps.
 
 Differs from the paper:
- 1. Adam, and the plain squared error; `--loss huber` has the gradient of the clipped error of 2015.
- 2. N environments are stepped side by side. Every interval, the target network's too, counts the steps of all N.
- 3. The return of a truncated episode goes on with the Q of its last observation; only a termination ends the return.
+ 1. Adam, and the plain squared error. `--loss huber` has the same gradient as the clipped error of the 2015 paper.
+ 2. N environments are stepped side by side. `--train-every` and `--target-every` count the steps of all N together.
+ 3. After a truncation, the largest Q of the last observation stands for the rest of the return.
  4. Vector inputs: an MLP of 120 and 84 units. Atari: an episode is a whole game, not a life.
- 5. A run that is lengthened by --resume stretches the fall of ε over the new total, and says where ε goes on.
+ 5. If --resume makes a run longer, ε falls over the new total of steps. The run prints the ε with which it goes on.
 """
 
 import atexit
@@ -73,7 +73,7 @@ class Args:
     seed: int = 1  # Seed of all random numbers, environments included.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # Where the networks run; auto takes a GPU when there is one.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
+    resume: str = ""  # Run directory or checkpoint to continue. Its flags hold, except those that you give.
     save_every: int = 100_000  # Steps between checkpoints; 0 saves at the start and the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     compile: bool = False  # Compile the networks with torch.compile.

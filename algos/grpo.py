@@ -12,24 +12,25 @@ arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
 
     python algos/grpo.py  # the small language world: 0.81 of the possible gain
     python algos/grpo.py --kl-in reward --scale-rewards batch --learning-rate 2e-4  # the KL in the score: 0.92
-    python algos/grpo.py --kl-coef 0.05 --reward-model benchmark/world/own_feelings.py:reward  # score 0.06 to 0.99
+    python algos/grpo.py --kl-coef 0.05 --reward-model benchmark/world/own_feelings.py:reward  # score 0.99
     accelerate launch algos/grpo.py --model Qwen/Qwen3-0.6B --dataset my.jsonl \\
         --reward-model my_rewards.py:exact_answer --chat-template-kwargs '{"enable_thinking": false}' --kl-coef 0.05 \\
         --response-length 256 --max-length 1024 --total-episodes 100000 --batch-size 512 --bf16 --gradient-checkpointing
 
 Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
 completions, **other columns) -> list of numbers, as in TRL. Letters: B responses in a rollout, G in a group, b in a
-micro-batch, R tokens that a response may have, L in the longest row, V words in the vocabulary, d width of a model.
-Logged: objective/kl and objective/entropy sum log π/π_ref and -log π over a response; objective/scores has the penalty
-for an unfinished one subtracted, eval/scores has not. frac_reward_zero_std is the share of groups of equal scores.
+micro-batch, at most R tokens in a response, L in the longest row, V words in the vocabulary, d width of a model.
+Logged: objective/kl is the sum of log π/π_ref over a response, objective/entropy that of -log π. objective/scores is
+after the penalty for unfinished responses, eval/scores before it. frac_reward_zero_std is the share of groups whose
+scores are all equal.
 Differs from the paper:
  1. π_ref stays the starting policy. Algorithm 1's outer loop, which renews it and the reward model, is left out.
  2. The KL term is multiplied by π/π_old (DeepSeek-V3.2, 2512.02556). Without it the gradient is not that of the KL.
  3. AdamW without weight decay, a learning rate that falls linearly to 0, the gradient's norm clipped to 1, no dropout.
- 4. `--kl-in reward` takes the KL of a whole response off its score. In the paper's loss, a token is trained on its own
-    KL, but not on what it does to the KL of later tokens.
- 5. The paper divides advantages by the std of their group, and losses by the length of their response. That is
-    `--scale-rewards group`, the default. `batch` divides by the rollout's std and by R, `none` by R only (Dr. GRPO).
+ 4. `--kl-in reward` subtracts the KL of a whole response from its score. With the KL in the loss, as in the paper, a
+    token is trained on its own KL, but not on what it does to the KL of later tokens.
+ 5. `--scale-rewards group` is the paper's: advantages are divided by the std of their group, losses by the length of
+    their response. `batch` divides by the std of the rollout and by R, `none` by R only (Dr. GRPO).
 """
 
 import copy
@@ -71,7 +72,7 @@ class Args:
     seed: int = 1  # Seed of the order of prompts, of sampling and of minibatches.
     device: Literal["auto", "cpu"] = "auto"  # Where the models run; auto takes GPUs when there are some.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
+    resume: str = ""  # Run directory or checkpoint to continue. Its flags hold, except those that you give.
     save_every: int = 20  # Updates between checkpoints and evaluations; 0 saves at the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     model: str = str(ASSETS / "sft")  # Policy to start from, which is π_ref: a hub id, folder or peft adapter.
@@ -79,24 +80,24 @@ class Args:
     dataset: str = str(ASSETS / "prompts")  # Data set: a hub id, folder, or jsonl, json, csv or parquet file.
     dataset_config: str = ""  # Configuration of a hub data set, where it has several.
     train_split: str = "train"  # Split to take prompts from; slices such as train[:95%] work.
-    eval_split: str = "auto"  # Split of prompts to evaluate on; auto takes test or validation, '' the training split.
+    eval_split: str = "auto"  # Prompts to evaluate on. auto: the split test or validation; '': the training split.
     chat_template_kwargs: str = "{}"  # Arguments of the chat template, as a JSON object.
     total_episodes: int = 4096  # Responses to sample in all.
-    max_length: int = 512  # Longest row in tokens. Prompts that leave no room are left out.
-    learning_rate: float = 0  # Initial learning rate; 0: 5e-4 with the default model, else 3e-6, or 3e-5 with LoRA.
+    max_length: int = 512  # Longest row in tokens. A prompt that leaves no room for a response is left out.
+    learning_rate: float = 0  # Initial learning rate. 0: 5e-4 for the default model; for others 3e-6, with LoRA 3e-5.
     batch_size: int = 128  # Number B of responses in a rollout, over all processes.
     num_minibatches: int = 4  # Minibatches per epoch, one step of the optimiser each.
     num_epochs: int = 4  # Passes over the rollout in each update (GRPO Algorithm 1's μ).
     micro_batch_size: int = 16  # Number b of rows in a forward pass, over all processes. Fewer need less memory.
     bf16: bool = False  # Compute in bfloat16; weights and log-probabilities stay in float32.
     gradient_checkpointing: bool = False  # Compute activations twice: less memory, about a third slower.
-    lora_rank: int = 0  # Train low-rank adapters of this rank in all linear layers, with α = 2·rank; 0 trains all.
+    lora_rank: int = 0  # Train low-rank adapters of this rank in all linear layers, with α = 2·rank; 0: all weights.
     response_length: int = 48  # Longest response R in tokens.
     kl_coef: float = 0.5  # Weight β of the KL penalty (GRPO Eq. 3).
     kl_in: Literal["loss", "reward"] = "loss"  # Where the penalty is: the loss, as in the paper, or the score (RLOO).
     group_size: int = 8  # Number G of responses to each prompt of a rollout.
     baseline: Literal["group", "leave-one-out"] = "group"  # Mean of the whole group, or of the other responses (RLOO).
-    scale_rewards: Literal["group", "batch", "none"] = "group"  # Divisors. group: std, length; batch: std, R; none: R.
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # Divide advantages by the std of a group, or batch.
     clip_coef: float = 0.2  # Clip range ε of the ratio (PPO Eq. 7).
     missing_eos_penalty: float = 1.0  # Taken off the score of a response without a stop token.
 

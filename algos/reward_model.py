@@ -7,20 +7,21 @@
 
 The second of RLHF's three steps. The fine-tuned language model swaps its vocabulary head for one output r(x, y), and
 learns from pairs of completions to one prompt: the preferred one, y_w, should score above the other, y_l. RLHF then
-raises this score in place of asking people.
+trains a policy to raise this score, and people need not be asked again.
 Paper: Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT), step 2 in section 3.5.
 
     python algos/reward_model.py  # the small language world: held-out accuracy 0.767, where 0.791 is the best possible
     accelerate launch algos/reward_model.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized --bf16
 
-Data: columns `prompt`, `chosen` and `rejected`, or the last two alone, both beginning with the prompt. They hold texts
-or lists of {"role", "content"} messages. Letters: B pairs in an update, b in a micro-batch, L tokens in the longest
-row. Logged: accuracy is the share of pairs with r(x, y_w) > r(x, y_l), margin the mean of r(x, y_w) - r(x, y_l). Where
-people disagree, no loss reaches 0. The result opens with AutoModelForSequenceClassification; its logit is r(x, y), read
-at a text's last token.
+Data: columns `prompt`, `chosen` and `rejected`. Without a column `prompt`, the prompt is what chosen and rejected both
+begin with. Columns hold texts or lists of {"role", "content"} messages.
+Letters: B pairs in an update, b in a micro-batch, L tokens in the longest row.
+Logged: accuracy is the share of pairs with r(x, y_w) > r(x, y_l), margin the mean of r(x, y_w) - r(x, y_l). Where
+people disagree, the loss cannot reach 0. Load the result with AutoModelForSequenceClassification: its logit at the last
+token of a text is r(x, y).
 
 Differs from the paper:
- 1. Pairs are drawn one by one; the paper puts all comparisons of a prompt into one batch, against overfitting.
+ 1. All pairs are shuffled. The paper keeps all comparisons of a prompt in one batch, against overfitting.
  2. A reward's mean is free, as a shift changes no preference; --centering (arXiv 2312.09244) keeps it near 0.
  3. AdamW without weight decay, a cosine schedule, the gradient's norm clipped to 1, no dropout.
 """
@@ -61,7 +62,7 @@ class Args:
     seed: int = 1  # Seed of the order of pairs, and of a new head's first weights.
     device: Literal["auto", "cpu"] = "auto"  # Where the model runs; auto takes GPUs when there are some.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
+    resume: str = ""  # Run directory or checkpoint to continue. Its flags hold, except those that you give.
     save_every: int = 200  # Updates between checkpoints; 0 saves at the end only.
     eval_every: int = 200  # Updates between evaluations; 0 evaluates before and after training only.
     track: bool = False  # Send the logs to Weights & Biases too.
@@ -72,7 +73,7 @@ class Args:
     eval_split: str = "auto"  # Held-out split; auto takes test or validation where there is one, '' none.
     chat_template_kwargs: str = "{}"  # Arguments of the chat template, as a JSON object.
     max_length: int = 512  # Longest row in tokens. Longer completions are cut.
-    learning_rate: float = 0  # Peak learning rate; 0: 1e-3 with the default model, else 1e-5.
+    learning_rate: float = 0  # Peak learning rate. 0 takes 1e-3 for the default model, and 1e-5 for others.
     warmup: float = 0.1  # Share of the updates in which the learning rate rises, before it falls to 0 by a cosine.
     batch_size: int = 32  # Number B of pairs in an update, over all processes.
     micro_batch_size: int = 16  # Number b of pairs in a forward pass, over all processes. Fewer need less memory.

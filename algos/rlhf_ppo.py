@@ -3,10 +3,10 @@
 # dependencies = ["accelerate~=1.15.0", "datasets~=5.2.0", "peft~=0.21.2", "tensorboard~=2.21.0", "torch~=2.13.0",
 # "tqdm~=4.70.1", "transformers~=5.23.0", "tyro~=1.0.17"]
 # ///
-"""RLHF by PPO: raise a reward model's score of a language model's own texts, and stay near the model it started from.
+"""RLHF by PPO: train a language model to write texts that a reward model scores highly, but keep it near its start.
 
 The last of RLHF's three steps. The policy π answers prompts. Each response y earns r(x, y) - β·log π(y|x)/π_ref(y|x),
-and PPO raises its expectation. The best policy is known: π* ∝ π_ref·exp(r/β). A smaller β trusts the score more.
+and PPO raises the mean of this. The best policy is known: π* ∝ π_ref·exp(r/β). A smaller β trusts the score more.
 Four models take part. Two are trained: the policy, and the critic, which starts as the reward model with a new head.
 Two are frozen: the reward model, and the reference π_ref, a copy of the policy at the start.
 Papers: Ziegler et al. 2019, arXiv 1909.08593; Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT); Schulman et al. 2017,
@@ -17,16 +17,16 @@ arXiv 1707.06347 (PPO); Schulman et al. 2015, arXiv 1506.02438 (GAE).
         --kl-coef 0.05 --total-episodes 100000 --batch-size 512 --micro-batch-size 16 --bf16 --gradient-checkpointing
 
 Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
-completions, **other columns) -> list of numbers, as in TRL; the critic then starts from the policy. A state is a prompt
-with the response so far, an action the next token. Letters: B responses in a rollout, b in a micro-batch, R tokens that
-a response may have, L in the longest row, V words in the vocabulary, d width of a model. Logged: objective/kl and
-objective/entropy sum log π/π_ref and -log π over a response; objective/scores is r(x, y) less the penalty for an
-unfinished response.
+completions, **other columns) -> list of numbers, as in TRL. With such a reward, the critic starts from the policy.
+A state is a prompt with the response so far, an action is the next token. Letters: B responses in a rollout, b in a
+micro-batch, at most R tokens in a response, L in the longest row, V words in the vocabulary, d width of a model.
+Logged: objective/kl is the sum of log π/π_ref over a response, objective/entropy that of -log π. objective/scores is
+r(x, y), minus the penalty where a response is unfinished.
 
 Differs from the papers:
  1. Policy and critic are two models, as in InstructGPT, and both learning rates fall linearly to 0.
- 2. No dropout, so that π_old is π before the first step. β is constant; Ziegler's section 2.2 adapts it.
- 3. A response without a stop token is scored as it is, less a penalty. Ziegler gives it a fixed reward of -1.
+ 2. No dropout: before the first step, π and π_old are equal. β is constant; Ziegler's section 2.2 adapts it.
+ 3. A response without a stop token keeps its score, minus a penalty. Ziegler gives it a fixed reward of -1.
  4. Advantages are normalised over the rollout. The gradient's norm is clipped to 1. A value's distance from its old
     value is clipped to clip-coef.
  5. No gradients of a pretraining loss, which InstructGPT's "PPO-ptx" adds.
@@ -72,7 +72,7 @@ class Args:
     seed: int = 1  # Seed of the order of prompts, of sampling and of minibatches.
     device: Literal["auto", "cpu"] = "auto"  # Where the models run; auto takes GPUs when there are some.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
+    resume: str = ""  # Run directory or checkpoint to continue. Its flags hold, except those that you give.
     save_every: int = 20  # Updates between checkpoints, and between logged samples; 0 saves at the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     model: str = str(ASSETS / "sft")  # Policy to start from, which is π_ref: a hub id, folder or peft adapter.
@@ -82,15 +82,15 @@ class Args:
     train_split: str = "train"  # Split to take prompts from; slices such as train[:95%] work.
     chat_template_kwargs: str = "{}"  # Arguments of the chat template, as a JSON object.
     total_episodes: int = 4096  # Responses to sample in all.
-    max_length: int = 512  # Longest row in tokens. Prompts that leave no room are left out.
-    learning_rate: float = 0  # Initial learning rate; 0: 5e-4 with the default model, else 3e-6, or 3e-5 with LoRA.
+    max_length: int = 512  # Longest row in tokens. A prompt that leaves no room for a response is left out.
+    learning_rate: float = 0  # Initial learning rate. 0: 5e-4 for the default model; for others 3e-6, with LoRA 3e-5.
     batch_size: int = 128  # Number B of responses in a rollout, over all processes.
     num_minibatches: int = 4  # Minibatches per epoch, one step of the optimiser each.
     num_ppo_epochs: int = 4  # Passes over the rollout in each update (PPO Algorithm 1's K).
     micro_batch_size: int = 16  # Number b of rows in a forward pass, over all processes. Fewer need less memory.
     bf16: bool = False  # Compute in bfloat16; weights and log-probabilities stay in float32.
     gradient_checkpointing: bool = False  # Compute activations twice: less memory, about a third slower.
-    lora_rank: int = 0  # Train low-rank adapters of this rank in all linear layers, with α = 2·rank; 0 trains all.
+    lora_rank: int = 0  # Train low-rank adapters of this rank in all linear layers, with α = 2·rank; 0: all weights.
     response_length: int = 48  # Longest response R in tokens.
     kl_coef: float = 0.5  # Weight β of the KL penalty (Ziegler Eq. 2), in units of the score per nat.
     gae_lambda: float = 0.95  # Factor λ of generalised advantage estimation (GAE Eq. 16); γ is 1.

@@ -5,15 +5,16 @@
 # ///
 """Supervised fine-tuning (SFT): make a language model likely to write what a data set contains.
 
-The first of RLHF's three steps: maximum likelihood of the completions, token by token. Its result is the policy π_ref
-that RLHF and DPO start from and are held to. Paper: Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT), section 3.5.
+The first of RLHF's three steps: maximum likelihood of the completions, token by token. The result is the policy π_ref.
+RLHF and DPO start from π_ref and stay near it. Paper: Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT), section 3.5.
 
     python algos/sft.py  # the small language world: to 1.124 nats per held-out token, where 1.117 is the best possible
     accelerate launch algos/sft.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --bf16 --gradient-checkpointing
 
-Data: columns `prompt` and `completion`, of which only the completion gets a loss; or `messages` or `text`, which get
-one on every token but the first. They hold texts or lists of {"role", "content"} messages. Letters: B rows in an
-update, b in a micro-batch, L tokens in the longest row, K = L less the shortest prompt's, V words in the vocabulary.
+Data: columns `prompt` and `completion`, where only the completion is trained on; or a column `messages` or `text`,
+where every token but the first is trained on. Columns hold texts or lists of {"role", "content"} messages.
+Letters: B rows in an update, b in a micro-batch, L tokens in the longest row, K = L minus the length of the shortest
+prompt, V words in the vocabulary.
 
 Differs from the paper:
  1. The loss is the mean over all completion tokens of a batch, so a long completion counts for more than a short one.
@@ -56,7 +57,7 @@ class Args:
     seed: int = 1  # Seed of the order of rows.
     device: Literal["auto", "cpu"] = "auto"  # Where the model runs; auto takes GPUs when there are some.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue, with its flags unless you give others.
+    resume: str = ""  # Run directory or checkpoint to continue. Its flags hold, except those that you give.
     save_every: int = 200  # Updates between checkpoints; 0 saves at the end only.
     eval_every: int = 200  # Updates between evaluations; 0 evaluates before and after training only.
     track: bool = False  # Send the logs to Weights & Biases too.
@@ -67,7 +68,7 @@ class Args:
     eval_split: str = "auto"  # Held-out split; auto takes test or validation where there is one, '' none.
     chat_template_kwargs: str = "{}"  # Arguments of the chat template, as a JSON object.
     max_length: int = 512  # Longest row in tokens. Longer completions are cut.
-    learning_rate: float = 0  # Peak learning rate; 0: 3e-3 with the default model, else 2e-5.
+    learning_rate: float = 0  # Peak learning rate. 0 takes 3e-3 for the default model, and 2e-5 for others.
     warmup: float = 0.1  # Share of the updates in which the learning rate rises, before it falls to 0 by a cosine.
     batch_size: int = 32  # Number B of rows in an update, over all processes.
     micro_batch_size: int = 8  # Number b of rows in a forward pass, over all processes. Fewer need less memory.

@@ -159,8 +159,8 @@ def results() -> str:
     header = ["spec", "steps", "seeds", "measure", "ours: final", "ours: area", "best possible"]
     header += ["peer, in as many steps", "peer: final", "peer: area"]
     return (
-        "## Results\n\nMeans over seeds with 95 % intervals. A greedy return may lie a little above the best possible: "
-        "it is a mean of 100 episodes. Gold reward is the true reward of a language model's samples, from -1 to 1 (see "
+        "## Results\n\nMeans over seeds with 95 % intervals. The best possible return is an expectation. So a greedy "
+        "return, a mean of 100 episodes, may lie a little above it by chance. Gold reward is the true reward of a language model's samples, from -1 to 1 (see "
         "below); J is 3 · gold reward - β · KL.\n\n" + table(header, rows)
     )
 
@@ -292,12 +292,12 @@ def against_peers() -> str:
     header = ["spec", "peer, in as many steps", "measure", "area", "final level", "margin", "answer"]
     return (
         f"## Does each script learn as well as its peer?\n\n{len(rows)} comparisons: {counts}. Each cell is (ours − peer) / "
-        "(peer − its start), with a 95 % interval. The start is a random policy, or the model before training. Where "
-        "less is better, as with a loss or KL, the sign is turned, so that above 0 ours is always better. The final level "
-        "is the end of the training, the area the mean over all of it. Pass: all intervals shown lie above -margin. "
-        "Inconclusive: these seeds cannot tell ([how this is found](method.md)). Every peer trains for "
-        "as many steps as ours; one whose settings are made for another number of steps is marked, and may be far from "
-        "its best.\n\n" + table(header, rows)
+        "(peer − start), with a 95 % interval. The start is a random policy, or the model before training. Where "
+        "less is better, as with a loss or KL, the sign is turned, so that above 0 ours is always better. The area is the "
+        "mean over the whole training, the final level the mean at its end. Pass: all intervals shown lie above -margin. "
+        "Inconclusive: these seeds cannot tell ([how this is found](method.md)). Every peer trains for as many steps as "
+        "ours. Where a peer's settings were made for another number of steps, the table says for which; the peer may "
+        "do better there.\n\n" + table(header, rows)
     )
 
 
