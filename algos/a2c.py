@@ -19,8 +19,8 @@ The number at the end of a command's comment is the mean return of the last 100 
         --learning-rate 2e-3 --anneal-lr --gae-lambda 0.95 --log-std-init -1  # 3726
 
 gymnasium resets an environment in the step after an episode's end (NEXT_STEP). The script neither counts that step nor
-trains on it. But it keeps the episode's last observation: the return of a truncated episode needs its value.
-Returns are sums of the environment's own rewards. Logged values are means since the last log.
+trains on it. But it keeps the episode's last observation, whose value the return of a truncated episode needs.
+Returns are sums of the environment's own rewards. Each logged number is a mean since the log before.
 
 Differs from the paper:
  1. Synchronous: one process steps N environments. In A3C, several threads update the networks independently.
@@ -66,7 +66,7 @@ class Args:
     seed: int = 1  # Seed of all random numbers, environments included.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # Where the networks run; auto takes a GPU when there is one.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue. Its flags hold, except those that you give.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags. Flags that you give replace them.
     save_every: int = 100_000  # Steps between checkpoints; 0 saves at the start and the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     compile: bool = False  # Compile the networks with torch.compile.

@@ -7,8 +7,8 @@
 
 RLHF's best policy is π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β). Solved for r, this is r(x, y) = β·log π*(y|x)/π_ref(y|x) plus
 a function of x. So any policy π is the best one for the reward β·log π(y|x)/π_ref(y|x). In the Bradley-Terry model,
-people choose y_w over y_l with probability σ(r(x, y_w) - r(x, y_l)). DPO puts the reward of π into this formula. Then
--log of the probability is a loss on π. The function of x cancels.
+people choose y_w over y_l with probability σ(r(x, y_w) - r(x, y_l)). DPO puts the reward for which π is best into this
+probability, where the function of x cancels. Then -log of the probability is a loss on π.
 Papers: Rafailov et al. 2023, arXiv 2305.18290 (DPO); Azar et al. 2023, arXiv 2310.12036 (IPO); Mitchell 2023, "A note
 on DPO with noisy preferences" (cDPO).
 
@@ -63,7 +63,7 @@ class Args:
     seed: int = 1  # Seed of the order of pairs and of LoRA's first weights.
     device: Literal["auto", "cpu"] = "auto"  # Where the model runs; auto takes GPUs when there are some.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue. Its flags hold, except those that you give.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags. Flags that you give replace them.
     save_every: int = 200  # Updates between checkpoints; 0 saves at the end only.
     eval_every: int = 200  # Updates between evaluations; 0 evaluates before and after training only.
     track: bool = False  # Send the logs to Weights & Biases too.

@@ -7,7 +7,7 @@
 
 Q(s, a) is the expected return of action a in state s when the best actions follow. It is fitted to the reward plus γ
 times the largest Q of the next state. Random replay breaks the correlation of successive steps. A lagging copy θ⁻ of
-the network keeps the target still.
+the network keeps the target from moving with every update.
 Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (target network, clipped error, CNN).
 
 The number at the end of a command's comment is the mean return of the last 100 training episodes:
@@ -24,8 +24,8 @@ The number at the end of a command's comment is the mean return of the last 100 
         --max-grad-norm 0 --save-every 2000000  # 7 GB of memory, 14 of disk
 
 gymnasium resets an environment in the step after an episode's end (NEXT_STEP). The script neither counts that step nor
-trains on it. Returns are sums of the environment's own rewards. Logged values are means since the last log; q_values
-is Q(s, a) of the replayed steps.
+trains on it. Returns are sums of the environment's own rewards. Each logged number is a mean since the log before. The
+logged q_values is Q(s, a) of the replayed steps.
 
 Differs from the paper:
  1. Adam, and the plain squared error. `--loss huber` has the same gradient as the clipped error of the 2015 paper.
@@ -73,7 +73,7 @@ class Args:
     seed: int = 1  # Seed of all random numbers, environments included.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # Where the networks run; auto takes a GPU when there is one.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue. Its flags hold, except those that you give.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags. Flags that you give replace them.
     save_every: int = 100_000  # Steps between checkpoints; 0 saves at the start and the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     compile: bool = False  # Compile the networks with torch.compile.
@@ -86,10 +86,10 @@ class Args:
     learning_rate: float = 1e-4  # Learning rate of Adam.
     max_grad_norm: float = 0.0  # Clip the norm of the gradient to this; 0 does not clip.
     batch_size: int = 128  # Number B of steps in a minibatch.
-    train_every: int = 5  # Environment steps per minibatch.
+    train_every: int = 5  # Environment steps between two updates, each on one minibatch.
     learning_starts: int = 1_000  # Environment steps before the first minibatch.
     gamma: float = 0.98  # Discount factor γ.
-    loss: Literal["mse", "huber"] = "mse"  # Loss of the error: its square (DQN Eq. 2), or linear beyond ±1 (Nature).
+    loss: Literal["mse", "huber"] = "mse"  # Loss of an error: its square (DQN Eq. 2), or linear beyond ±1 (Nature).
     buffer_size: int = 20_000  # Rows of the replay buffer: one per step, and one more for each final observation.
     target_every: int = 500  # Environment steps between copies of the network to θ⁻ (Nature Algorithm 1).
     epsilon_end: float = 0.01  # Share ε of random actions at the end; it starts at 1.

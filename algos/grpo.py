@@ -5,8 +5,9 @@
 # ///
 """Group relative policy optimisation (GRPO): RLHF without a critic; the mean of a group of answers is the baseline.
 
-The policy π answers each prompt G times. All tokens of an answer get one advantage: how much better it scores than its
-group. A KL penalty keeps π near π_ref, the policy at the start. Scores come from a reward model or a Python function.
+The policy π answers each prompt G times. All tokens of an answer get the same advantage: how much better the answer
+scores than its group. A KL penalty keeps π near π_ref, the policy at the start. Scores come from a reward model or a
+Python function.
 Papers: Shao et al. 2024, arXiv 2402.03300 (GRPO); Liu et al. 2025, arXiv 2503.20783 (Dr. GRPO); Ahmadian et al. 2024,
 arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
 
@@ -19,18 +20,18 @@ arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
 
 Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
 completions, **other columns) -> list of numbers, as in TRL. Letters: B responses in a rollout, G in a group, b in a
-micro-batch, at most R tokens in a response, L in the longest row, V words in the vocabulary, d width of a model.
+micro-batch, at most R tokens in a response, L tokens in the longest row, V words in the vocabulary, d width of a model.
 Logged: objective/kl is the sum of log π/π_ref over a response, objective/entropy that of -log π. objective/scores is
-after the penalty for unfinished responses, eval/scores before it. frac_reward_zero_std is the share of groups whose
+with the penalty for unfinished responses, eval/scores without it. frac_reward_zero_std is the share of groups whose
 scores are all equal.
 Differs from the paper:
  1. π_ref stays the starting policy. Algorithm 1's outer loop, which renews it and the reward model, is left out.
- 2. The KL term is multiplied by π/π_old (DeepSeek-V3.2, 2512.02556). Without it the gradient is not that of the KL.
+ 2. The KL term is multiplied by π/π_old (DeepSeek-V3.2, 2512.02556). Else its gradient would not be that of the KL.
  3. AdamW without weight decay, a learning rate that falls linearly to 0, the gradient's norm clipped to 1, no dropout.
  4. `--kl-in reward` subtracts the KL of a whole response from its score. With the KL in the loss, as in the paper, a
     token is trained on its own KL, but not on what it does to the KL of later tokens.
  5. `--scale-rewards group` is the paper's: advantages are divided by the std of their group, losses by the length of
-    their response. `batch` divides by the std of the rollout and by R, `none` by R only (Dr. GRPO).
+    their response. `batch` divides advantages by the std of the rollout, `none` by 1 (Dr. GRPO); both losses by R.
 """
 
 import copy
@@ -72,7 +73,7 @@ class Args:
     seed: int = 1  # Seed of the order of prompts, of sampling and of minibatches.
     device: Literal["auto", "cpu"] = "auto"  # Where the models run; auto takes GPUs when there are some.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue. Its flags hold, except those that you give.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags. Flags that you give replace them.
     save_every: int = 20  # Updates between checkpoints and evaluations; 0 saves at the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     model: str = str(ASSETS / "sft")  # Policy to start from, which is π_ref: a hub id, folder or peft adapter.
@@ -97,7 +98,7 @@ class Args:
     kl_in: Literal["loss", "reward"] = "loss"  # Where the penalty is: the loss, as in the paper, or the score (RLOO).
     group_size: int = 8  # Number G of responses to each prompt of a rollout.
     baseline: Literal["group", "leave-one-out"] = "group"  # Mean of the whole group, or of the other responses (RLOO).
-    scale_rewards: Literal["group", "batch", "none"] = "group"  # Divide advantages by the std of a group, or batch.
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # Std to divide advantages by: of a group, of all, none.
     clip_coef: float = 0.2  # Clip range ε of the ratio (PPO Eq. 7).
     missing_eos_penalty: float = 1.0  # Taken off the score of a response without a stop token.
 

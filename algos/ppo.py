@@ -5,8 +5,8 @@
 # ///
 """Proximal Policy Optimization (PPO): a policy gradient that may use its data several times.
 
-A plain policy gradient is right for one step only: after it, the data is from an older policy. PPO takes several epochs
-of steps on one rollout. For that it clips the ratio π/π_old: moving the ratio beyond 1 ± ε gains nothing.
+A plain policy gradient is right for one step only: after it, the data is from an older policy. PPO goes over a rollout
+several times. For that it clips the ratio π/π_old: moving the ratio beyond 1 ± ε gains nothing.
 Papers: Schulman et al. 2017, arXiv 1707.06347 (PPO); Schulman et al. 2015, arXiv 1506.02438 (GAE).
 
 The number at the end of a command's comment is the mean return of the last 100 training episodes:
@@ -20,14 +20,15 @@ The number at the end of a command's comment is the mean return of the last 100 
         --num-minibatches 32 --learning-rate 3e-4 --ent-coef 0 --gamma 0.99 --log-std-init -1  # 4987
 
 gymnasium resets an environment in the step after an episode's end (NEXT_STEP). The script neither counts that step nor
-trains on it. But it keeps the episode's last observation: the return of a truncated episode needs its value.
-Returns are sums of the environment's own rewards. Logged values are means since the last log.
+trains on it. But it keeps the episode's last observation, whose value the return of a truncated episode needs.
+Returns are sums of the environment's own rewards. Each logged number is a mean since the log before.
 
 Differs from the paper:
  1. Vector inputs: separate actor and critic. Images: one CNN (Mnih et al. 2015) for both. Orthogonal initial weights.
  2. Advantages are normalised per minibatch, the gradient's norm is clipped to 0.5, the learning rate falls to 0.
  3. After a truncation, the value of the last observation stands for the rest of the return.
- 4. Box actions: a Gaussian with one learnt standard deviation per dimension. -1 and 1 are the environment's bounds.
+ 4. Box actions: a Gaussian with one learnt standard deviation per dimension. Actions of -1 and 1 are scaled to the
+    environment's lower and upper bound.
  5. Atari: an episode is a whole game, not a life. Rewards are clipped to their sign. Sticky actions are off.
 """
 
@@ -68,7 +69,7 @@ class Args:
     seed: int = 1  # Seed of all random numbers, environments included.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # Where the networks run; auto takes a GPU when there is one.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue. Its flags hold, except those that you give.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags. Flags that you give replace them.
     save_every: int = 100_000  # Steps between checkpoints; 0 saves at the start and the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     compile: bool = False  # Compile the networks with torch.compile.

@@ -6,11 +6,12 @@
 """Tabular Q-learning (Watkins 1989; Sutton & Barto 2018, section 6.5), beside the exact optimum.
 
 Q*(s, a) is the return of action a in state s when the best actions follow. Each step moves Q(s, a) by a share α towards
-a sample of Bellman's optimality equation. Some environments publish their transitions (`P` in gymnasium's toy text).
-For these, value iteration finds Q* first, and two exact errors are logged:
+its target, a sample of the right side of Bellman's optimality equation. Some environments publish their transitions
+(`P` in gymnasium's toy text). For these, value iteration finds Q* first, and two exact errors are logged:
 
  - charts/q_error is the mean of |Q - Q*| over all pairs (s, a) that can be reached. Pairs never tried have Q = 0.
- - charts/regret is V*(s₀) - V^π(s₀), the mean over start states s₀. It is what the greedy policy π loses to the best.
+ - charts/regret is the mean of V*(s₀) - V^π(s₀) over start states s₀: how much less the greedy policy π gets than the
+   best policy.
 
 Regret usually reaches 0 before q_error does:
 
@@ -20,8 +21,8 @@ Regret usually reaches 0 before q_error does:
 
 Differs from the paper:
  1. N environments step together. Their N targets come from the same table; then N updates follow one by one.
- 2. At a pair's n-th visit α = 1 / n^ω (--alpha-decay ω). With ω > 1/2 the chance in the samples averages out, and Q
-    converges (Even-Dar & Mansour 2003).
+ 2. At a pair's n-th visit α = 1 / n^ω (--alpha-decay ω). With ω > 1/2 the noise of the samples averages out, and
+    Q converges (Even-Dar & Mansour 2003).
  3. After a truncation, the largest Q of the last observation stands for the rest of the return.
  4. If --resume makes a run longer, ε falls over the new total of steps. The run prints the ε with which it goes on.
 """
@@ -56,7 +57,7 @@ MAX_EVAL_STEPS = 27_000  # an evaluation episode is cut there
 class Args:
     seed: int = 1  # Seed of all random numbers, environments included.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue. Its flags hold, except those that you give.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags. Flags that you give replace them.
     save_every: int = 100_000  # Steps between checkpoints; 0 saves at the start and the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     eval_episodes: int = 100  # Episodes of the greedy policy after training; 0 leaves them out.

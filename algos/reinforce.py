@@ -15,13 +15,13 @@ The number at the end of a command's comment is the mean return of the last 100 
     python algos/reinforce.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 4 \\
         --learning-rate 3e-3 --gamma 0.97 --log-std-init -1.5  # 986
 
-Returns are sums of the environment's own rewards. Logged values are means since the last log.
+Returns are sums of the environment's own rewards. Each logged number is a mean since the log before.
 
 Differs from the paper:
  1. The returns of an update are normalised over all its steps, which scales the gradient and subtracts a baseline.
  2. The factor γ^t in front of each step's term is left out, as is usual. Adam, with a falling learning rate.
- 3. A truncated episode counts as one that has ended. An environment that has ended its episode waits for the others;
-    the steps that it takes meanwhile are not counted.
+ 3. A truncated episode is treated as one that has terminated. An environment whose episode has ended is stepped on
+    until all others have ended theirs; these further steps are neither counted nor trained on.
  4. Networks, Box actions and Atari are as in ppo.py.
 """
 
@@ -62,7 +62,7 @@ class Args:
     seed: int = 1  # Seed of all random numbers, environments included.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # Where the networks run; auto takes a GPU when there is one.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue. Its flags hold, except those that you give.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags. Flags that you give replace them.
     save_every: int = 100_000  # Steps between checkpoints; 0 saves at the start and the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     compile: bool = False  # Compile the networks with torch.compile.

@@ -22,7 +22,7 @@ token of a text is r(x, y).
 
 Differs from the paper:
  1. All pairs are shuffled. The paper keeps all comparisons of a prompt in one batch, against overfitting.
- 2. A reward's mean is free, as a shift changes no preference; --centering (arXiv 2312.09244) keeps it near 0.
+ 2. The data leaves the mean of r open: a shift changes no preference. --centering (arXiv 2312.09244) keeps it near 0.
  3. AdamW without weight decay, a cosine schedule, the gradient's norm clipped to 1, no dropout.
 """
 
@@ -62,7 +62,7 @@ class Args:
     seed: int = 1  # Seed of the order of pairs, and of a new head's first weights.
     device: Literal["auto", "cpu"] = "auto"  # Where the model runs; auto takes GPUs when there are some.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue. Its flags hold, except those that you give.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags. Flags that you give replace them.
     save_every: int = 200  # Updates between checkpoints; 0 saves at the end only.
     eval_every: int = 200  # Updates between evaluations; 0 evaluates before and after training only.
     track: bool = False  # Send the logs to Weights & Biases too.

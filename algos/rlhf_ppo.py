@@ -19,13 +19,13 @@ arXiv 1707.06347 (PPO); Schulman et al. 2015, arXiv 1506.02438 (GAE).
 Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
 completions, **other columns) -> list of numbers, as in TRL. With such a reward, the critic starts from the policy.
 A state is a prompt with the response so far, an action is the next token. Letters: B responses in a rollout, b in a
-micro-batch, at most R tokens in a response, L in the longest row, V words in the vocabulary, d width of a model.
+micro-batch, at most R tokens in a response, L tokens in the longest row, V words in the vocabulary, d width of a model.
 Logged: objective/kl is the sum of log π/π_ref over a response, objective/entropy that of -log π. objective/scores is
 r(x, y), minus the penalty where a response is unfinished.
 
 Differs from the papers:
  1. Policy and critic are two models, as in InstructGPT, and both learning rates fall linearly to 0.
- 2. No dropout: before the first step, π and π_old are equal. β is constant; Ziegler's section 2.2 adapts it.
+ 2. No dropout, so that π and π_old are equal before the first step. β is constant; Ziegler's section 2.2 adapts it.
  3. A response without a stop token keeps its score, minus a penalty. Ziegler gives it a fixed reward of -1.
  4. Advantages are normalised over the rollout. The gradient's norm is clipped to 1. A value's distance from its old
     value is clipped to clip-coef.
@@ -72,7 +72,7 @@ class Args:
     seed: int = 1  # Seed of the order of prompts, of sampling and of minibatches.
     device: Literal["auto", "cpu"] = "auto"  # Where the models run; auto takes GPUs when there are some.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue. Its flags hold, except those that you give.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags. Flags that you give replace them.
     save_every: int = 20  # Updates between checkpoints, and between logged samples; 0 saves at the end only.
     track: bool = False  # Send the logs to Weights & Biases too.
     model: str = str(ASSETS / "sft")  # Policy to start from, which is π_ref: a hub id, folder or peft adapter.

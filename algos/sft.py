@@ -8,7 +8,7 @@
 The first of RLHF's three steps: maximum likelihood of the completions, token by token. The result is the policy π_ref.
 RLHF and DPO start from π_ref and stay near it. Paper: Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT), section 3.5.
 
-    python algos/sft.py  # the small language world: to 1.124 nats per held-out token, where 1.117 is the best possible
+    python algos/sft.py  # the small language world: held-out loss 1.124, where 1.117 is the best possible
     accelerate launch algos/sft.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --bf16 --gradient-checkpointing
 
 Data: columns `prompt` and `completion`, where only the completion is trained on; or a column `messages` or `text`,
@@ -57,7 +57,7 @@ class Args:
     seed: int = 1  # Seed of the order of rows.
     device: Literal["auto", "cpu"] = "auto"  # Where the model runs; auto takes GPUs when there are some.
     run_dir: str = ""  # Directory of the run; by default runs/<task>__<script>__<seed>__<time>.
-    resume: str = ""  # Run directory or checkpoint to continue. Its flags hold, except those that you give.
+    resume: str = ""  # Run directory or checkpoint to continue, with its flags. Flags that you give replace them.
     save_every: int = 200  # Updates between checkpoints; 0 saves at the end only.
     eval_every: int = 200  # Updates between evaluations; 0 evaluates before and after training only.
     track: bool = False  # Send the logs to Weights & Biases too.

@@ -13,11 +13,11 @@ import pytest
 from helpers import ALGOS, REPO
 
 LINES = {  # at most, header and docstring included
-    "q_learning": 400,
+    "q_learning": 405,
     "reinforce": 545,
     "a2c": 580,
     "dqn": 590,
-    "ppo": 610,
+    "ppo": 615,
     "sft": 765,
     "reward_model": 780,
     "dpo": 875,
