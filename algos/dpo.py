@@ -7,8 +7,8 @@
 
 RLHF's best policy is π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β). Solved for r, this is r(x, y) = β·log π*(y|x)/π_ref(y|x) plus
 a function of x. So any policy π is the best one for the reward β·log π(y|x)/π_ref(y|x). In the Bradley-Terry model,
-people choose y_w over y_l with probability σ(r(x, y_w) - r(x, y_l)). DPO puts the reward for which π is best into this
-probability, where the function of x cancels. Then -log of the probability is a loss on π.
+people choose y_w over y_l with probability σ(r(x, y_w) - r(x, y_l)). DPO puts β·log π(y|x)/π_ref(y|x) in the place of
+r(x, y), and the function of x cancels. Then -log of this probability is a loss that trains π.
 Papers: Rafailov et al. 2023, arXiv 2305.18290 (DPO); Azar et al. 2023, arXiv 2310.12036 (IPO); Mitchell 2023, "A note
 on DPO with noisy preferences" (cDPO).
 
@@ -24,7 +24,7 @@ usually fall. What counts is how far chosen lies above rejected.
 
 Differs from the paper:
  1. AdamW without weight decay instead of RMSprop, a cosine schedule, the gradient's norm clipped to 1, no dropout.
- 2. A batch never mixes two epochs: the pairs that do not fill a batch are left out of that epoch.
+ 2. A batch never mixes two epochs. Pairs that are left at the end of an epoch and fill no batch are not used in it.
 """
 
 import json
@@ -74,7 +74,7 @@ class Args:
     eval_split: str = "auto"  # Held-out split; auto takes test or validation where there is one, '' none.
     chat_template_kwargs: str = "{}"  # Arguments of the chat template, as a JSON object.
     max_length: int = 512  # Longest row in tokens. Longer completions are cut.
-    learning_rate: float = 0  # Peak learning rate. 0: 1e-4 for the default model; for others 1e-6, with LoRA 1e-5.
+    learning_rate: float = 0  # Peak learning rate. 0 chooses: 1e-4 for the default model, else 1e-6, with LoRA 1e-5.
     warmup: float = 0.1  # Share of the updates in which the learning rate rises, before it falls to 0 by a cosine.
     batch_size: int = 32  # Number B of pairs in an update, over all processes.
     micro_batch_size: int = 16  # Number b of pairs in a forward pass, over all processes. Fewer need less memory.

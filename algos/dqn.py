@@ -24,8 +24,8 @@ The number at the end of a command's comment is the mean return of the last 100 
         --max-grad-norm 0 --save-every 2000000  # 7 GB of memory, 14 of disk
 
 gymnasium resets an environment in the step after an episode's end (NEXT_STEP). The script neither counts that step nor
-trains on it. Returns are sums of the environment's own rewards. Each logged number is a mean since the log before. The
-logged q_values is Q(s, a) of the replayed steps.
+trains on it. Returns are sums of the environment's own rewards. Each logged number is a mean since the previous log;
+q_values is the mean of Q(s, a) over the replayed steps.
 
 Differs from the paper:
  1. Adam, and the plain squared error. `--loss huber` has the same gradient as the clipped error of the 2015 paper.
@@ -89,7 +89,7 @@ class Args:
     train_every: int = 5  # Environment steps between two updates, each on one minibatch.
     learning_starts: int = 1_000  # Environment steps before the first minibatch.
     gamma: float = 0.98  # Discount factor γ.
-    loss: Literal["mse", "huber"] = "mse"  # Loss of an error: its square (DQN Eq. 2), or linear beyond ±1 (Nature).
+    loss: Literal["mse", "huber"] = "mse"  # mse: squared error (DQN Eq. 2); huber: linear beyond ±1 (Nature).
     buffer_size: int = 20_000  # Rows of the replay buffer: one per step, and one more for each final observation.
     target_every: int = 500  # Environment steps between copies of the network to θ⁻ (Nature Algorithm 1).
     epsilon_end: float = 0.01  # Share ε of random actions at the end; it starts at 1.

@@ -6,7 +6,7 @@
 """Proximal Policy Optimization (PPO): a policy gradient that may use its data several times.
 
 A plain policy gradient is right for one step only: after it, the data is from an older policy. PPO goes over a rollout
-several times. For that it clips the ratio π/π_old: moving the ratio beyond 1 ± ε gains nothing.
+several times. To make this safe it clips the ratio π/π_old, so that moving the ratio beyond 1 ± ε gains nothing.
 Papers: Schulman et al. 2017, arXiv 1707.06347 (PPO); Schulman et al. 2015, arXiv 1506.02438 (GAE).
 
 The number at the end of a command's comment is the mean return of the last 100 training episodes:
@@ -20,8 +20,8 @@ The number at the end of a command's comment is the mean return of the last 100 
         --num-minibatches 32 --learning-rate 3e-4 --ent-coef 0 --gamma 0.99 --log-std-init -1  # 4987
 
 gymnasium resets an environment in the step after an episode's end (NEXT_STEP). The script neither counts that step nor
-trains on it. But it keeps the episode's last observation, whose value the return of a truncated episode needs.
-Returns are sums of the environment's own rewards. Each logged number is a mean since the log before.
+trains on it. But it keeps the episode's last observation, to compute the return of a truncated episode with its value.
+Returns are sums of the environment's own rewards. Each logged number is a mean since the previous log.
 
 Differs from the paper:
  1. Vector inputs: separate actor and critic. Images: one CNN (Mnih et al. 2015) for both. Orthogonal initial weights.

@@ -15,13 +15,13 @@ The number at the end of a command's comment is the mean return of the last 100 
     python algos/reinforce.py --env-id HalfCheetah-v5 --normalize --total-timesteps 1000000 --num-envs 4 \\
         --learning-rate 3e-3 --gamma 0.97 --log-std-init -1.5  # 986
 
-Returns are sums of the environment's own rewards. Each logged number is a mean since the log before.
+Returns are sums of the environment's own rewards. Each logged number is a mean since the previous log.
 
 Differs from the paper:
  1. The returns of an update are normalised over all its steps, which scales the gradient and subtracts a baseline.
  2. The factor γ^t in front of each step's term is left out, as is usual. Adam, with a falling learning rate.
- 3. A truncated episode is treated as one that has terminated. An environment whose episode has ended is stepped on
-    until all others have ended theirs; these further steps are neither counted nor trained on.
+ 3. A truncated episode is treated as one that has terminated. A rollout ends when every environment has ended an
+    episode; what an environment does after its episode is neither counted nor trained on.
  4. Networks, Box actions and Atari are as in ppo.py.
 """
 

@@ -22,7 +22,7 @@ token of a text is r(x, y).
 
 Differs from the paper:
  1. All pairs are shuffled. The paper keeps all comparisons of a prompt in one batch, against overfitting.
- 2. The data leaves the mean of r open: a shift changes no preference. --centering (arXiv 2312.09244) keeps it near 0.
+ 2. Preferences do not tell the mean of r: adding a constant changes none. --centering (arXiv 2312.09244) holds it at 0.
  3. AdamW without weight decay, a cosine schedule, the gradient's norm clipped to 1, no dropout.
 """
 
@@ -73,7 +73,7 @@ class Args:
     eval_split: str = "auto"  # Held-out split; auto takes test or validation where there is one, '' none.
     chat_template_kwargs: str = "{}"  # Arguments of the chat template, as a JSON object.
     max_length: int = 512  # Longest row in tokens. Longer completions are cut.
-    learning_rate: float = 0  # Peak learning rate. 0 takes 1e-3 for the default model, and 1e-5 for others.
+    learning_rate: float = 0  # Peak learning rate. 0 chooses: 1e-3 for the default model, else 1e-5.
     warmup: float = 0.1  # Share of the updates in which the learning rate rises, before it falls to 0 by a cosine.
     batch_size: int = 32  # Number B of pairs in an update, over all processes.
     micro_batch_size: int = 16  # Number b of pairs in a forward pass, over all processes. Fewer need less memory.

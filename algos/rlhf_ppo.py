@@ -29,7 +29,7 @@ Differs from the papers:
  3. A response without a stop token keeps its score, minus a penalty. Ziegler gives it a fixed reward of -1.
  4. Advantages are normalised over the rollout. The gradient's norm is clipped to 1. A value's distance from its old
     value is clipped to clip-coef.
- 5. No gradients of a pretraining loss, which InstructGPT's "PPO-ptx" adds.
+ 5. InstructGPT's "PPO-ptx" also adds gradients of a pretraining loss. This script does not.
 """
 
 import copy
@@ -83,7 +83,7 @@ class Args:
     chat_template_kwargs: str = "{}"  # Arguments of the chat template, as a JSON object.
     total_episodes: int = 4096  # Responses to sample in all.
     max_length: int = 512  # Longest row in tokens. A prompt that leaves no room for a response is left out.
-    learning_rate: float = 0  # Initial learning rate. 0: 5e-4 for the default model; for others 3e-6, with LoRA 3e-5.
+    learning_rate: float = 0  # Initial learning rate. 0 chooses: 5e-4 for the default model, else 3e-6, with LoRA 3e-5.
     batch_size: int = 128  # Number B of responses in a rollout, over all processes.
     num_minibatches: int = 4  # Minibatches per epoch, one step of the optimiser each.
     num_ppo_epochs: int = 4  # Passes over the rollout in each update (PPO Algorithm 1's K).

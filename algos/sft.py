@@ -68,7 +68,7 @@ class Args:
     eval_split: str = "auto"  # Held-out split; auto takes test or validation where there is one, '' none.
     chat_template_kwargs: str = "{}"  # Arguments of the chat template, as a JSON object.
     max_length: int = 512  # Longest row in tokens. Longer completions are cut.
-    learning_rate: float = 0  # Peak learning rate. 0 takes 3e-3 for the default model, and 2e-5 for others.
+    learning_rate: float = 0  # Peak learning rate. 0 chooses: 3e-3 for the default model, else 2e-5.
     warmup: float = 0.1  # Share of the updates in which the learning rate rises, before it falls to 0 by a cosine.
     batch_size: int = 32  # Number B of rows in an update, over all processes.
     micro_batch_size: int = 8  # Number b of rows in a forward pass, over all processes. Fewer need less memory.
