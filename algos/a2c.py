@@ -5,8 +5,8 @@
 # ///
 """Advantage actor-critic (A2C): a critic takes variance out of the policy gradient.
 
-REINFORCE waits for the end of an episode, and credits each action with later rewards it did not cause. A critic V(s)
-learns what return to expect. Its TD errors show after a few steps whether an action was better than expected, so
+REINFORCE waits for the end of an episode, and credits an action with all later rewards, caused by it or not. A critic
+V(s) learns what return to expect. Its TD errors show after a few steps whether an action was better than expected, so
 updates can come often.
 Papers: Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2015, arXiv 1506.02438 (GAE; λ = 1: n-step returns).
 
@@ -19,7 +19,7 @@ The number at the end of a command's comment is the mean return of the last 100 
         --learning-rate 2e-3 --anneal-lr --gae-lambda 0.95 --log-std-init -1  # 3726
 
 gymnasium resets an environment in the step after an episode's end (NEXT_STEP). The script neither counts that step nor
-trains on it. But it keeps the episode's last observation, to compute the return of a truncated episode with its value.
+trains on it. But it keeps the episode's last observation. Difference 3 below says what for.
 Returns are sums of the environment's own rewards. Each logged number is a mean since the previous log.
 
 Differs from the paper:

@@ -24,7 +24,7 @@ usually fall. What counts is how far chosen lies above rejected.
 
 Differs from the paper:
  1. AdamW without weight decay instead of RMSprop, a cosine schedule, the gradient's norm clipped to 1, no dropout.
- 2. A batch never mixes two epochs. Pairs that are left at the end of an epoch and fill no batch are not used in it.
+ 2. A batch never mixes two epochs. Pairs that are left over at its end, too few for a batch, are skipped.
 """
 
 import json

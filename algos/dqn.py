@@ -91,7 +91,7 @@ class Args:
     gamma: float = 0.98  # Discount factor γ.
     loss: Literal["mse", "huber"] = "mse"  # mse: squared error (DQN Eq. 2); huber: linear beyond ±1 (Nature).
     buffer_size: int = 20_000  # Rows of the replay buffer: one per step, and one more for each final observation.
-    target_every: int = 500  # Environment steps between copies of the network to θ⁻ (Nature Algorithm 1).
+    target_every: int = 500  # Copy the network to θ⁻ after so many environment steps (Nature Algorithm 1).
     epsilon_end: float = 0.01  # Share ε of random actions at the end; it starts at 1.
     exploration_fraction: float = 0.04  # Share of total_timesteps in which ε falls linearly.
 

@@ -18,7 +18,7 @@ arXiv 2402.14740 (RLOO); Schulman et al. 2017, arXiv 1707.06347 (PPO).
         --reward-model my_rewards.py:exact_answer --chat-template-kwargs '{"enable_thinking": false}' --kl-coef 0.05 \\
         --response-length 256 --max-length 1024 --total-episodes 100000 --batch-size 512 --bf16 --gradient-checkpointing
 
-Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
+Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is a function(prompts,
 completions, **other columns) -> list of numbers, as in TRL. Letters: B responses in a rollout, G in a group, b in a
 micro-batch, at most R tokens in a response, L tokens in the longest row, V words in the vocabulary, d width of a model.
 Logged: objective/kl is the sum of log π/π_ref over a response, objective/entropy that of -log π. objective/scores
@@ -26,10 +26,10 @@ includes the penalty for unfinished responses, eval/scores does not. frac_reward
 scores are all equal.
 Differs from the paper:
  1. π_ref stays the starting policy. Algorithm 1's outer loop, which renews π_ref and the reward model, is left out.
- 2. The KL term is multiplied by π/π_old (DeepSeek-V3.2, 2512.02556). Without it, the gradient is not that of the KL.
+ 2. The KL term is multiplied by π/π_old (DeepSeek-V3.2, 2512.02556). Only so is its gradient that of the KL.
  3. AdamW without weight decay, a learning rate that falls linearly to 0, the gradient's norm clipped to 1, no dropout.
  4. `--kl-in reward` subtracts the KL of a whole response from its score. With the KL in the loss, as in the paper, a
-    token answers for its own KL, but not for what it does to the KL of later tokens.
+    token is penalised for its own KL, but not for its effect on the KL of later tokens.
  5. `--scale-rewards group` is the paper's: advantages are divided by the std of their group, losses by the length of
     their response. `batch` divides advantages by the std of the rollout, `none` does not divide them (Dr. GRPO). Both
     divide losses by R.
@@ -82,7 +82,7 @@ class Args:
     dataset: str = str(ASSETS / "prompts")  # Data set: a hub id, folder, or jsonl, json, csv or parquet file.
     dataset_config: str = ""  # Configuration of a hub data set, where it has several.
     train_split: str = "train"  # Split to take prompts from; slices such as train[:95%] work.
-    eval_split: str = "auto"  # Prompts to evaluate on. auto: the split test or validation; '': the training split.
+    eval_split: str = "auto"  # Prompts to evaluate on. auto: a split test or validation; '': the training split.
     chat_template_kwargs: str = "{}"  # Arguments of the chat template, as a JSON object.
     total_episodes: int = 4096  # Responses to sample in all.
     max_length: int = 512  # Longest row in tokens. A prompt that leaves no room for a response is left out.
@@ -99,7 +99,7 @@ class Args:
     kl_in: Literal["loss", "reward"] = "loss"  # Where the penalty is: the loss, as in the paper, or the score (RLOO).
     group_size: int = 8  # Number G of responses to each prompt of a rollout.
     baseline: Literal["group", "leave-one-out"] = "group"  # Mean of the whole group, or of the other responses (RLOO).
-    scale_rewards: Literal["group", "batch", "none"] = "group"  # Std of advantages that is divided out, or none.
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # Divide advantages by the std of this, or by none.
     clip_coef: float = 0.2  # Clip range ε of the ratio (PPO Eq. 7).
     missing_eos_penalty: float = 1.0  # Taken off the score of a response without a stop token.
 

@@ -20,7 +20,7 @@ The number at the end of a command's comment is the mean return of the last 100 
         --num-minibatches 32 --learning-rate 3e-4 --ent-coef 0 --gamma 0.99 --log-std-init -1  # 4987
 
 gymnasium resets an environment in the step after an episode's end (NEXT_STEP). The script neither counts that step nor
-trains on it. But it keeps the episode's last observation, to compute the return of a truncated episode with its value.
+trains on it. But it keeps the episode's last observation. Difference 3 below says what for.
 Returns are sums of the environment's own rewards. Each logged number is a mean since the previous log.
 
 Differs from the paper:

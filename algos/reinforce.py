@@ -5,8 +5,8 @@
 # ///
 """REINFORCE: the policy gradient itself, from whole episodes (Williams 1992, Machine Learning 8).
 
-The gradient of the expected return needs no model of the environment: make each action more likely in proportion to the
-return that followed it (Sutton et al. 1999). Only a policy is learnt. There is no critic to lower the variance.
+The gradient of the expected return needs no model of the environment. It makes each action more likely in proportion to
+the return that followed it (Sutton et al. 1999). Only a policy is learnt. There is no critic to lower the variance.
 
 The number at the end of a command's comment is the mean return of the last 100 training episodes:
 

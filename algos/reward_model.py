@@ -22,7 +22,8 @@ token of a text is r(x, y).
 
 Differs from the paper:
  1. All pairs are shuffled. The paper keeps all comparisons of a prompt in one batch, against overfitting.
- 2. Preferences do not tell the mean of r: adding a constant changes none. --centering (arXiv 2312.09244) holds it at 0.
+ 2. Preferences leave the mean of r open: a constant added to r changes no preference. --centering (arXiv 2312.09244)
+    keeps the mean near 0.
  3. AdamW without weight decay, a cosine schedule, the gradient's norm clipped to 1, no dropout.
 """
 

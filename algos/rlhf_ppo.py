@@ -3,7 +3,7 @@
 # dependencies = ["accelerate~=1.15.0", "datasets~=5.2.0", "peft~=0.21.2", "tensorboard~=2.21.0", "torch~=2.13.0",
 # "tqdm~=4.70.1", "transformers~=5.23.0", "tyro~=1.0.17"]
 # ///
-"""RLHF by PPO: train a language model to write texts that a reward model scores highly, but keep it near its start.
+"""RLHF by PPO: train a language model to write what a reward model scores highly, without going far from its start.
 
 The last of RLHF's three steps. The policy π answers prompts. Each response y earns r(x, y) - β·log π(y|x)/π_ref(y|x),
 and PPO raises the mean of this. The best policy is known: π* ∝ π_ref·exp(r/β). A smaller β trusts the score more.
@@ -16,7 +16,7 @@ arXiv 1707.06347 (PPO); Schulman et al. 2015, arXiv 1506.02438 (GAE).
     accelerate launch algos/rlhf_ppo.py --model my-sft-model --reward-model my-reward-model --dataset trl-lib/tldr \\
         --kl-coef 0.05 --total-episodes 100000 --batch-size 512 --micro-batch-size 16 --bf16 --gradient-checkpointing
 
-Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is function(prompts,
+Data: a column `prompt` of texts or lists of {"role", "content"} messages. A reward in Python is a function(prompts,
 completions, **other columns) -> list of numbers, as in TRL. With such a reward, the critic starts from the policy.
 A state is a prompt with the response so far, an action is the next token. Letters: B responses in a rollout, b in a
 micro-batch, at most R tokens in a response, L tokens in the longest row, V words in the vocabulary, d width of a model.
@@ -27,8 +27,8 @@ Differs from the papers:
  1. Policy and critic are two models, as in InstructGPT, and both learning rates fall linearly to 0.
  2. No dropout, so that π and π_old are equal before the first step. β is constant; Ziegler's section 2.2 adapts it.
  3. A response without a stop token keeps its score, minus a penalty. Ziegler gives it a fixed reward of -1.
- 4. Advantages are normalised over the rollout. The gradient's norm is clipped to 1. A value's distance from its old
-    value is clipped to clip-coef.
+ 4. Advantages are normalised over the rollout. The gradient's norm is clipped to 1. The critic's change of a value is
+    clipped to clip-coef.
  5. InstructGPT's "PPO-ptx" also adds gradients of a pretraining loss. This script does not.
 """
 

@@ -154,7 +154,7 @@ def test_what_grpo_reaches_with_the_kl_in_the_score_is_recorded():
 
 
 def test_what_it_says_of_a_real_model_is_recorded():
-    (said,) = re.findall(r"Training SmolLM2-135M-Instruct [^|]*", " ".join(README.split()))
+    (said,) = re.findall(r"grpo takes SmolLM2-135M-Instruct [^|]*", " ".join(README.split()))
     shares = dict(zip(("grpo-sums", "sft-extraction"), re.findall(r"from (\d+) to (\d+) %", said), strict=True))
     for name, (before, after) in shares.items():
         (spec,) = [spec for spec in specs.SPECS if spec.name == name]
