@@ -13,15 +13,15 @@ Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (t
 The number at the end of a command's comment is the mean return of the last 100 training episodes:
 
     python algos/dqn.py                                           # CartPole-v1, which the defaults are made for: 500
-    python algos/dqn.py --env-id LunarLander-v3 --buffer-size 100000 --train-every 4 --target-every 1000 \\
+    python algos/dqn.py --env-id LunarLander-v3 --num-envs 20 --buffer-size 100000 --target-every 1000 --no-anneal-lr \\
         --learning-rate 6.3e-4 --loss huber --max-grad-norm 10 --gamma 0.99 --learning-starts 10000 \\
         --epsilon-end 0.05 --exploration-fraction 0.5  # 231
-    python algos/dqn.py --env-id MountainCar-v0 --env-kwargs '{"max_episode_steps": 1000}' --num-envs 16 \\
-        --train-every 4 --buffer-size 100000 --learning-rate 1e-3 --target-every 600 --gamma 0.99 \\
-        --epsilon-end 0.05 --exploration-fraction 0.5 --max-grad-norm 0  # -135
-    python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 8 --train-every 4 --batch-size 32 \\
-        --buffer-size 1000000 --learning-starts 80000 --target-every 1000 --gamma 0.99 --exploration-fraction 0.1 \\
-        --max-grad-norm 0 --save-every 2000000  # 7 GB of memory, 14 of disk
+    python algos/dqn.py --env-id MountainCar-v0 --env-kwargs '{"max_episode_steps": 1000}' --buffer-size 100000 \\
+        --learning-rate 1e-3 --no-anneal-lr --target-every 600 --gamma 0.99 --epsilon-end 0.05 \\
+        --exploration-fraction 0.5  # -135
+    python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 8 --batch-size 32 --gamma 0.99 \\
+        --learning-rate 1e-4 --no-anneal-lr --buffer-size 1000000 --learning-starts 80000 --target-every 1000 \\
+        --exploration-fraction 0.1 --save-every 2000000  # 7 GB of memory, 14 of disk
 
 gymnasium resets an environment in the step after an episode's end (NEXT_STEP). The script neither counts that step nor
 trains on it. Returns are sums of the environment's own rewards. Each logged number is a mean since the previous log;
@@ -82,18 +82,19 @@ class Args:
     env_id: str = "CartPole-v1"  # Environment as gymnasium names it; my_module:Name-v0 imports my_module first.
     env_kwargs: str = "{}"  # Arguments for gymnasium.make_vec and the environment, as a JSON object.
     total_timesteps: int = 500_000  # Environment steps to train for.
-    num_envs: int = 20  # Number N of environments that are stepped side by side.
-    learning_rate: float = 1e-4  # Learning rate of Adam.
+    num_envs: int = 16  # Number N of environments that are stepped side by side.
+    learning_rate: float = 6e-4  # Learning rate of Adam at the start.
+    anneal_lr: bool = True  # Let the learning rate fall linearly to 0.
     max_grad_norm: float = 0.0  # Clip the norm of the gradient to this; 0 does not clip.
     batch_size: int = 128  # Number B of steps in a minibatch.
-    train_every: int = 5  # Environment steps between two updates, each on one minibatch.
+    train_every: int = 4  # Environment steps between two updates, each on one minibatch.
     learning_starts: int = 1_000  # Environment steps before the first minibatch.
-    gamma: float = 0.98  # Discount factor γ.
+    gamma: float = 0.995  # Discount factor γ.
     loss: Literal["mse", "huber"] = "mse"  # mse: squared error (DQN Eq. 2); huber: linear beyond ±1 (Nature).
     buffer_size: int = 20_000  # Rows of the replay buffer: one per step, and one more for each final observation.
-    target_every: int = 500  # Copy the network to θ⁻ after so many environment steps (Nature Algorithm 1).
+    target_every: int = 100  # Copy the network to θ⁻ after so many environment steps (Nature Algorithm 1).
     epsilon_end: float = 0.01  # Share ε of random actions at the end; it starts at 1.
-    exploration_fraction: float = 0.04  # Share of total_timesteps in which ε falls linearly.
+    exploration_fraction: float = 0.02  # Share of total_timesteps in which ε falls linearly.
 
     def __post_init__(self) -> None:
         if type(json.loads(self.env_kwargs)) is not dict:
@@ -243,10 +244,10 @@ def td_target(rewards: Tensor, next_q: Tensor, terminated: Tensor, gamma: float)
 
 
 def td_loss(values: Tensor, targets: Tensor, kind: str) -> Tensor:
-    """(y - Q(s, a))² (DQN Eq. 2), or huber: half of it up to an error of 1, linear beyond (Nature, Methods); (B,)."""
+    """Mean of (y - Q(s, a))² (DQN Eq. 2), or huber: of half of it, but linear beyond errors of ±1 (Nature, Methods)."""
     assert values.shape == targets.shape and values.ndim == 1, (values.shape, targets.shape)
     loss = nn.functional.huber_loss if kind == "huber" else nn.functional.mse_loss
-    return loss(values, targets, reduction="none")
+    return loss(values, targets)
 
 
 # --- environments ---
@@ -471,7 +472,8 @@ def main(args: Args, saved: dict | None = None) -> None:
         except RuntimeError as error:
             message = f"--resume: --buffer-size and the spaces of {args.env_id} must be those of the run"
             raise SystemExit(message) from error
-        optimizer.param_groups[0]["lr"] = args.learning_rate
+        if args.anneal_lr:
+            print(f"the learning rate goes on as in a run of {args.total_timesteps} steps, at whose end it is 0")
         epsilon = epsilon_at(step, args.epsilon_end, exploration_steps)
         print(f"epsilon goes on at {epsilon:.3f}: --exploration-fraction is a share of --total-timesteps")
         if args.seed == saved["args"]["seed"]:
@@ -519,17 +521,21 @@ def main(args: Args, saved: dict | None = None) -> None:
         rows = buffer.sample((updates - updates_before) * args.batch_size)  # of all K minibatches at once, (K·B,)
         b_obs = tensor(buffer.observations(rows))  # (K·B, *obs)
         b_next_obs = tensor(buffer.observations(rows + args.num_envs))
-        b_actions = tensor(buffer.actions[rows])  # (K·B,)
-        b_rewards = tensor(buffer.rewards[rows])
+        b_actions = tensor(buffer.actions[rows]).unsqueeze(-1)  # (K·B, 1)
+        b_rewards = tensor(buffer.rewards[rows])  # (K·B,)
         b_terminated = tensor(buffer.terminated[rows])
         with torch.no_grad():
             b_targets = td_target(b_rewards, target_network(b_next_obs), b_terminated, args.gamma)  # (K·B,)
 
         # ===== update =====
+        learning_rate = args.learning_rate
+        if args.anneal_lr:
+            learning_rate *= 1 - step_before / args.total_timesteps
+        optimizer.param_groups[0]["lr"] = learning_rate
         for start in range(0, len(b_targets), args.batch_size):
             mb = slice(start, start + args.batch_size)
-            values = agent(b_obs[mb]).gather(-1, b_actions[mb, None]).squeeze(-1)  # (B,)
-            loss = td_loss(values, b_targets[mb], args.loss).mean()
+            values = agent(b_obs[mb]).gather(-1, b_actions[mb]).squeeze(-1)  # (B,)
+            loss = td_loss(values, b_targets[mb], args.loss)
             optimizer.zero_grad()
             loss.backward()
             if args.max_grad_norm > 0:
@@ -555,6 +561,7 @@ def main(args: Args, saved: dict | None = None) -> None:
                 bar.set_postfix_str(f"return {np.mean(episode_returns):.1f}", refresh=False)
             metrics["charts/SPS"] = [(step - bar.initial) / bar.format_dict["elapsed"]]
             metrics["charts/epsilon"] = [epsilon]
+            metrics["charts/learning_rate"] = [learning_rate]
             for name, entries in metrics.items():
                 writer.add_scalar(name, sum(map(float, entries)) / len(entries), step)
             metrics.clear()

@@ -455,8 +455,7 @@ def test_every_flag_given_on_resume_counts_or_is_refused_and_args_json_says_what
 
 @scripts
 def test_a_learning_rate_given_on_resume_is_the_optimisers(once, script):
-    constant = [] if script == "dqn" else ["--no-anneal-lr"]
-    resume(script, once(script, HALF), "run", "--learning-rate", 0.125, *constant)
+    resume(script, once(script, HALF), "run", "--learning-rate", 0.125, "--no-anneal-lr")
     assert load("run")["optimizer"]["param_groups"][0]["lr"] == 0.125
 
 
@@ -474,7 +473,7 @@ def test_steps_per_second_of_a_resumed_run_are_its_own(once, script, monkeypatch
     assert speed == pytest.approx((last - load(once(script, HALF))["step"]) / 2)
 
 
-@policy_gradients
+@scripts
 def test_the_learning_rate_falls_over_the_steps_of_a_run_and_its_resumption_together(once, script):
     done = load(once(script, HALF))["step"]
     resume(script, once(script, HALF), "run", "--anneal-lr", "--total-timesteps", done + 1)
@@ -685,9 +684,9 @@ def test_a_gpu_that_is_not_there_is_refused(script, monkeypatch, capsys):
     assert "--device cuda: PyTorch finds no GPU" in capsys.readouterr().err
 
 
-@policy_gradients
+@scripts
 def test_a_resumed_run_says_for_how_many_steps_its_learning_rate_falls(once, script, capsys):
-    anneal = [] if script == "ppo" else ["--anneal-lr"]
+    anneal = [] if script in ("ppo", "dqn") else ["--anneal-lr"]
     resume(script, once(script, HALF), "longer", *anneal, "--total-timesteps", WHOLE)
     said = f"the learning rate goes on as in a run of {WHOLE} steps, at whose end it is 0"
     assert said in capsys.readouterr().out

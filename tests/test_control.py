@@ -592,7 +592,7 @@ def test_rewards_are_divided_by_the_deviation_of_returns_and_clipped_to_10(
     torch.testing.assert_close(gae[0].rewards, expected, rtol=1e-4, atol=0)
 
 
-@policy_gradients
+@all_scripts
 def test_the_last_learning_rate_is_that_of_the_last_update(script, tmp_path):
     flags = {"total_timesteps": 400, "learning_rate": 0.1, "anneal_lr": True}
     saved = torch.load(train(script, tmp_path, "Probe-v0", **flags) / "checkpoint.pt", weights_only=True)
