@@ -16,7 +16,7 @@ LINES = {  # at most, header and docstring included
     "q_learning": 405,
     "reinforce": 545,
     "a2c": 580,
-    "dqn": 590,
+    "dqn": 595,
     "ppo": 615,
     "sft": 765,
     "reward_model": 785,
