@@ -13,15 +13,15 @@ Papers: Mnih et al. 2013, arXiv 1312.5602 (DQN); Mnih et al. 2015, Nature 518 (t
 The number at the end of a command's comment is the mean return of the last 100 training episodes:
 
     python algos/dqn.py                                           # CartPole-v1, which the defaults are made for: 500
-    python algos/dqn.py --env-id LunarLander-v3 --num-envs 20 --buffer-size 100000 --target-every 1000 --no-anneal-lr \\
-        --learning-rate 6.3e-4 --loss huber --max-grad-norm 10 --gamma 0.99 --learning-starts 10000 \\
+    python algos/dqn.py --env-id LunarLander-v3 --buffer-size 100000 --train-every 4 --target-every 1000 \\
+        --learning-rate 6.3e-4 --no-anneal-lr --loss huber --max-grad-norm 10 --gamma 0.99 --learning-starts 10000 \\
         --epsilon-end 0.05 --exploration-fraction 0.5  # 231
-    python algos/dqn.py --env-id MountainCar-v0 --env-kwargs '{"max_episode_steps": 1000}' --buffer-size 100000 \\
-        --learning-rate 1e-3 --no-anneal-lr --target-every 600 --gamma 0.99 --epsilon-end 0.05 \\
-        --exploration-fraction 0.5  # -135
-    python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 8 --batch-size 32 --gamma 0.99 \\
+    python algos/dqn.py --env-id MountainCar-v0 --env-kwargs '{"max_episode_steps": 1000}' --num-envs 16 \\
+        --train-every 4 --buffer-size 100000 --learning-rate 1e-3 --no-anneal-lr --target-every 600 --gamma 0.99 \\
+        --epsilon-end 0.05 --exploration-fraction 0.5  # -135
+    python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 8 --train-every 4 --batch-size 32 \\
         --learning-rate 1e-4 --no-anneal-lr --buffer-size 1000000 --learning-starts 80000 --target-every 1000 \\
-        --exploration-fraction 0.1 --save-every 2000000  # 7 GB of memory, 14 of disk
+        --gamma 0.99 --exploration-fraction 0.1 --save-every 2000000  # 7 GB of memory, 14 of disk
 
 gymnasium resets an environment in the step after an episode's end (NEXT_STEP). The script neither counts that step nor
 trains on it. Returns are sums of the environment's own rewards. Each logged number is a mean since the previous log;
@@ -82,17 +82,17 @@ class Args:
     env_id: str = "CartPole-v1"  # Environment as gymnasium names it; my_module:Name-v0 imports my_module first.
     env_kwargs: str = "{}"  # Arguments for gymnasium.make_vec and the environment, as a JSON object.
     total_timesteps: int = 500_000  # Environment steps to train for.
-    num_envs: int = 16  # Number N of environments that are stepped side by side.
-    learning_rate: float = 6e-4  # Learning rate of Adam at the start.
+    num_envs: int = 20  # Number N of environments that are stepped side by side.
+    learning_rate: float = 5e-4  # Learning rate of Adam at the start.
     anneal_lr: bool = True  # Let the learning rate fall linearly to 0.
     max_grad_norm: float = 0.0  # Clip the norm of the gradient to this; 0 does not clip.
     batch_size: int = 128  # Number B of steps in a minibatch.
-    train_every: int = 4  # Environment steps between two updates, each on one minibatch.
+    train_every: int = 5  # Environment steps between two updates, each on one minibatch.
     learning_starts: int = 1_000  # Environment steps before the first minibatch.
     gamma: float = 0.995  # Discount factor γ.
     loss: Literal["mse", "huber"] = "mse"  # mse: squared error (DQN Eq. 2); huber: linear beyond ±1 (Nature).
     buffer_size: int = 20_000  # Rows of the replay buffer: one per step, and one more for each final observation.
-    target_every: int = 100  # Copy the network to θ⁻ after so many environment steps (Nature Algorithm 1).
+    target_every: int = 500  # Copy the network to θ⁻ after so many environment steps (Nature Algorithm 1).
     epsilon_end: float = 0.01  # Share ε of random actions at the end; it starts at 1.
     exploration_fraction: float = 0.02  # Share of total_timesteps in which ε falls linearly.
 

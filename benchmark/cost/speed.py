@@ -59,18 +59,18 @@ SETTINGS = {
     },
     "a2c": {"num_envs": 16, "log_interval": 12, "model": {"learning_rate": 1e-3}},
     "dqn": {
-        "num_envs": 16,
+        "num_envs": 20,
         "log_interval": 20,  # episodes
         "model": {
-            "learning_rate": 6e-4,
+            "learning_rate": 5e-4,
             "gamma": 0.995,
             "max_grad_norm": 1e9,  # which clips nothing
             "buffer_size": 20_000,
             "learning_starts": 1_000,
             "batch_size": 128,
-            "train_freq": 1,  # of each environment: one minibatch per 4 steps
+            "train_freq": 1,  # of each environment: one minibatch per 5 steps
             "gradient_steps": 4,
-            "target_update_interval": 100,
+            "target_update_interval": 500,
             "exploration_fraction": 0.02,
             "exploration_final_eps": 0.01,
             "policy_kwargs": {"net_arch": [120, 84]},
