@@ -1,7 +1,7 @@
 """The regression benchmark: runs the scripts of algos/ and holds their learning curves against references.
 
     python benchmark/run.py list                       # what there is to run
-    python benchmark/run.py run                        # quick tier: all ten scripts in about 14 minutes
+    python benchmark/run.py run                        # quick tier: all ten scripts in about 10 minutes
     python benchmark/run.py run --tier full            # more seeds and tasks, but not MuJoCo, Atari, the real model
     python benchmark/run.py run 'ppo-*' --seeds 10     # some specs, with more seeds
     python benchmark/run.py check --tier full          # the answers alone, from the runs that there are
