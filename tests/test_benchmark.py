@@ -427,8 +427,8 @@ def test_the_minutes_of_the_quick_tier_are_one_number_everywhere():
     texts = [REPO / "README.md", REPO / "benchmark" / "README.md", REPO / "benchmark" / "run.py"]
     said = [re.findall(r"all ten scripts in (?:about )?(\d+)\s+minutes", path.read_text()) for path in texts]
     assert not missing
-    assert said == [["14"]] * 3
-    assert minutes == pytest.approx(14, abs=1.5)
+    assert said == [["10"]] * 3
+    assert minutes == pytest.approx(10, abs=1.5)
 
 
 def test_curves_that_are_logged_seldom_have_a_point_where_something_was_logged():
