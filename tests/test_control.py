@@ -406,6 +406,16 @@ def last_layer(network):
     return last
 
 
+@policy_gradients
+def test_the_networks_on_vectors_have_two_hidden_layers_of_64_with_tanh(script):
+    agent = agent_of(script, Box(-1, 1, (5,)), Discrete(3))
+    networks = [(agent.actor, 3)] if script == "reinforce" else [(agent.actor, 3), (agent.critic, 1)]
+    for network, outputs in networks:
+        sizes = [tuple(layer.weight.shape) for layer in network if isinstance(layer, torch.nn.Linear)]
+        assert sizes == [(64, 5), (64, 64), (outputs, 64)]
+        assert [type(layer).__name__ for layer in network] == ["Linear", "Tanh", "Linear", "Tanh", "Linear"]
+
+
 class Own(torch.nn.Module):
     """A network of a user, which is no list of layers."""
 
