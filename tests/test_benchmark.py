@@ -459,6 +459,7 @@ def test_published_numbers_are_compared_with_like_ones_only_at_as_many_steps():
     assert unlike["ppo-HalfCheetah-v5"]["CleanRL's docs", "HalfCheetah-v4"] == "another version"
     assert set(unlike["dqn-MountainCar-v0"].values()) == {"another time limit"}
     assert unlike["ppo-Pong"]["SLM-Lab", "ALE/Pong-v5 (sticky 0.25)"] == "another version"
+    assert unlike["dqn-LunarLander-v3-200k"] == unlike["dqn-LunarLander-v3"] != {}
     assert unlike["sft-reviews"] == {}
 
     (measure,) = specs.returns(0)

@@ -93,10 +93,10 @@ def published(spec: Spec, trained: int) -> list[Published]:
         for row in collection["rows"]:
             if row["script"].split("_")[0] != spec.script:
                 continue
-            if family(row["env"]) != family(spec.task):
+            if family(row["env"]) != family(spec.environment):
                 continue
             steps = row.get("steps")
-            unlike = "" if row["env"] in (spec.task, f"{spec.task}NoFrameskip-v4") else "another version"
+            unlike = "" if row["env"] in (spec.environment, f"{spec.environment}NoFrameskip-v4") else "another version"
             unlike = unlike or "another time limit" * ("--env-kwargs" in spec.flags)
             unlike = unlike or "evaluation of one tuned agent" * (not collection["training"])
             unlike = unlike or "longer training" * ((steps or 0) > trained)

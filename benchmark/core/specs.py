@@ -71,6 +71,11 @@ class Spec:
         return f"{self.script}-{self.task}"
 
     @property
+    def environment(self) -> str:
+        """The task without the number of steps that a shorter run has behind it, such as -200k."""
+        return re.sub(r"-\d+k$", "", self.task)
+
+    @property
     def language(self) -> bool:
         """Whether it is a script on text, which reads the assets."""
         return self.script in ("sft", "reward_model", "dpo", "rlhf_ppo", "grpo")
@@ -191,8 +196,8 @@ def judged(name: str, start: float, best: float | None = None) -> Measure:
     return Measure("evaluation/after", name, margin=0.25, start=start, optimum=optimum)
 
 
-PPO_MUJOCO = ("--num-envs", "1", "--num-steps", "2048", "--num-minibatches", "32", "--num-epochs", "10",
-              "--learning-rate", "3e-4", "--ent-coef", "0", "--gamma", "0.99")  # fmt: skip
+PPO_MUJOCO = ("--num-minibatches", "32", "--num-epochs", "10", "--learning-rate", "3e-4", "--ent-coef", "0",
+              "--gamma", "0.99")  # fmt: skip
 KL_IN_REWARD = ("--kl-in", "reward", "--scale-rewards", "batch", "--learning-rate", "2e-4")
 CARTPOLE = {"task": "CartPole-v1", "flags": CONTROL, "measures": returns(22, optimum=500.0)}
 DQN_EXPLORES = ("--gamma", "0.99", "--learning-starts", "10000", "--epsilon-end", "0.05",
@@ -207,7 +212,7 @@ SPECS = (
     Spec("dqn", seeds={"full": 5}, minutes=1.5, peer="cleanrl_dqn_Acrobot-v1.json",
          **ACROBOT | {"flags": (*ACROBOT["flags"], "--learning-rate", "2.5e-4", "--no-anneal-lr", "--train-every", "10",
                                 "--buffer-size", "10000", *DQN_EXPLORES)}),
-    Spec("reinforce", seeds={"full": 5}, minutes=2,
+    Spec("reinforce", seeds={"full": 5}, minutes=1,
          **ACROBOT | {"flags": (*ACROBOT["flags"], "--learning-rate", "5e-3", "--gamma", "0.95")}),
     Spec("a2c", seeds={"full": 5}, minutes=1, peer="sb3_a2c_Acrobot-v1.json",
          **ACROBOT | {"flags": (*ACROBOT["flags"], "--ent-coef", "0.01")}),
@@ -219,10 +224,15 @@ SPECS = (
          (*mujoco("HalfCheetah-v5"), "--num-envs", "16", "--num-steps", "16", "--learning-rate", "2e-3", "--anneal-lr",
           "--gae-lambda", "0.95", "--log-std-init", "-1")),
     Spec("ppo", "HalfCheetah-v5", {"mujoco": 3}, 10, returns(-270, margin=0.3),
-         (*mujoco("HalfCheetah-v5"), "--num-envs", "64", "--num-steps", "32", "--num-minibatches", "32", "--num-epochs", "10",
-          "--learning-rate", "3e-4", "--ent-coef", "0", "--gamma", "0.99", "--log-std-init", "-1")),
-    Spec("ppo", "Hopper-v5", {"mujoco": 3}, 20, returns(18, margin=0.3), (*mujoco("Hopper-v5"), *PPO_MUJOCO)),
-    Spec("ppo", "Walker2d-v5", {"mujoco": 3}, 20, returns(2, margin=0.3), (*mujoco("Walker2d-v5"), *PPO_MUJOCO)),
+         (*mujoco("HalfCheetah-v5"), "--num-envs", "64", "--num-steps", "32", *PPO_MUJOCO, "--log-std-init", "-1"),
+         peer="sb3_ppo_HalfCheetah-v5.json"),
+    Spec("ppo", "Hopper-v5", {"mujoco": 3}, 20, returns(18, margin=0.3),
+         (*mujoco("Hopper-v5"), "--num-envs", "1", "--num-steps", "2048", *PPO_MUJOCO)),
+    Spec("ppo", "Walker2d-v5", {"mujoco": 3}, 20, returns(2, margin=0.3),
+         (*mujoco("Walker2d-v5"), "--num-envs", "1", "--num-steps", "2048", *PPO_MUJOCO)),
+    Spec("ppo", "Ant-v5", {"mujoco": 3}, 9, returns(-59, margin=0.3),
+         (*mujoco("Ant-v5"), "--env-kwargs", '{"include_cfrc_ext_in_observation": false}', "--num-envs", "64",
+          "--num-steps", "32", *PPO_MUJOCO, "--log-std-init", "-1")),
     Spec("ppo", "LunarLander-v3", {"full": 5}, 1.5, returns(-185),
          (*CONTROL, "--env-id", "LunarLander-v3", "--normalize", "--total-timesteps", "300000", "--num-envs", "8",
           "--num-steps", "256", "--num-minibatches", "16", "--num-epochs", "10", "--learning-rate", "3e-4",
@@ -244,6 +254,10 @@ SPECS = (
           "--target-every", "1000", "--learning-rate", "6.3e-4", "--no-anneal-lr", "--loss", "huber",
           "--max-grad-norm", "10", *DQN_EXPLORES),
          peer="sb3_dqn_LunarLander-v3.json"),
+    Spec("dqn", "LunarLander-v3-200k", {"full": 5}, 3, returns(-185),
+         (*CONTROL, "--env-id", "LunarLander-v3", "--total-timesteps", "200000", "--num-envs", "4", "--train-every", "1",
+          "--target-every", "250", "--learning-rate", "6.3e-4", "--loss", "huber", "--max-grad-norm", "10",
+          "--gamma", "0.99", "--buffer-size", "50000", "--epsilon-end", "0.05", "--exploration-fraction", "0.2")),
     Spec("dqn", "MountainCar-v0", {"full": 5}, 1, returns(-1000),
          (*CONTROL, "--env-id", "MountainCar-v0", "--env-kwargs", '{"max_episode_steps": 1000}',
           "--num-envs", "16", "--train-every", "4", "--buffer-size", "100000", "--learning-rate", "1e-3",
@@ -253,7 +267,7 @@ SPECS = (
           Measure("charts/q_error", "mean of |Q − Q*|", higher=False, margin=1.5, optimum=lambda: 0.0),
           Measure("charts/regret", "regret of the greedy policy", higher=False, optimum=lambda: 0.0))),
     Spec("sft", "reviews", {"quick": 1, "full": 5}, 3, SFT, (*CPU, "--eval-every", "125")),
-    Spec("reward_model", "preferences", {"quick": 1, "full": 5}, 3, REWARD, (*CPU, "--eval-every", "75"),
+    Spec("reward_model", "preferences", {"quick": 1, "full": 5}, 1.5, REWARD, (*CPU, "--eval-every", "75"),
          peer="trl_reward_model_preferences.json"),
     Spec("dpo", "preferences", {"quick": 1, "full": 5}, 3, DPO, (*CPU, "--eval-every", "25"),
          peer="trl_dpo_preferences.json",
@@ -262,7 +276,7 @@ SPECS = (
          evaluation=EVALUATE),
     Spec("rlhf_ppo", "true-reward", {"full": 3}, 12, TRUE_REWARD,
          (*CPU, "--reward-model", f"{BENCHMARK}/world/true_reward.py:reward", "--total-episodes", "16384"), evaluation=EVALUATE),
-    Spec("grpo", "prompts", {"quick": 1, "full": 5}, 3, GRPO, (*CPU, "--save-every", "8"), peer="trl_grpo_prompts.json",
+    Spec("grpo", "prompts", {"quick": 1, "full": 5}, 1.5, GRPO, (*CPU, "--save-every", "8"), peer="trl_grpo_prompts.json",
          evaluation=EVALUATE),
     Spec("grpo", "kl-in-reward", {"full": 5}, 2, GRPO,
          (*CPU, "--save-every", "8", *KL_IN_REWARD), evaluation=EVALUATE),

@@ -9,7 +9,7 @@
 the reference. TRL's "ipo" takes the mean log-probability per token where dpo.py takes the sum: given means, dpo.py's
 function must return TRL's loss. TRL's "sigmoid" knows no label smoothing.
 `train` and `speed` give TRL dpo.py's defaults for data, start and hyperparameters; --lr, --epochs and so on change them.
-Both read a whole batch at once (dpo.py with a --micro-batch-size of --batch-size).
+TRL reads a whole batch at once, dpo.py its own micro-batches.
 """
 
 import argparse
@@ -158,8 +158,8 @@ def ours_seconds(args: argparse.Namespace, number: int) -> float:
     dpo.tqdm, transformers.GenerationMixin.generate = Bar, lambda self, ids, **_: ids
     with tempfile.TemporaryDirectory() as out:
         flags = {"model": args.model, "dataset": args.dataset, "train_split": args.split, "eval_split": ""}
-        sizes = {"batch_size": args.batch_size, "micro_batch_size": args.batch_size}  # TRL takes a batch in one pass
-        dpo.main(dpo.Args(**flags, **sizes, learning_rate=args.learning_rate, run_dir=f"{out}/run", device="cpu"))
+        flags |= {"batch_size": args.batch_size, "learning_rate": args.learning_rate}
+        dpo.main(dpo.Args(**flags, run_dir=f"{out}/run", device="cpu"))
         rates = EventAccumulator(f"{out}/run").Reload().Scalars("pairs_per_second")
     return spent[0] + number / rates[-1].value
 
