@@ -165,7 +165,8 @@ class Agent(nn.Module):
 
     def features(self, obs: Tensor) -> Tensor:
         """Observations (B, *obs) of any dtype to (B, features); images may have channels first, last or none."""
-        obs = obs / self.obs_scale
+        if self.obs_scale != 1:
+            obs = obs / self.obs_scale
         if not self.is_image:
             return self.obs_norm(obs.float())
         if obs.ndim == 3:
@@ -427,7 +428,8 @@ def main(args: Args, saved: dict | None = None) -> None:
     agent = Agent(obs_space, envs.single_action_space, args.normalize, args.log_std_init).to(device)
     if not agent.is_image:
         torch.set_num_threads(1)
-    optimizer = torch.optim.RMSprop(agent.parameters(), args.learning_rate, eps=1e-5, foreach=True)
+    parameters = list(agent.parameters())
+    optimizer = torch.optim.RMSprop(parameters, args.learning_rate, eps=1e-5, foreach=True)
     step = 0
     if saved:
         step = saved["step"]
@@ -483,9 +485,10 @@ def main(args: Args, saved: dict | None = None) -> None:
             actions[t] = action
             done[t] = np.maximum(terminated[t], truncated)
             mask[t] = prev_done == 0
-            discounted[t] = mask[t] * (rewards[t] + args.gamma * prev_discounted)  # 0 in the row after `done`
             prev_done = done[t]
-            prev_discounted = discounted[t]
+            if args.normalize:
+                discounted[t] = mask[t] * (rewards[t] + args.gamma * prev_discounted)  # 0 in the row after `done`
+                prev_discounted = discounted[t]
             if done[t].any():
                 metrics["charts/episodic_return"].extend(info["episode_statistics"]["r"][done[t] > 0])
                 metrics["charts/episodic_length"].extend(info["episode_statistics"]["l"][done[t] > 0])
@@ -493,14 +496,14 @@ def main(args: Args, saved: dict | None = None) -> None:
         # ===== compute targets =====
         b_obs = tensor(obs).flatten(0, 1)  # ((T + 1)·N, *obs)
         b_actions = tensor(actions).flatten(0, 1)  # ((T + 1)·N, *action)
-        is_step = tensor(mask).flatten()  # (T·N,)
+        steps = tensor(np.flatnonzero(mask))  # (S,): rows of (T·N,) that are steps
         step_before = step
-        step += int(mask.sum())
+        step += len(steps)
         b_rewards = tensor(rewards)  # (T, N)
         b_terminated = tensor(terminated)  # (T, N)
         b_done = tensor(done)  # (T, N)
         if args.normalize:
-            agent.return_norm.update(tensor(discounted).flatten()[is_step])
+            agent.return_norm.update(tensor(discounted).flatten()[steps])
             std = (agent.return_norm.var + 1e-8).sqrt()
             b_rewards = (b_rewards / std).clamp(-10, 10)
         logprobs, entropy, values = agent(b_obs, b_actions)  # ((T + 1)·N,)
@@ -509,12 +512,12 @@ def main(args: Args, saved: dict | None = None) -> None:
         next_values = all_values[1:]
         advantages = compute_gae(b_rewards, old_values, next_values, b_terminated, b_done, args.gamma, args.gae_lambda)
         returns = advantages + old_values
-        b_returns = returns.flatten()[is_step]  # (S,): from here on steps alone
-        b_advantages = advantages.flatten()[is_step]
-        b_obs = b_obs[:-N][is_step]
-        b_logprobs = logprobs[:-N][is_step]
-        b_values = values[:-N][is_step]
-        b_entropy = entropy[:-N][is_step]
+        b_returns = returns.flatten()[steps]  # (S,): from here on steps alone
+        b_advantages = advantages.flatten()[steps]
+        b_obs = b_obs[:-N][steps]
+        b_logprobs = logprobs[:-N][steps]
+        b_values = values[:-N][steps]
+        b_entropy = entropy[:-N][steps]
         # Advantages are returns less values, which is what the values do not explain.
         unexplained = b_advantages.var(correction=0) / (b_returns.var(correction=0) + 1e-8)
         metrics["losses/explained_variance"].append(1 - unexplained)
@@ -530,7 +533,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy
         optimizer.zero_grad()
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, 0.5)
         optimizer.step()
         losses = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy, "grad_norm": grad_norm}
         for name, value in losses.items():

@@ -139,7 +139,8 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Q (B, A) of observations (B, *obs) of any dtype; images may have channels first, last or none."""
-        obs = obs / self.obs_scale
+        if self.obs_scale != 1:
+            obs = obs / self.obs_scale
         if not self.is_image:
             return self.layers(obs.float())
         if obs.ndim == 3:

@@ -153,7 +153,8 @@ class Agent(nn.Module):
 
     def features(self, obs: Tensor) -> Tensor:
         """Observations (B, *obs) of any dtype to (B, features); images may have channels first, last or none."""
-        obs = obs / self.obs_scale
+        if self.obs_scale != 1:
+            obs = obs / self.obs_scale
         if not self.is_image:
             return self.obs_norm(obs.float())
         if obs.ndim == 3:
@@ -406,7 +407,8 @@ def main(args: Args, saved: dict | None = None) -> None:
     agent = Agent(obs_space, envs.single_action_space, args.normalize, args.log_std_init).to(device)
     if not agent.is_image:
         torch.set_num_threads(1)
-    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+    parameters = list(agent.parameters())
+    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
     step = 0
     if saved:
         step = saved["step"]
@@ -472,16 +474,16 @@ def main(args: Args, saved: dict | None = None) -> None:
         rows = t + 1
         b_obs = tensor(obs[:rows]).flatten(0, 1)  # ((t + 1)·N, *obs)
         b_actions = tensor(actions[:rows]).flatten(0, 1)  # ((t + 1)·N, *action)
-        is_step = tensor(mask[:rows]).flatten()  # ((t + 1)·N,)
+        steps = tensor(np.flatnonzero(mask[:rows]))  # (S,): rows of ((t + 1)·N,) that are steps
         step_before = step
-        step += int(mask[:rows].sum())
+        step += len(steps)
         b_rewards = tensor(rewards[:rows])  # (t + 1, N)
         b_done = tensor(done[:rows])  # (t + 1, N)
         returns = discounted_sum(b_rewards, args.gamma * (1 - b_done))  # G_t = r_t + γ·G_{t+1}
-        b_returns = returns.flatten()[is_step]  # (S,): from here on steps alone
+        b_returns = returns.flatten()[steps]  # (S,): from here on steps alone
         b_returns = (b_returns - b_returns.mean()) / (b_returns.std(correction=0) + 1e-8)
-        b_obs = b_obs[is_step]
-        b_actions = b_actions[is_step]
+        b_obs = b_obs[steps]
+        b_actions = b_actions[steps]
 
         # ===== update =====
         learning_rate = args.learning_rate
@@ -492,7 +494,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         loss = -(logprobs * b_returns).sum() / N  # its gradient: -1/N·Σ_i Σ_t ∇log π(a_t|s_t)·G_t, with G_t normalised
         optimizer.zero_grad()
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), np.inf)  # only measured
+        grad_norm = nn.utils.clip_grad_norm_(parameters, np.inf)  # only measured
         optimizer.step()
         losses = {"policy_loss": loss, "entropy": entropy.mean(), "grad_norm": grad_norm}
         for name, value in losses.items():

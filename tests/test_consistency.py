@@ -15,7 +15,7 @@ from helpers import ALGOS, REPO
 LINES = {  # at most, header and docstring included
     "q_learning": 405,
     "reinforce": 545,
-    "a2c": 580,
+    "a2c": 585,
     "dqn": 595,
     "ppo": 615,
     "sft": 765,
@@ -27,7 +27,7 @@ LINES = {  # at most, header and docstring included
 NODES = {  # of syntax in all, at most; and below, per statement, which says one thing
     "q_learning": 1490,
     "reinforce": 2230,
-    "a2c": 2400,
+    "a2c": 2410,
     "dqn": 2330,
     "ppo": 2540,
     "sft": 2920,
