@@ -553,8 +553,9 @@ def main(args: Args, saved: dict | None = None) -> None:
         for _ in range(args.num_epochs):
             for mb in torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches):  # (M,)
                 logprobs, entropy, values = agent(b_obs[mb], b_actions[mb])
-                mb_advantages = b_advantages[mb] - b_advantages[mb].mean()
-                mb_advantages = mb_advantages / (b_advantages[mb].std(correction=0) + 1e-8)
+                mb_advantages = b_advantages[mb]
+                mb_std = mb_advantages.std(correction=0)
+                mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_std + 1e-8)
                 log_ratio = logprobs - b_logprobs[mb]
                 pg_loss = policy_loss(log_ratio, mb_advantages, args.clip_coef)
                 v_loss = value_loss(values, b_returns[mb])
