@@ -139,7 +139,7 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Q (B, A) of observations (B, *obs) of any dtype; images may have channels first, last or none."""
-        if self.obs_scale != 1:
+        if self.obs_scale != 1:  # a division by 1 takes time too
             obs = obs / self.obs_scale
         if not self.is_image:
             return self.layers(obs.float())

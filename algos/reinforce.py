@@ -153,7 +153,7 @@ class Agent(nn.Module):
 
     def features(self, obs: Tensor) -> Tensor:
         """Observations (B, *obs) of any dtype to (B, features); images may have channels first, last or none."""
-        if self.obs_scale != 1:
+        if self.obs_scale != 1:  # a division by 1 takes time too
             obs = obs / self.obs_scale
         if not self.is_image:
             return self.obs_norm(obs.float())
