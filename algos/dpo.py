@@ -360,10 +360,10 @@ def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
     if prompt and chats[0][0]["role"] == "assistant":
         return prompt  # the chats are answers alone
     if prompt:
-        asked = said_by(prompt)
-        said = said_by(chats[0])
-        for end in range(len(asked), len(said) + 1):
-            if said[end - len(asked) : end] == asked:
+        prompt_said = said_by(prompt)
+        chat_said = said_by(chats[0])
+        for end in range(len(prompt_said), len(chat_said) + 1):
+            if chat_said[end - len(prompt_said) : end] == prompt_said:
                 return chats[0][:end]
         return prompt
     if len(chats) == 1:
@@ -425,14 +425,14 @@ def check_rendered(prompt: list[dict], answer: list[dict], text: str) -> None:
     shown = "".join(text.split())
     turns = [turn for turn in prompt if turn["role"] != "assistant"]
     for turn in turns + answer:
-        parts = [turn.get(key) or "" for key in ("content", "reasoning_content", "thinking")]
+        contents = [turn.get(key) or "" for key in ("content", "reasoning_content", "thinking")]
         for call in turn.get("tool_calls") or []:
-            parts.append(call.get("function", call)["name"])
-        for part in parts:
+            contents.append(call.get("function", call)["name"])
+        for content in contents:
             # A template may write the results of tools in its own way.
-            if turn["role"] not in ("tool", "ipython") and "".join(part.split()) not in shown:
+            if turn["role"] not in ("tool", "ipython") and "".join(content.split()) not in shown:
                 raise SystemExit(
-                    f"--dataset: the chat template leaves out a part of the turn {part!r} ({turn['role']})"
+                    f"--dataset: the chat template leaves out a part of the turn {content!r} ({turn['role']})"
                 )
 
 
@@ -527,20 +527,20 @@ def load_rows(
         if not question and not shared and columns == ["chosen", "rejected"]:
             raise SystemExit(f"{place}: chosen and rejected share no beginning, so they hold no prompt; "
                              f"rename the column that holds it to prompt: {data.column_names}")  # fmt: skip
-        whole = [end_once(tokenizer, ids, stops) for ids in completions]
-        completions = [ids[: max_length - len(prompt)] for ids in whole]
-        has_text = all(tokenizer.decode(ids[:-1]).strip() for ids in whole)
+        uncut = [end_once(tokenizer, ids, stops) for ids in completions]
+        completions = [ids[: max_length - len(prompt)] for ids in uncut]
+        has_text = all(tokenizer.decode(ids[:-1]).strip() for ids in uncut)
         if len(prompt) >= max_length:
             counts["are left out: the prompt alone fills --max-length"] += 1
         elif not has_text or completions.count(completions[0]) > 1:
             counts["are left out: an answer is empty, or both are the same"] += 1
         else:
             kept.append([prompt, *completions])
-            counts["are cut to --max-length, and so have no end"] += completions != whole
+            counts["are cut to --max-length, and so have no end"] += completions != uncut
             counts["hold words that --model does not know"] += any(unknown in ids for ids in kept[-1])
-    for label, count in counts.items():
-        if count:
-            say(f"split {split}: {count} of {len(data)} rows {label}")
+    for label, num_rows in counts.items():
+        if num_rows:
+            say(f"split {split}: {num_rows} of {len(data)} rows {label}")
     if counts["hold words that --model does not know"] > len(kept) / 2:
         raise SystemExit(f"--dataset {name}: most rows hold {tokenizer.unk_token}, a word that --model does not know")
     return kept
@@ -561,9 +561,9 @@ def micro_batches(rows: list[Any], indices: list[int], size: int) -> list[list[i
         prompt, *texts = rows[i]
         lengths[i] = len(prompt) + max(map(len, texts))
     indices = sorted(indices, key=lengths.get)
-    num_parts = max(1, len(indices) // size)
-    parts = torch.tensor(indices).tensor_split(num_parts)
-    return [part.tolist() for part in parts if len(part)]
+    num_chunks = max(1, len(indices) // size)
+    chunks = torch.tensor(indices).tensor_split(num_chunks)
+    return [chunk.tolist() for chunk in chunks if len(chunk)]
 
 
 def check_batches(args: Args, processes: int, num_rows: int, num_eval_rows: int) -> None:

@@ -418,11 +418,11 @@ def catch_signals() -> list[int]:
     return caught
 
 
-def save_checkpoint(run_dir: Path, args: Args, step: int, **parts: nn.Module) -> None:
+def save_checkpoint(run_dir: Path, args: Args, step: int, **components: nn.Module) -> None:
     """Write the state to another file first, so that a crash leaves the former checkpoint whole."""
     state = {"script": SCRIPT, "args": asdict(args), "step": step, "rng": torch.get_rng_state()}
-    for name, part in parts.items():
-        state[name] = part.state_dict()
+    for name, component in components.items():
+        state[name] = component.state_dict()
     temporary = run_dir / "checkpoint.tmp"
     try:
         with open(temporary, "wb") as file:  # given a path, torch does not say that the disk is full
@@ -460,7 +460,7 @@ def main(args: Args, saved: dict | None = None) -> None:
     is_stack = "ALE/" in args.env_id and agent.is_image
     stack = obs_space.shape[0] if is_stack else 1  # frames in an observation
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_space, stack)
-    parts = {"agent": agent, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
+    components = {"agent": agent, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
     exploration_steps = args.exploration_fraction * args.total_timesteps
     step = 0
     if saved:
@@ -468,8 +468,8 @@ def main(args: Args, saved: dict | None = None) -> None:
         if args.num_envs != saved["args"]["num_envs"]:
             raise SystemExit("--num-envs cannot change when a run is resumed: the replay buffer is made for it")
         try:
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
+            for name, component in components.items():
+                component.load_state_dict(saved[name])
         except RuntimeError as error:
             message = f"--resume: --buffer-size and the spaces of {args.env_id} must be those of the run"
             raise SystemExit(message) from error
@@ -492,7 +492,7 @@ def main(args: Args, saved: dict | None = None) -> None:
     if args.capture_video:
         make_video_envs(args.env_id, env_kwargs, run_dir / "videos").close()  # fails now rather than after training
     if not (run_dir / "checkpoint.pt").exists():
-        save_checkpoint(run_dir, args, step, **parts)
+        save_checkpoint(run_dir, args, step, **components)
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     writer.add_text("flags", f"```\n{json.dumps(asdict(args), indent=2)}\n```", step)
     metrics = defaultdict(list)
@@ -567,7 +567,7 @@ def main(args: Args, saved: dict | None = None) -> None:
                 writer.add_scalar(name, sum(map(float, entries)) / len(entries), step)
             metrics.clear()
         if save_now:
-            save_checkpoint(run_dir, args, step, **parts)
+            save_checkpoint(run_dir, args, step, **components)
         bar.update(step - step_before)
 
     # ===== evaluate =====

@@ -370,11 +370,11 @@ def catch_signals() -> list[int]:
     return caught
 
 
-def save_checkpoint(run_dir: Path, args: Args, step: int, **parts: nn.Module) -> None:
+def save_checkpoint(run_dir: Path, args: Args, step: int, **components: nn.Module) -> None:
     """Write the state to another file first, so that a crash leaves the former checkpoint whole."""
     state = {"script": SCRIPT, "args": asdict(args), "step": step, "rng": torch.get_rng_state()}
-    for name, part in parts.items():
-        state[name] = part.state_dict()
+    for name, component in components.items():
+        state[name] = component.state_dict()
     temporary = run_dir / "checkpoint.tmp"
     try:
         with open(temporary, "wb") as file:  # given a path, torch does not say that the disk is full

@@ -516,10 +516,10 @@ def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
     if prompt and chats[0][0]["role"] == "assistant":
         return prompt  # the chats are answers alone
     if prompt:
-        asked = said_by(prompt)
-        said = said_by(chats[0])
-        for end in range(len(asked), len(said) + 1):
-            if said[end - len(asked) : end] == asked:
+        prompt_said = said_by(prompt)
+        chat_said = said_by(chats[0])
+        for end in range(len(prompt_said), len(chat_said) + 1):
+            if chat_said[end - len(prompt_said) : end] == prompt_said:
                 return chats[0][:end]
         return prompt
     if len(chats) == 1:
@@ -546,14 +546,14 @@ def check_rendered(prompt: list[dict], answer: list[dict], text: str) -> None:
     shown = "".join(text.split())
     turns = [turn for turn in prompt if turn["role"] != "assistant"]
     for turn in turns + answer:
-        parts = [turn.get(key) or "" for key in ("content", "reasoning_content", "thinking")]
+        contents = [turn.get(key) or "" for key in ("content", "reasoning_content", "thinking")]
         for call in turn.get("tool_calls") or []:
-            parts.append(call.get("function", call)["name"])
-        for part in parts:
+            contents.append(call.get("function", call)["name"])
+        for content in contents:
             # A template may write the results of tools in its own way.
-            if turn["role"] not in ("tool", "ipython") and "".join(part.split()) not in shown:
+            if turn["role"] not in ("tool", "ipython") and "".join(content.split()) not in shown:
                 raise SystemExit(
-                    f"--dataset: the chat template leaves out a part of the turn {part!r} ({turn['role']})"
+                    f"--dataset: the chat template leaves out a part of the turn {content!r} ({turn['role']})"
                 )
 
 
@@ -619,9 +619,9 @@ def load_prompts(
         else:
             kept.append((ids, row))
             counts["hold words that --model does not know"] += unknown in ids
-    for label, count in counts.items():
-        if count:
-            say(f"split {split}: {count} of {len(data)} prompts {label}")
+    for label, num_rows in counts.items():
+        if num_rows:
+            say(f"split {split}: {num_rows} of {len(data)} prompts {label}")
     if counts["hold words that --model does not know"] > len(kept) / 2:
         raise SystemExit(
             f"--dataset {name}: most prompts hold {tokenizer.unk_token}, a word that --model does not know"
@@ -644,9 +644,9 @@ def micro_batches(rows: list[Any], indices: list[int], size: int) -> list[list[i
         prompt, *texts = rows[i]
         lengths[i] = len(prompt) + max(map(len, texts))
     indices = sorted(indices, key=lengths.get)
-    num_parts = max(1, len(indices) // size)
-    parts = torch.tensor(indices).tensor_split(num_parts)
-    return [part.tolist() for part in parts if len(part)]
+    num_chunks = max(1, len(indices) // size)
+    chunks = torch.tensor(indices).tensor_split(num_chunks)
+    return [chunk.tolist() for chunk in chunks if len(chunk)]
 
 
 def check_rollout(args: Args, processes: int, num_prompts: int) -> None:
@@ -853,16 +853,16 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     total_steps = args.total_episodes // B
 
     @torch.no_grad()
-    def roll_out(asked: list[Any], noise: torch.Generator) -> tuple[list[Any], Tensor, Tensor, Tensor, Tensor]:
+    def roll_out(batch_prompts: list[Any], noise: torch.Generator) -> tuple[list[Any], Tensor, Tensor, Tensor, Tensor]:
         """Rows [prompt, response], log π, log π_ref and V of their tokens, (B, R) each, and their scores, (B,)."""
         # Each process answers its share of the prompts.
-        asked_ids = [ids for ids, row in asked]
-        indices = list(range(len(asked)))
-        uniform = torch.rand(len(asked), R, generator=noise, dtype=torch.float64)
+        prompt_ids = [ids for ids, row in batch_prompts]
+        indices = list(range(len(batch_prompts)))
+        uniform = torch.rand(len(batch_prompts), R, generator=noise, dtype=torch.float64)
         with accelerator.autocast():
-            responses = sample(policy, asked_ids[own], uniform[own].to(device))
+            responses = sample(policy, prompt_ids[own], uniform[own].to(device))
         answered = sorted(gather_object(list(zip(indices[own], responses))))  # in the order of the prompts again
-        rows = [[asked_ids[i], response] for i, response in answered]
+        rows = [[prompt_ids[i], response] for i, response in answered]
 
         # And computes the log-probabilities, values and scores of its share of the rows.
         logprobs = torch.zeros(len(rows), R, device=device)
@@ -887,10 +887,10 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
             for prompt, response in rows:
                 response = response[:-1] if response[-1] in stops else response
                 texts.append(tokenizer.decode(response, skip_special_tokens=True))
-            given = function_rewards(reward_function, args.reward_model, [row for ids, row in asked], texts)
+            given = function_rewards(reward_function, args.reward_model, [row for ids, row in batch_prompts], texts)
             scores = torch.tensor(given, device=device)
-        parts = accelerator.reduce((logprobs, ref_logprobs, values, scores))  # 0 in the shares of other processes
-        return rows, *parts
+        tensors = accelerator.reduce((logprobs, ref_logprobs, values, scores))  # 0 in the shares of other processes
+        return rows, *tensors
 
     # The run directory, and what the loop keeps.
     if saved:
@@ -906,8 +906,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         model.eval()  # gradient checkpointing, which works in training only, would sample without a cache
         critic.eval()
         if step >= total_steps or step % (args.save_every or total_steps) == 0:
-            asked = prompts[: max(4, processes)]
-            rows, _, _, _, scores = roll_out(asked, torch.Generator().manual_seed(args.seed))
+            batch_prompts = prompts[: max(4, processes)]
+            rows, _, _, _, scores = roll_out(batch_prompts, torch.Generator().manual_seed(args.seed))
             texts = []
             for (prompt, response), score in zip(rows, scores):
                 texts.append(f"{tokenizer.decode(prompt + response)} ({score:.2f})")
@@ -918,8 +918,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
 
         # ===== collect =====
         noise = torch.Generator().manual_seed(1_000_003 * args.seed + step)  # a resumed run needs no state of it
-        asked = [prompts[i] for i in batch_at(len(prompts), step, B, args.seed)]
-        rows, old_logprobs, ref_logprobs, old_values, scores = roll_out(asked, noise)
+        batch_prompts = [prompts[i] for i in batch_at(len(prompts), step, B, args.seed)]
+        rows, old_logprobs, ref_logprobs, old_values, scores = roll_out(batch_prompts, noise)
 
         # ===== compute targets =====
         lengths = torch.tensor([[len(response)] for prompt, response in rows], device=device)  # (B, 1)

@@ -46,6 +46,7 @@ MAX_COLUMNS = 120
 MAX_CHANGED = 130
 NEIGHBOURS = [("reinforce", "a2c"), ("a2c", "ppo")]  # whose diff is the idea
 MORE_FLAGS = {"grpo": 31}  # those of Dr. GRPO and RLOO on top
+VAGUE_NAMES = {"scorer", "words", "asked", "found", "part", "parts", "whole", "count", "fault", "lost", "trunk"}
 
 MAY_DIFFER = {  # same name, different code: in which scripts, and why
     "Args": (set(LINES), "each algorithm has its own flags"),
@@ -115,6 +116,13 @@ def test_neighbours_differ_in_their_idea_only(a, b):
     changed = [line for line in done.stdout.splitlines() if line[:1] in ("<", ">")]
     assert done.returncode == 1
     assert 0 < len(changed) <= MAX_CHANGED
+
+
+@scripts
+def test_names_say_what_they_hold(script):
+    names = {node.id for node in ast.walk(TREES[script]) if isinstance(node, ast.Name)}
+    arguments = {node.arg for node in ast.walk(TREES[script]) if isinstance(node, ast.arg)}
+    assert not VAGUE_NAMES & (names | arguments)
 
 
 def size(node):
