@@ -127,17 +127,17 @@ def test_its_recipes_reach_what_is_recorded():
                 assert number(spread) == round(np.std(finals, ddof=1)), (task, script)
                 shown.add(found[0].name)
     recorded = {s.name for s in specs.SPECS if s.script in scripts and references.ours(s) and "Pong" not in s.name}
-    assert recorded - shown == {"dqn-LunarLander-v3-200k"}  # which a sentence has
+    assert recorded - shown == {"dqn-CartPole-v1-100k", "dqn-LunarLander-v3-200k"}  # which a sentence has
 
 
-def test_the_second_recipe_of_dqn_reaches_what_is_recorded():
-    pattern = r"of dqn reaches (\d+) ± (\d+) on LunarLander-v3 after 200,000 steps"
-    (said,) = re.findall(pattern, " ".join(README.split()))
-    (spec,) = [spec for spec in specs.SPECS if spec.name == "dqn-LunarLander-v3-200k"]
+@pytest.mark.parametrize(("task", "thousands"), [("CartPole-v1", 100), ("LunarLander-v3", 200)])
+def test_the_second_recipes_of_dqn_reach_what_is_recorded(task, thousands):
+    (said,) = re.findall(rf"(\d+) ± (\d+) on {task} after {thousands},000 steps", " ".join(README.split()))
+    (spec,) = [spec for spec in specs.SPECS if spec.name == f"dqn-{task}-{thousands}k"]
     reference = references.ours(spec)
     finals = [figures["charts/episodic_return"]["final"] for figures in reference.seeds.values()]
     assert list(map(int, said)) == [round(np.mean(finals)), round(np.std(finals, ddof=1))]
-    assert reference.steps == 200_000
+    assert reference.steps == 1000 * thousands
 
 
 LANGUAGE = {"sft": "eval/loss", "reward_model": "eval/accuracy"}

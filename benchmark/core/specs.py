@@ -206,6 +206,9 @@ ACROBOT = {"task": "Acrobot-v1", "flags": (*CONTROL, "--env-id", "Acrobot-v1"), 
 
 SPECS = (
     Spec("dqn", seeds={"quick": 2, "full": 5}, minutes=1, peer="cleanrl_dqn_CartPole-v1.json", **CARTPOLE),
+    Spec("dqn", "CartPole-v1-100k", {"full": 5}, 1.2, returns(22, optimum=500.0),
+         (*CONTROL, "--total-timesteps", "100000", "--num-envs", "8", "--train-every", "2", "--target-every", "100",
+          "--batch-size", "512", "--learning-rate", "4e-4", "--exploration-fraction", "0.1")),
     Spec("reinforce", seeds={"quick": 2, "full": 5}, minutes=0.4, **CARTPOLE),
     Spec("a2c", seeds={"quick": 2, "full": 5}, minutes=0.7, peer="sb3_a2c_CartPole-v1.json", **CARTPOLE),
     Spec("ppo", seeds={"quick": 2, "full": 5}, minutes=0.7, peer="cleanrl_ppo_CartPole-v1.json", **CARTPOLE),
@@ -227,7 +230,7 @@ SPECS = (
          (*mujoco("HalfCheetah-v5"), "--num-envs", "64", "--num-steps", "32", *PPO_MUJOCO, "--log-std-init", "-1"),
          peer="sb3_ppo_HalfCheetah-v5.json"),
     Spec("ppo", "Hopper-v5", {"mujoco": 3}, 20, returns(18, margin=0.3),
-         (*mujoco("Hopper-v5"), "--num-envs", "1", "--num-steps", "2048", *PPO_MUJOCO)),
+         (*mujoco("Hopper-v5"), "--num-envs", "1", "--num-steps", "2048", *PPO_MUJOCO), peer="sb3_ppo_Hopper-v5.json"),
     Spec("ppo", "Walker2d-v5", {"mujoco": 3}, 20, returns(2, margin=0.3),
          (*mujoco("Walker2d-v5"), "--num-envs", "1", "--num-steps", "2048", *PPO_MUJOCO)),
     Spec("ppo", "Ant-v5", {"mujoco": 3}, 9, returns(-59, margin=0.3),
