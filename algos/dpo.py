@@ -788,6 +788,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     # The run directory, and what the loop keeps.
     if saved:
         restore(accelerator, saved["folder"], strict=not args.lora_rank)
+        accelerator.print(f"the learning rate goes on as in a run of {total_steps} updates, at whose end it is 0")
     run_dir = start_run(args, accelerator, saved, step)
     caught = catch_signals()
     stop = False

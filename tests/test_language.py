@@ -412,7 +412,7 @@ def test_a_run_stopped_by_a_signal_in_an_epoch_goes_on_to_the_same_weights(finis
 
 
 @scripts
-def test_run_folder_and_checkpoint_folder_resume_and_flags_given_then_count(finished, script, tmp_path):
+def test_run_folder_and_checkpoint_folder_resume_and_flags_given_then_count(finished, script, tmp_path, capsys):
     shutil.copytree(finished(script), tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
         loads = spy_on(patch, torch, "load")
@@ -422,6 +422,7 @@ def test_run_folder_and_checkpoint_folder_resume_and_flags_given_then_count(fini
     assert same(weights(tmp_path / "run"), weights(finished(script)))
     assert [step for step, _ in scalars(tmp_path / "run", LOSS[script])] == logged(script, 6)
     call(script, "--resume", tmp_path / "run" / "checkpoint", *of_updates(script, 8), "--learning-rate", 1e-2)
+    assert "the learning rate goes on as in a run of 8 updates, at whose end it is 0" in capsys.readouterr().out
     ran = json.loads((tmp_path / "run" / "args.json").read_text())
     assert ran["learning_rate"] == 1e-2
     assert ran == state(tmp_path / "run")["args"]
