@@ -16,9 +16,9 @@ The number at the end of a command's comment is the mean return of the last 100 
     python algos/dqn.py --env-id LunarLander-v3 --buffer-size 100000 --train-every 4 --target-every 1000 \\
         --learning-rate 6.3e-4 --no-anneal-lr --loss huber --max-grad-norm 10 --gamma 0.99 --learning-starts 10000 \\
         --epsilon-end 0.05 --exploration-fraction 0.5  # 231
-    python algos/dqn.py --env-id MountainCar-v0 --env-kwargs '{"max_episode_steps": 1000}' --num-envs 16 \\
-        --train-every 4 --buffer-size 100000 --learning-rate 1e-3 --no-anneal-lr --target-every 600 --gamma 0.99 \\
-        --epsilon-end 0.05 --exploration-fraction 0.5  # -135
+    python algos/dqn.py --env-id MountainCar-v0 --env-kwargs '{"max_episode_steps": 1000}' --num-envs 4 \\
+        --train-every 2 --target-every 600 --buffer-size 500000 --batch-size 512 --gamma 0.98 \\
+        --exploration-fraction 0.1  # -106
     python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 8 --train-every 4 --batch-size 32 \\
         --learning-rate 1e-4 --no-anneal-lr --buffer-size 1000000 --learning-starts 80000 --target-every 1000 \\
         --gamma 0.99 --exploration-fraction 0.1 --save-every 2000000  # 7 GB of memory, 14 of disk

@@ -26,7 +26,8 @@ from core.report import table
 
 PEERS = specs.BENCHMARK / "peers"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-STEPS = {"dqn": 60_000, "a2c": 60_000, "ppo": 60_000, "rlhf_ppo": 4096, "dpo": 499, "reward_model": 30, "grpo": 32}
+# Of ppo, rlhf_ppo and dpo a whole default run; of the others a part.
+STEPS = {"dqn": 60_000, "a2c": 60_000, "ppo": 500_000, "rlhf_ppo": 4096, "dpo": 499, "reward_model": 30, "grpo": 32}
 
 SB3 = """
 import json, sys, time
