@@ -567,10 +567,11 @@ def test_a_text_that_is_a_users_turn_of_the_chat_beside_it_is_asked_with_the_tur
         chat.append({"role": "user", "content": asked})
         chat.append({"role": "assistant", "content": answered})
     prompt = ["review of plot : ", " music :"][number]  # blanks around it do not count
-    ((ids, _),) = rollouts.load_prompts(module, tmp_path, [{"prompt": prompt, column: chat}], tokenizer)
     turns = chat[: [3, 5][number]]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert ids == tokenizer(text).input_ids
+    for shown in (chat, turns):  # also where the chat ends with the question
+        ((ids, _),) = rollouts.load_prompts(module, tmp_path, [{"prompt": prompt, column: shown}], tokenizer)
+        assert ids == tokenizer(text).input_ids
 
 
 @pytest.mark.parametrize("row", [{"prompt": ""}, {"prompt": " \n"}, {"prompt": "", "messages": [USER]}], ids=str)
