@@ -24,7 +24,7 @@ usually fall. What counts is how far chosen lies above rejected.
 
 Differs from the paper:
  1. AdamW without weight decay instead of RMSprop, a cosine schedule, the gradient's norm clipped to 1, no dropout.
- 2. A batch never mixes two epochs. Pairs that are left over at its end, too few for a batch, are skipped.
+ 2. A batch never mixes two epochs. Pairs left over at an epoch's end, too few for a batch, are skipped.
 """
 
 import json
@@ -71,15 +71,15 @@ class Args:
     dataset: str = str(ASSETS / "preferences")  # Data set: a hub id, folder, or jsonl, json, csv or parquet file.
     dataset_config: str = ""  # Configuration of a hub data set, where it has several.
     train_split: str = "train"  # Split to train on; slices such as train[:95%] work.
-    eval_split: str = "auto"  # Held-out split; auto takes test or validation where there is one, '' none.
+    eval_split: str = "auto"  # Held-out split. auto: test or validation, if there is one; '': none.
     chat_template_kwargs: str = "{}"  # Arguments of the chat template, as a JSON object.
-    max_length: int = 512  # Longest row in tokens. Longer completions are cut.
-    learning_rate: float = 0  # Peak learning rate. 0 chooses: 1e-4 for the default model, else 1e-6, with LoRA 1e-5.
+    max_length: int = 512  # Longest row, prompt and completion, in tokens. What is longer is cut.
+    learning_rate: float = 0  # Peak learning rate; 0: 1e-4 for the default model, 1e-6 for others (LoRA 1e-5).
     warmup: float = 0.1  # Share of the updates in which the learning rate rises, before it falls to 0 by a cosine.
     batch_size: int = 32  # Number B of pairs in an update, over all processes.
     micro_batch_size: int = 16  # Number b of pairs in a forward pass, over all processes. Fewer need less memory.
     epochs: int = 1  # Passes over the data.
-    max_steps: int = 0  # Updates to train for, in place of --epochs where it is not 0.
+    max_steps: int = 0  # Updates to train for; 0: as many as --epochs gives.
     bf16: bool = False  # Compute in bfloat16; weights and log-probabilities stay in float32.
     gradient_checkpointing: bool = False  # Compute activations twice: less memory, about a third slower.
     lora_rank: int = 0  # Train low-rank adapters of this rank in all linear layers, with α = 2·rank; 0: all weights.
@@ -88,8 +88,6 @@ class Args:
     label_smoothing: float = 0.0  # Share ε of the pairs whose label is taken to be wrong (cDPO).
 
     def __post_init__(self) -> None:
-        if self.track and not find_spec("wandb"):
-            raise ValueError("--track needs wandb: pip install wandb")
         if type(json.loads(self.chat_template_kwargs)) is not dict:
             raise ValueError("chat-template-kwargs must be a JSON object")
         if min(self.batch_size, self.micro_batch_size, self.epochs) < 1:
@@ -98,8 +96,10 @@ class Args:
             raise ValueError("max-length must be at least 2")
         if min(self.save_every, self.eval_every, self.max_steps, self.lora_rank) < 0:
             raise ValueError("save-every, eval-every, max-steps and lora-rank must be at least 0")
-        if min(self.learning_rate, self.warmup) < 0:
-            raise ValueError("learning-rate and warmup must be at least 0")
+        if self.learning_rate < 0:
+            raise ValueError("learning-rate must be at least 0")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError("warmup is a share of the updates, and must lie between 0 and 1")
         if self.beta <= 0:
             raise ValueError("beta must be above 0")
         if not 0 <= self.label_smoothing <= 0.5:
@@ -121,8 +121,8 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     for prompt, completion in rows:
         ids.append(torch.tensor(prompt + completion))
         labels.append(torch.tensor([-100] * len(prompt) + completion))
-    # Padding, here any token, stands to the right, where a causal model does not look.
-    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=int(ids[0][-1])).to(device)  # (b, L)
+    # Padding, here token 0, stands to the right, where a causal model does not look.
+    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)  # (b, L)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
     first = max(1, min(len(prompt) for prompt, completion in rows))  # nothing stands before column 0 to predict it from
     labels = labels[:, first:]  # (b, K)
@@ -143,8 +143,8 @@ def pair_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> Te
 def preference_loss(logprobs: Tensor, ref_logprobs: Tensor, beta: float, eps: float, loss: str) -> dict[str, Tensor]:
     """Loss and metrics of each pair, (b,), from log π(y|x) and log π_ref(y|x) of chosen and rejected, (2, b) each.
 
-    "sigmoid": -(1 - ε)·log σ(βh) - ε·log σ(-βh), with βh the margin of the rewards. This is DPO Eq. 7 at ε = 0, and
-    cDPO above it. "ipo": (h - 1/(2β))², IPO Eq. 17 with τ = β.
+    "sigmoid": -(1 - ε)·log σ(m) - ε·log σ(-m), with m the margin of the rewards. This is DPO Eq. 7 at ε = 0, and cDPO
+    at ε > 0. "ipo": (m/β - 1/(2β))², IPO Eq. 17 with τ = β.
     """
     chosen, rejected = beta * (logprobs - ref_logprobs)  # DPO Eq. 5 without β·log Z(x), which cancels in a pair
     margins = chosen - rejected
@@ -154,7 +154,7 @@ def preference_loss(logprobs: Tensor, ref_logprobs: Tensor, beta: float, eps: fl
         losses = (margins / beta - 1 / (2 * beta)) ** 2  # IPO Eq. 17
     return {
         "loss": losses,
-        "rewards/accuracies": (margins.sign() + 1) / 2,
+        "rewards/accuracies": (margins.sign() + 1) / 2,  # a tie counts half
         "rewards/margins": margins,
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
@@ -203,7 +203,7 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     if missing:
         raise SystemExit(f"{base} lacks the weights {sorted(missing)} of {type(model).__name__}")
     if "score.weight" in info["unexpected_keys"]:
-        raise SystemExit(f"{base} is a reward model, and has no {type(model).__name__}")
+        raise SystemExit(f"{base} is a reward model, not a {type(model).__name__}")
     if adapter:
         from peft import PeftConfig, PeftModel
 
@@ -214,7 +214,7 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     num_embeddings = model.get_input_embeddings().num_embeddings
     max_positions = getattr(text_config, "max_position_embeddings", None) or math.inf
     if tokenizer.eos_token is None:
-        raise SystemExit(f"{name} has a tokenizer without an EOS token, which would end every text")
+        raise SystemExit(f"{name} has a tokenizer without an EOS token, in which every text must end")
     if len(tokenizer) > num_embeddings:
         raise SystemExit(f"{name} has {num_embeddings} embeddings for the {len(tokenizer)} tokens of its tokenizer")
     if max_length > max_positions:
@@ -310,16 +310,21 @@ def choose_eval_split(name: str, config: str, split: str) -> str:
     return ""
 
 
-def refuse_unread(data: Any, name: str, columns: list[str], unread: list[str]) -> None:
+def refuse_unread(data: Any, name: str, columns: list[str]) -> None:
     """Stop the run if a column that belongs to the prompt holds text that none of the columns in use has."""
+    unread = []
+    if columns not in (["messages"], ["text"]):
+        unread += ["question", "instruction", "problem", "query", "context", "input"]
+    unread += ["prompt", "system", "system_prompt", "tools"]
     for extra in unread:
-        if extra not in data.column_names:
+        if extra in columns or extra not in data.column_names:
             continue
         for row in data:
             shown = json.dumps([row[column] for column in columns])
-            text = json.dumps(row[extra] or "").strip('"[]')
+            text = json.dumps(row[extra] or "").strip('"[] ').removesuffix("\\n")  # of a text or a list
             if text not in shown:
-                raise SystemExit(f"--dataset {name}: {extra} is not read: put it into the prompt, or remove the column")
+                advice = "rename it to prompt, put it into the prompt, or remove the column"
+                raise SystemExit(f"--dataset {name}: {extra} is not read: {advice}")
 
 
 def choose_columns(data: Any, name: str) -> list[str]:
@@ -327,9 +332,7 @@ def choose_columns(data: Any, name: str) -> list[str]:
     for columns in LAYOUTS:
         if set(columns) <= set(data.column_names):
             if columns == ["text"] and "role" in data.column_names:
-                raise SystemExit(
-                    f"--dataset {name} holds single messages: put those of a chat into one row, `messages`"
-                )
+                raise SystemExit(f"--dataset {name} has one message per row: put each chat into one row, `messages`")
             return columns
     raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename them to one of {LAYOUTS}")
 
@@ -342,15 +345,19 @@ def check_value(value: Any, place: str) -> None:
             raise SystemExit(f"{place}: {value!r:.40} is a list of messages written as text: use jsonl in place of csv")
         return
     if not isinstance(value, list) or not value:
-        raise SystemExit(f"{place}: {value!r:.40} is not text, and no list of messages")
+        raise SystemExit(f"{place}: {value!r:.40} is neither text nor a list of messages")
     for turn in value:
         if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
-            raise SystemExit(f"{place}: {turn!r:.80} is no message with a role and a content")
+            raise SystemExit(f"{place}: {turn!r:.80} is not a message with the texts role and content")
 
 
-def said_by(turns: list[dict]) -> list[tuple[str, str]]:
-    """Who says what in messages, by which they are compared."""
-    return [(turn["role"], turn["content"].strip()) for turn in turns]
+def said_by(turns: list[dict]) -> list[tuple[str, ...]]:
+    """Who says, thinks and calls what in messages, by which they are compared."""
+    said = []
+    for turn in turns:
+        unsaid = [turn.get(key) or "" for key in ("reasoning_content", "thinking", "tool_calls")]
+        said.append((turn["role"], turn["content"].strip(), str(unsaid)))
+    return said
 
 
 def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
@@ -368,7 +375,7 @@ def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
         return prompt
     if len(chats) == 1:
         return []
-    shared = os.path.commonprefix([said_by(chat[:-1]) for chat in chats])
+    shared = os.path.commonprefix([said_by(chat[:-1]) for chat in chats])  # which takes any lists
     return chats[0][: len(shared)]
 
 
@@ -390,7 +397,7 @@ def split_chats(prompt: Any, completions: list[Any], place: str) -> tuple[list[d
     if any(repeats):
         raise SystemExit(f"{place}: one of the two answers repeats the prompt, and the other does not")
     if turns[-1]["role"] == "user" and chats[0][0]["role"] != "assistant":
-        raise SystemExit(f"{place}: the chat does not hold the prompt, and does not go on after it")
+        raise SystemExit(f"{place}: the chat neither repeats the prompt nor begins with its answer")
     return turns, chats
 
 
@@ -398,7 +405,7 @@ def render_chats(render: Callable, prompt: list[dict], answers: list[list[dict]]
     """The chat template's text of a prompt, and of the prompt with each answer."""
     question = render(prompt, add_generation_prompt=True) if prompt else ""
     texts = [render(prompt + answer) for answer in answers]
-    if not texts[0].startswith(question):
+    if not all(text.startswith(question) for text in texts):
         question = render(prompt)  # a template may begin a new answer with <think>, and a given one without
     for text, answer in zip(texts, answers):
         if not text.startswith(question):
@@ -423,14 +430,16 @@ def chat_renderer(tokenizer: Any, template_kwargs: str) -> Callable:
 def check_rendered(prompt: list[dict], answer: list[dict], text: str) -> None:
     """Stop the run where the chat template leaves out what a turn says; thoughts of earlier answers may go."""
     shown = "".join(text.split())
-    turns = [turn for turn in prompt if turn["role"] != "assistant"]
-    for turn in turns + answer:
+    for number, turn in enumerate(prompt + answer):
         contents = [turn.get(key) or "" for key in ("content", "reasoning_content", "thinking")]
+        if turn["role"] == "assistant" and number < len(prompt):
+            contents = []
+        if turn["role"] in ("tool", "ipython"):
+            contents = re.findall("[A-Za-z0-9]+", turn["content"])[:1]  # a template may write the rest in its own way
         for call in turn.get("tool_calls") or []:
             contents.append(call.get("function", call)["name"])
         for content in contents:
-            # A template may write the results of tools in its own way.
-            if turn["role"] not in ("tool", "ipython") and "".join(content.split()) not in shown:
+            if "".join(content.split()) not in shown:
                 raise SystemExit(
                     f"--dataset: the chat template leaves out a part of the turn {content!r} ({turn['role']})"
                 )
@@ -507,8 +516,7 @@ def load_rows(
     path, files = locate_data(name)
     data = datasets.load_dataset(path, config or None, data_files=files, split=split)
     columns = choose_columns(data, name)
-    prompt_only = ["input"] if "prompt" in columns else []
-    refuse_unread(data, name, columns, ["system", "system_prompt", "tools", *prompt_only])
+    refuse_unread(data, name, columns)
     render = chat_renderer(tokenizer, template_kwargs)
     stops = stop_tokens(tokenizer, render)
     unknown = tokenizer.unk_token_id if tokenizer.unk_token_id not in stops else None
@@ -547,29 +555,32 @@ def load_rows(
 
 
 def batch_at(num_rows: int, step: int, batch_size: int, seed: int) -> list[int]:
-    """Indices of the rows of update `step`, which depend on it and the seed alone. An epoch drops a last part batch."""
+    """Indices of the rows of update `step`, by it and the seed alone. Rows left over at an epoch's end are skipped."""
     epoch, batch = divmod(step, num_rows // batch_size)
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     order = torch.randperm(num_rows, generator=generator).tolist()
     return order[batch * batch_size : (batch + 1) * batch_size]
 
 
-def micro_batches(rows: list[Any], indices: list[int], size: int) -> list[list[int]]:
-    """Indices of rows in parts of `size` or a little more. Rows of similar length go together, which saves padding."""
+def micro_batches(rows: list[Any], indices: list[int], size: int, processes: int) -> list[list[int]]:
+    """Indices of rows in parts of `size` or fewer. Rows of similar length go together, which saves padding.
+
+    A part has a row for each process. Where too few rows are left for that, parts are a little larger than `size`.
+    """
     lengths = {}
     for i in indices:
         prompt, *texts = rows[i]
         lengths[i] = len(prompt) + max(map(len, texts))
     indices = sorted(indices, key=lengths.get)
-    num_chunks = max(1, len(indices) // size)
-    chunks = torch.tensor(indices).tensor_split(num_chunks)
+    num_chunks = min(math.ceil(len(indices) / size), len(indices) // processes)
+    chunks = torch.tensor(indices).tensor_split(max(1, num_chunks))
     return [chunk.tolist() for chunk in chunks if len(chunk)]
 
 
 def check_batches(args: Args, processes: int, num_rows: int, num_eval_rows: int) -> None:
     """Stop the run unless each process has rows of each micro-batch."""
     if num_rows < args.batch_size:
-        raise SystemExit(f"--batch-size {args.batch_size} is more than the {num_rows} rows that --dataset has")
+        raise SystemExit(f"--batch-size {args.batch_size} is more than the {num_rows} rows of --dataset in use")
     if min(args.batch_size, args.micro_batch_size) < processes:
         raise SystemExit(f"--batch-size and --micro-batch-size must be at least {processes}, the number of processes")
     if 0 < num_eval_rows < processes:
@@ -608,12 +619,15 @@ def restore(accelerator: Accelerator, folder: Path, strict: bool = True) -> None
 
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
     """Flags of the command line, and the checkpoint of --resume, whose flags are then the defaults."""
-    saved, _ = tyro.cli(load_state, add_help=False, return_unknown_args=True)  # its only flag is --resume
+    # Its only flag is --resume; the others are left for Args.
+    saved, _ = tyro.cli(load_state, add_help=False, return_unknown_args=True)
     default = Args(**saved["args"]) if saved else Args()
     args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
+    if args.track and not find_spec("wandb"):
+        raise SystemExit("--track needs wandb: pip install wandb")
     for name, value in vars(args).items():
         if str(value).startswith(str(ASSETS)) and not ASSETS.exists():
-            raise SystemExit(f"--{name.replace('_', '-')} is needed: the small language world is not beside this copy")
+            raise SystemExit(f"--{name.replace('_', '-')} is needed: its default is not beside this copy of the script")
     return args, saved
 
 
@@ -766,7 +780,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         """log π_ref(y|x) of both completions of rows, (rows, 2), while the policy is still the reference."""
         logprobs = torch.zeros(len(rows), 2, device=device)
         for batch in tqdm(batches, "reference", leave=False, disable=not accelerator.is_main_process):
-            for micro_batch in micro_batches(rows, batch, args.micro_batch_size):
+            for micro_batch in micro_batches(rows, batch, args.micro_batch_size, processes):
                 mine = micro_batch[own]
                 with torch.no_grad():
                     logprobs[mine] = pair_logprobs(model, [rows[i] for i in mine], device).T
@@ -801,7 +815,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         if step >= total_steps or step % (args.eval_every or total_steps) == 0:
             model.eval()
             eval_metrics = defaultdict(list)
-            for micro_batch in micro_batches(held_out, range(len(held_out)), args.micro_batch_size):
+            for micro_batch in micro_batches(held_out, range(len(held_out)), args.micro_batch_size, processes):
                 with torch.no_grad():
                     measured = measure(held_out, eval_ref_logprobs, micro_batch[own])
                 for name, values in measured.items():
@@ -824,7 +838,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         learning_rate = args.learning_rate * cosine_schedule(step, total_steps, args.warmup)
         optimizer.param_groups[0]["lr"] = learning_rate
         optimizer.zero_grad()
-        for micro_batch in micro_batches(train, batch, args.micro_batch_size):
+        for micro_batch in micro_batches(train, batch, args.micro_batch_size, processes):
             measured = measure(train, ref_logprobs, micro_batch[own])
             loss = measured["loss"].sum() / args.batch_size
             accelerator.backward(loss * processes)  # accelerate takes the mean over processes, not the sum
@@ -860,7 +874,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     if not args.lora_rank:
         policy.to(policy.config.dtype)
     weights = accelerator.get_state_dict(policy)
-    if step == total_steps and accelerator.is_main_process:
+    if step >= total_steps and accelerator.is_main_process:
         save_model(policy, tokenizer, weights, args, run_dir)
     accelerator.wait_for_everyone()  # torch may abort a process that exits right after it sent or received weights
     model = None  # wrapped models that outlive the group of processes can make torch wait for ever

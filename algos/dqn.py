@@ -21,7 +21,7 @@ The number at the end of a command's comment is the mean return of the last 100 
         --exploration-fraction 0.1  # -106
     python algos/dqn.py --env-id ALE/Pong-v5 --total-timesteps 10000000 --num-envs 8 --train-every 4 --batch-size 32 \\
         --learning-rate 1e-4 --no-anneal-lr --buffer-size 1000000 --learning-starts 80000 --target-every 1000 \\
-        --gamma 0.99 --exploration-fraction 0.1 --save-every 2000000  # 7 GB of memory, 14 of disk
+        --gamma 0.99 --exploration-fraction 0.1 --save-every 2000000  # not measured; 7 GB of memory, 14 GB of disk
 
 gymnasium resets an environment in the step after an episode's end (NEXT_STEP). The script neither counts that step nor
 trains on it. Returns are sums of the environment's own rewards. Each logged number is a mean since the previous log;
@@ -41,8 +41,10 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
+import time
 import warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -50,7 +52,7 @@ from datetime import datetime
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -92,17 +94,13 @@ class Args:
     gamma: float = 0.995  # Discount factor γ.
     loss: Literal["mse", "huber"] = "mse"  # mse: squared error (DQN Eq. 2); huber: linear beyond ±1 (Nature).
     buffer_size: int = 20_000  # Rows of the replay buffer: one per step, and one more for each final observation.
-    target_every: int = 500  # Copy the network to θ⁻ after so many environment steps (Nature Algorithm 1).
+    target_every: int = 500  # Environment steps between two copies of the network to θ⁻ (Nature Algorithm 1).
     epsilon_end: float = 0.01  # Share ε of random actions at the end; it starts at 1.
     exploration_fraction: float = 0.02  # Share of total_timesteps in which ε falls linearly.
 
     def __post_init__(self) -> None:
         if type(json.loads(self.env_kwargs)) is not dict:
             raise ValueError("env-kwargs must be a JSON object")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: PyTorch finds no GPU")
-        if self.track and not find_spec("wandb"):
-            raise ValueError("--track needs wandb: pip install wandb")
         if min(self.total_timesteps, self.num_envs, self.batch_size, self.train_every, self.target_every) < 1:
             raise ValueError("total-timesteps, num-envs, batch-size, train-every and target-every must be at least 1")
         if self.buffer_size < 8 * self.num_envs:
@@ -139,15 +137,16 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Q (B, A) of observations (B, *obs) of any dtype; images may have channels first, last or none."""
+        obs = obs.float()
         if self.obs_scale != 1:  # a division by 1 takes time too
             obs = obs / self.obs_scale
         if not self.is_image:
-            return self.layers(obs.float())
+            return self.layers(obs)
         if obs.ndim == 3:
             obs = obs.unsqueeze(1)
         if obs.shape[-1] < obs.shape[1]:
             obs = obs.movedim(-1, 1)
-        return self.layers(obs)  # of (B, C, H, W)
+        return self.layers(obs)  # obs: (B, C, H, W)
 
     @torch.no_grad()
     def act(self, obs: Tensor, epsilon: float = 0.0, greedy: bool = False) -> Tensor:
@@ -161,8 +160,9 @@ class QNetwork(nn.Module):
 class ReplayBuffer:
     """The last observations of N environments and the steps taken from them, in a ring of rows.
 
-    Row i + N is the next one of the same environment. A final observation has a row too, without a step, and the row
-    after one without a step begins an episode. Of an observation that stacks frames only the newest frame is stored.
+    Row i + N holds the next observation of row i's environment. An episode's final observation has a row too, in which
+    is_step is false, and the environment's row after that begins a new episode. Of stacked frames only the newest is
+    stored.
     """
 
     ARRAYS = ("frames", "actions", "rewards", "terminated", "is_step", "count")
@@ -196,12 +196,12 @@ class ReplayBuffer:
 
     def sample(self, number: int) -> np.ndarray:
         """Rows (number,) that are steps, drawn uniformly with replacement."""
-        newest = int(self.count) - self.N  # rows from here on have no step yet
-        oldest = max(0, newest - self.size + self.stack * self.N)  # rows before it have lost frames
+        end = int(self.count) - self.N  # rows from here on have no step yet
+        oldest = max(0, end - self.size + self.stack * self.N)  # rows before it have lost frames
         rows = np.zeros(number, np.int64)
         rejected = np.ones(number, bool)
         while rejected.any():
-            candidates = torch.randint(oldest, newest, (np.count_nonzero(rejected),)).numpy()
+            candidates = torch.randint(oldest, end, (np.count_nonzero(rejected),)).numpy()
             rows[rejected] = candidates % self.size
             rejected = ~self.is_step[rows]
         return rows
@@ -245,7 +245,7 @@ def td_target(rewards: Tensor, next_q: Tensor, terminated: Tensor, gamma: float)
 
 
 def td_loss(values: Tensor, targets: Tensor, kind: str) -> Tensor:
-    """Mean of (y - Q(s, a))² (DQN Eq. 2), or huber: of half of it, but linear beyond errors of ±1 (Nature, Methods)."""
+    """Mean of (y - Q(s, a))² (DQN Eq. 2); huber: half of that within errors of ±1, linear beyond (Nature, Methods)."""
     assert values.shape == targets.shape and values.ndim == 1, (values.shape, targets.shape)
     loss = nn.functional.huber_loss if kind == "huber" else nn.functional.mse_loss
     return loss(values, targets)
@@ -273,7 +273,7 @@ def ignore_signals(env: gym.Env) -> gym.Env:
     if multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return env
+    return env  # the environment itself stays as it is
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.VectorEnv:
@@ -286,24 +286,25 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.Vector
         env_id = "ale_py:" + env_id.split(":")[-1]
         kwargs.setdefault("repeat_action_probability", 0.0)
     if is_atari and not {"render_mode", "vectorization_mode"} & kwargs.keys():
+        # ale_py's own vector environment, which is one process and cannot be rendered
         kwargs.setdefault("use_fire_reset", False)
         kwargs["reward_clipping"] = False  # main takes the sign
-    elif is_atari:  # the native vector environment is one process, and cannot be rendered
+    elif is_atari:
         wrappers = [
             ignore_signals,
-            AtariPreprocessing,
+            partial(AtariPreprocessing, frame_skip=kwargs.get("frameskip", 4)),
             partial(FrameStackObservation, stack_size=4, padding_type="zero"),
         ]
         kwargs = {"vectorization_mode": "sync"} | kwargs | {"frameskip": 1, "wrappers": wrappers}
     elif kwargs.get("vectorization_mode") == "async":
         kwargs["wrappers"] = [ignore_signals]
     envs = gym.make_vec(env_id, num_envs, **kwargs)
-    envs._add_info = lambda infos, *_: infos  # their own infos are not used, and gymnasium refuses some
+    envs._add_info = lambda infos, *_: infos  # infos are not used, and gymnasium refuses those of several types
     atexit.register(envs.close)  # processes that ignore SIGTERM must be closed before Python ends
     obs = envs.single_observation_space
     action = envs.single_action_space
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise SystemExit(f"{env_id}: its vector version does not declare AutoresetMode.NEXT_STEP in its metadata")
+        raise SystemExit(f"{env_id}: its vector environment must have AutoresetMode.NEXT_STEP in its metadata")
     if "ale_py" in str(envs.spec.entry_point) and not is_atari:
         raise SystemExit(f"{env_id} shows raw frames: use ALE/<Game>-v5, whose frames are preprocessed")
     if not is_flattenable(obs):
@@ -334,15 +335,15 @@ def make_video_envs(env_id: str, env_kwargs: dict, folder: Path) -> gym.vector.V
     try:
         envs = make_envs(env_id, 1, env_kwargs | {"render_mode": "rgb_array"})
         envs.reset()
-        shape = np.shape(envs.render()[0])
-        if len(shape) != 3:
-            raise ValueError(f"frames have the shape {shape}, not (height, width, colours)")
+        frame = np.asarray(envs.render()[0])
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
+            raise ValueError(f"frames are {frame.dtype} of shape {frame.shape}, not uint8 of (height, width, 3)")
         return wrap.RecordVideo(envs, folder, video_length=2000)
     except Exception as error:
         raise SystemExit(f"--capture-video: {env_id} cannot be drawn as rgb_array: {error}") from error
 
 
-def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: torch.device) -> np.ndarray:
+def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: str) -> np.ndarray:
     """Raw returns (N,) of the greedy policy over the first episode of each environment."""
     returns = np.zeros(envs.num_envs)
     running = np.ones(envs.num_envs, dtype=bool)
@@ -375,16 +376,21 @@ def load_checkpoint(resume: Path | None = None) -> dict | None:
         if saved["script"] != SCRIPT:
             raise SystemExit(f"--resume {resume}: written by {saved['script']}.py, not {SCRIPT}.py")
     except Exception as error:
-        raise SystemExit(f"--resume {resume}: {file} is damaged or no checkpoint ({type(error).__name__})") from error
+        raise SystemExit(
+            f"--resume {resume}: {file} is damaged or not a checkpoint ({type(error).__name__})"
+        ) from error
     saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # another name: a new run
     return saved
 
 
 def parse_args() -> tuple[Args, dict | None]:
     """Flags of the command line, and the checkpoint of --resume, whose flags are then the defaults."""
-    saved, _ = tyro.cli(load_checkpoint, add_help=False, return_unknown_args=True)  # its only flag is --resume
+    # Its only flag is --resume; the others are left for Args.
+    saved, _ = tyro.cli(load_checkpoint, add_help=False, return_unknown_args=True)
     default = Args(**saved["args"]) if saved else Args()
     args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
+    if args.track and not find_spec("wandb"):
+        raise SystemExit("--track needs wandb: pip install wandb")
     return args, saved
 
 
@@ -393,7 +399,8 @@ def start_run(args: Args, saved: dict | None) -> Path:
     name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     name = re.sub(r"[^\w.-]", "_", name)  # some file systems refuse a colon
     run_dir = Path(args.run_dir or f"runs/{name}")
-    is_resumed = saved and args.run_dir.rstrip("/") == saved["args"]["run_dir"]
+    earlier = saved["args"]["run_dir"] if saved else ""
+    is_resumed = earlier and run_dir.resolve() == Path(earlier).resolve()
     if (run_dir / "checkpoint.pt").exists() and not is_resumed:
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -418,7 +425,7 @@ def catch_signals() -> list[int]:
     return caught
 
 
-def save_checkpoint(run_dir: Path, args: Args, step: int, **components: nn.Module) -> None:
+def save_checkpoint(run_dir: Path, args: Args, step: int, **components: Any) -> None:
     """Write the state to another file first, so that a crash leaves the former checkpoint whole."""
     state = {"script": SCRIPT, "args": asdict(args), "step": step, "rng": torch.get_rng_state()}
     for name, component in components.items():
@@ -431,7 +438,7 @@ def save_checkpoint(run_dir: Path, args: Args, step: int, **components: nn.Modul
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__ or error  # torch may hide the disk's
+        cause = error if isinstance(error, OSError) else error.__context__ or error  # torch may hide the disk's error
         raise SystemExit(f"{run_dir} cannot be saved: {cause}") from error
 
 
@@ -446,10 +453,13 @@ def main(args: Args, saved: dict | None = None) -> None:
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: PyTorch finds no GPU")
     tensor = partial(torch.as_tensor, device=device)
 
     # Environments, networks, optimiser and replay buffer, restored when a run is resumed.
     env_kwargs = json.loads(args.env_kwargs)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # programs that environments start inherit it: Ctrl-C spares them
     envs = make_envs(args.env_id, args.num_envs, env_kwargs)
     obs_space = envs.single_observation_space
     agent = QNetwork(obs_space, envs.single_action_space).to(device)
@@ -471,7 +481,7 @@ def main(args: Args, saved: dict | None = None) -> None:
             for name, component in components.items():
                 component.load_state_dict(saved[name])
         except RuntimeError as error:
-            message = f"--resume: --buffer-size and the spaces of {args.env_id} must be those of the run"
+            message = f"--resume: --buffer-size and the spaces of {args.env_id} must be the same as in the resumed run"
             raise SystemExit(message) from error
         if args.anneal_lr:
             print(f"the learning rate goes on as in a run of {args.total_timesteps} steps, at whose end it is 0")
@@ -496,6 +506,8 @@ def main(args: Args, saved: dict | None = None) -> None:
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     writer.add_text("flags", f"```\n{json.dumps(asdict(args), indent=2)}\n```", step)
     metrics = defaultdict(list)
+    first_step = step
+    first_time = time.perf_counter()
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step")
 
     is_last = step >= args.total_timesteps
@@ -519,7 +531,8 @@ def main(args: Args, saved: dict | None = None) -> None:
         # ===== compute targets =====
         updates_before = updates_due(step_before, args.learning_starts, args.train_every)
         updates = updates_due(step, args.learning_starts, args.train_every)
-        rows = buffer.sample((updates - updates_before) * args.batch_size)  # of all K minibatches at once, (K·B,)
+        num_minibatches = updates - updates_before  # K, all drawn at once
+        rows = buffer.sample(num_minibatches * args.batch_size)  # (K·B,)
         b_obs = tensor(buffer.observations(rows))  # (K·B, *obs)
         b_next_obs = tensor(buffer.observations(rows + args.num_envs))
         b_actions = tensor(buffer.actions[rows]).unsqueeze(-1)  # (K·B, 1)
@@ -553,14 +566,14 @@ def main(args: Args, saved: dict | None = None) -> None:
         save_now = is_last or crossed(args.save_every, step_before, step)
         is_first_update = updates_before == 0 and updates > 0
         if save_now or is_first_update or crossed(LOG_EVERY, step_before, step):
-            td_losses = metrics.get("losses/td_loss", [])  # an infinite Huber loss has a finite gradient
+            td_losses = metrics.get("losses/td_loss", [])  # a Huber loss may be inf while weights stay finite
             if not all(x.isfinite().all() for x in [*agent.state_dict().values(), *td_losses]):
                 raise SystemExit(f"\nthe agent became nan or inf before step {step}; {run_dir}/checkpoint.pt is older")
             episode_returns = metrics.get("charts/episodic_return")
             if episode_returns:
                 metrics["charts/episodes"] = [len(episode_returns)]
                 bar.set_postfix_str(f"return {np.mean(episode_returns):.1f}", refresh=False)
-            metrics["charts/SPS"] = [(step - bar.initial) / bar.format_dict["elapsed"]]
+            metrics["charts/SPS"] = [(step - first_step) / (time.perf_counter() - first_time)]
             metrics["charts/epsilon"] = [epsilon]
             metrics["charts/learning_rate"] = [learning_rate]
             for name, entries in metrics.items():
@@ -574,7 +587,8 @@ def main(args: Args, saved: dict | None = None) -> None:
     bar.close()
     envs.close()
     if caught:
-        raise SystemExit(f"stopped at step {step}; to go on: python {sys.argv[0]} --resume {str(run_dir)!r}")
+        command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+        raise SystemExit(f"stopped at step {step}; to go on: {command}")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))

@@ -26,7 +26,7 @@ includes the penalty for unfinished responses, eval/scores does not. frac_reward
 scores are all equal.
 Differs from the paper:
  1. π_ref stays the starting policy. Algorithm 1's outer loop, which renews π_ref and the reward model, is left out.
- 2. The KL term is multiplied by π/π_old (DeepSeek-V3.2, 2512.02556). Only so is its gradient that of the KL.
+ 2. The KL term is multiplied by π/π_old (DeepSeek-V3.2, arXiv 2512.02556). Without it, its gradient is not the KL's.
  3. AdamW without weight decay, a learning rate that falls linearly to 0, the gradient's norm clipped to 1, no dropout.
  4. `--kl-in reward` subtracts the KL of a whole response from its score. With the KL in the loss, as in the paper, a
     token is penalised for its own KL, but not for its effect on the KL of later tokens.
@@ -86,11 +86,11 @@ class Args:
     chat_template_kwargs: str = "{}"  # Arguments of the chat template, as a JSON object.
     total_episodes: int = 4096  # Responses to sample in all.
     max_length: int = 512  # Longest row in tokens. A prompt that leaves no room for a response is left out.
-    learning_rate: float = 0  # Initial learning rate. 0 chooses: 5e-4 for the default model, else 3e-6, with LoRA 3e-5.
+    learning_rate: float = 0  # Initial learning rate; 0: 5e-4 for the default model, 3e-6 for others (LoRA 3e-5).
     batch_size: int = 128  # Number B of responses in a rollout, over all processes.
     num_minibatches: int = 4  # Minibatches per epoch, one step of the optimiser each.
     num_epochs: int = 4  # Passes over the rollout in each update (GRPO Algorithm 1's μ).
-    micro_batch_size: int = 16  # Number b of rows in a forward pass, over all processes. Fewer need less memory.
+    micro_batch_size: int = 16  # Rows b of a training pass over all processes. Sampling takes all B at once.
     bf16: bool = False  # Compute in bfloat16; weights and log-probabilities stay in float32.
     gradient_checkpointing: bool = False  # Compute activations twice: less memory, about a third slower.
     lora_rank: int = 0  # Train low-rank adapters of this rank in all linear layers, with α = 2·rank; 0: all weights.
@@ -99,13 +99,11 @@ class Args:
     kl_in: Literal["loss", "reward"] = "loss"  # Where the penalty is: the loss, as in the paper, or the score (RLOO).
     group_size: int = 8  # Number G of responses to each prompt of a rollout.
     baseline: Literal["group", "leave-one-out"] = "group"  # Mean of the whole group, or of the other responses (RLOO).
-    scale_rewards: Literal["group", "batch", "none"] = "group"  # Divide advantages by the std of this, or by none.
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # Divide advantages by this std, see 5 above.
     clip_coef: float = 0.2  # Clip range ε of the ratio (PPO Eq. 7).
     missing_eos_penalty: float = 1.0  # Taken off the score of a response without a stop token.
 
     def __post_init__(self) -> None:
-        if self.track and not find_spec("wandb"):
-            raise ValueError("--track needs wandb: pip install wandb")
         if type(json.loads(self.chat_template_kwargs)) is not dict:
             raise ValueError("chat-template-kwargs must be a JSON object")
         if min(self.num_minibatches, self.num_epochs, self.response_length, self.micro_batch_size) < 1:
@@ -139,8 +137,8 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     for prompt, completion in rows:
         ids.append(torch.tensor(prompt + completion))
         labels.append(torch.tensor([-100] * len(prompt) + completion))
-    # Padding, here any token, stands to the right, where a causal model does not look.
-    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=int(ids[0][-1])).to(device)  # (b, L)
+    # Padding, here token 0, stands to the right, where a causal model does not look.
+    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)  # (b, L)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
     first = max(1, min(len(prompt) for prompt, completion in rows))  # nothing stands before column 0 to predict it from
     labels = labels[:, first:]  # (b, K)
@@ -226,7 +224,7 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     if missing:
         raise SystemExit(f"{base} lacks the weights {sorted(missing)} of {type(model).__name__}")
     if "score.weight" in info["unexpected_keys"]:
-        raise SystemExit(f"{base} is a reward model, and has no {type(model).__name__}")
+        raise SystemExit(f"{base} is a reward model, not a {type(model).__name__}")
     if adapter:
         from peft import PeftConfig, PeftModel
 
@@ -237,7 +235,7 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     num_embeddings = model.get_input_embeddings().num_embeddings
     max_positions = getattr(text_config, "max_position_embeddings", None) or math.inf
     if tokenizer.eos_token is None:
-        raise SystemExit(f"{name} has a tokenizer without an EOS token, which would end every text")
+        raise SystemExit(f"{name} has a tokenizer without an EOS token, in which every text must end")
     if len(tokenizer) > num_embeddings:
         raise SystemExit(f"{name} has {num_embeddings} embeddings for the {len(tokenizer)} tokens of its tokenizer")
     if max_length > max_positions:
@@ -304,10 +302,10 @@ def set_stop_tokens(model: nn.Module, stops: list[int]) -> None:
 @torch.no_grad()
 def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor) -> list[list[int]]:
     """Responses to prompts, drawn by numbers `uniform` (b, R) in [0, 1), each up to its first stop token."""
-    # Padding, here any token, goes to the left, so that all prompts end in one column.
+    # Padding, here token 0, goes to the left, so that all prompts end in one column.
     rows = [torch.tensor(prompt, device=uniform.device) for prompt in prompts]
     visible = [torch.ones_like(row) for row in rows]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=prompts[0][0], padding_side="left")
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
     visible = nn.utils.rnn.pad_sequence(visible, batch_first=True, padding_side="left")  # (b, width)
     width = ids.shape[1]
     R = uniform.shape[1]
@@ -361,13 +359,13 @@ def load_reward_model(name: str, max_length: int, policy: nn.Module, tokenizer: 
     if reward_model.config.num_labels != 1:
         raise SystemExit(f"--reward-model {name} gives {reward_model.config.num_labels} scores and not one")
     if not tokenizer.get_vocab().items() <= reward_tokenizer.get_vocab().items():
-        raise SystemExit(f"--reward-model {name} has other tokens than --model: train one from --model")
+        raise SystemExit(f"--reward-model {name} has other tokens than --model: train it from --model")
     if policy.get_input_embeddings().num_embeddings > reward_model.get_input_embeddings().num_embeddings:
-        raise SystemExit(f"--reward-model {name} has fewer embeddings than --model: train one from --model")
+        raise SystemExit(f"--reward-model {name} has fewer embeddings than --model: train it from --model")
     if reward_tokenizer.eos_token != tokenizer.eos_token:
         raise SystemExit(f"--reward-model {name} ends texts in {reward_tokenizer.eos_token}, not {tokenizer.eos_token}")
     if reward_tokenizer.chat_template not in (None, tokenizer.chat_template):
-        raise SystemExit(f"--reward-model {name} has another chat template than --model: train one from --model")
+        raise SystemExit(f"--reward-model {name} has another chat template than --model: train it from --model")
     return reward_model
 
 
@@ -414,7 +412,7 @@ def load_reward_function(name: str) -> Callable:
     path = Path(file).resolve()
     if not path.exists():
         raise SystemExit(f"--reward-model {name}: there is no file {path}")
-    sys.path.insert(0, str(path.parent))
+    sys.path.append(str(path.parent))
     module = importlib.import_module(path.stem)
     if Path(str(module.__spec__.origin)).resolve() != path:  # a module that is built into Python has no file
         raise SystemExit(f"--reward-model {name}: {path.stem} is the name of another module; rename the file")
@@ -425,6 +423,7 @@ def load_reward_function(name: str) -> Callable:
 
 def function_rewards(function: Callable, name: str, rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
     """function(prompts=…, completions=…, **other columns), as in TRL; completions of chats are lists of messages."""
+    rows = [copy.deepcopy(row) for row in rows]  # a function may change what it gets
     prompts = [row["prompt"] for row in rows]
     if isinstance(prompts[0], list):
         texts = [[{"role": "assistant", "content": text}] for text in texts]
@@ -476,16 +475,21 @@ def choose_eval_split(name: str, config: str, split: str) -> str:
     return ""
 
 
-def refuse_unread(data: Any, name: str, columns: list[str], unread: list[str]) -> None:
+def refuse_unread(data: Any, name: str, columns: list[str]) -> None:
     """Stop the run if a column that belongs to the prompt holds text that none of the columns in use has."""
+    unread = []
+    if columns not in (["messages"], ["text"]):
+        unread += ["question", "instruction", "problem", "query", "context", "input"]
+    unread += ["prompt", "system", "system_prompt", "tools"]
     for extra in unread:
-        if extra not in data.column_names:
+        if extra in columns or extra not in data.column_names:
             continue
         for row in data:
             shown = json.dumps([row[column] for column in columns])
-            text = json.dumps(row[extra] or "").strip('"[]')
+            text = json.dumps(row[extra] or "").strip('"[] ').removesuffix("\\n")  # of a text or a list
             if text not in shown:
-                raise SystemExit(f"--dataset {name}: {extra} is not read: put it into the prompt, or remove the column")
+                advice = "rename it to prompt, put it into the prompt, or remove the column"
+                raise SystemExit(f"--dataset {name}: {extra} is not read: {advice}")
 
 
 def check_value(value: Any, place: str) -> None:
@@ -496,15 +500,19 @@ def check_value(value: Any, place: str) -> None:
             raise SystemExit(f"{place}: {value!r:.40} is a list of messages written as text: use jsonl in place of csv")
         return
     if not isinstance(value, list) or not value:
-        raise SystemExit(f"{place}: {value!r:.40} is not text, and no list of messages")
+        raise SystemExit(f"{place}: {value!r:.40} is neither text nor a list of messages")
     for turn in value:
         if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
-            raise SystemExit(f"{place}: {turn!r:.80} is no message with a role and a content")
+            raise SystemExit(f"{place}: {turn!r:.80} is not a message with the texts role and content")
 
 
-def said_by(turns: list[dict]) -> list[tuple[str, str]]:
-    """Who says what in messages, by which they are compared."""
-    return [(turn["role"], turn["content"].strip()) for turn in turns]
+def said_by(turns: list[dict]) -> list[tuple[str, ...]]:
+    """Who says, thinks and calls what in messages, by which they are compared."""
+    said = []
+    for turn in turns:
+        unsaid = [turn.get(key) or "" for key in ("reasoning_content", "thinking", "tool_calls")]
+        said.append((turn["role"], turn["content"].strip(), str(unsaid)))
+    return said
 
 
 def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
@@ -522,7 +530,7 @@ def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
         return prompt
     if len(chats) == 1:
         return []
-    shared = os.path.commonprefix([said_by(chat[:-1]) for chat in chats])
+    shared = os.path.commonprefix([said_by(chat[:-1]) for chat in chats])  # which takes any lists
     return chats[0][: len(shared)]
 
 
@@ -542,14 +550,16 @@ def chat_renderer(tokenizer: Any, template_kwargs: str) -> Callable:
 def check_rendered(prompt: list[dict], answer: list[dict], text: str) -> None:
     """Stop the run where the chat template leaves out what a turn says; thoughts of earlier answers may go."""
     shown = "".join(text.split())
-    turns = [turn for turn in prompt if turn["role"] != "assistant"]
-    for turn in turns + answer:
+    for number, turn in enumerate(prompt + answer):
         contents = [turn.get(key) or "" for key in ("content", "reasoning_content", "thinking")]
+        if turn["role"] == "assistant" and number < len(prompt):
+            contents = []
+        if turn["role"] in ("tool", "ipython"):
+            contents = re.findall("[A-Za-z0-9]+", turn["content"])[:1]  # a template may write the rest in its own way
         for call in turn.get("tool_calls") or []:
             contents.append(call.get("function", call)["name"])
         for content in contents:
-            # A template may write the results of tools in its own way.
-            if turn["role"] not in ("tool", "ipython") and "".join(content.split()) not in shown:
+            if "".join(content.split()) not in shown:
                 raise SystemExit(
                     f"--dataset: the chat template leaves out a part of the turn {content!r} ({turn['role']})"
                 )
@@ -576,6 +586,7 @@ def encode_prompt(row: dict[str, Any], tokenizer: Any, render: Callable, stops: 
     for column in ("messages", "chosen", "completion"):
         chat = row.get(column)
         if isinstance(prompt, str) and isinstance(chat, list) and chat:
+            check_value(chat, f"{place}, column {column}")
             prompt = prompt_turns(prompt, [chat])
     if isinstance(prompt, list):
         is_begun = prompt[-1]["role"] == "assistant"  # an answer that has begun goes on
@@ -584,7 +595,7 @@ def encode_prompt(row: dict[str, Any], tokenizer: Any, render: Callable, stops: 
         return tokenizer(text, add_special_tokens=False).input_ids
     has_bos = prompt.startswith(tokenizer.bos_token or "<no BOS>")
     ids = tokenizer(prompt, add_special_tokens=not has_bos).input_ids
-    while ids[-1] in stops:  # some tokenizers end every text with EOS
+    while ids and ids[-1] in stops:  # some tokenizers end every text with EOS
         ids.pop()
     return ids
 
@@ -602,7 +613,7 @@ def load_prompts(
     data = datasets.load_dataset(path, config or None, data_files=files, split=split)
     if "prompt" not in data.column_names:
         raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename one of them to prompt")
-    refuse_unread(data, name, ["prompt"], ["system", "system_prompt", "tools"])
+    refuse_unread(data, name, ["prompt"])
     render = chat_renderer(tokenizer, template_kwargs)
     stops = stop_tokens(tokenizer, render)
     unknown = tokenizer.unk_token_id if tokenizer.unk_token_id not in stops else None
@@ -628,29 +639,34 @@ def load_prompts(
 
 
 def batch_at(num_rows: int, step: int, batch_size: int, seed: int) -> list[int]:
-    """Indices of the rows of update `step`, which depend on it and the seed alone. An epoch drops a last part batch."""
+    """Indices of the rows of update `step`, by it and the seed alone. Rows left over at an epoch's end are skipped."""
     epoch, batch = divmod(step, num_rows // batch_size)
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     order = torch.randperm(num_rows, generator=generator).tolist()
     return order[batch * batch_size : (batch + 1) * batch_size]
 
 
-def micro_batches(rows: list[Any], indices: list[int], size: int) -> list[list[int]]:
-    """Indices of rows in parts of `size` or a little more. Rows of similar length go together, which saves padding."""
+def micro_batches(rows: list[Any], indices: list[int], size: int, processes: int) -> list[list[int]]:
+    """Indices of rows in parts of `size` or fewer. Rows of similar length go together, which saves padding.
+
+    A part has a row for each process. Where too few rows are left for that, parts are a little larger than `size`.
+    """
     lengths = {}
     for i in indices:
         prompt, *texts = rows[i]
         lengths[i] = len(prompt) + max(map(len, texts))
     indices = sorted(indices, key=lengths.get)
-    num_chunks = max(1, len(indices) // size)
-    chunks = torch.tensor(indices).tensor_split(num_chunks)
+    num_chunks = min(math.ceil(len(indices) / size), len(indices) // processes)
+    chunks = torch.tensor(indices).tensor_split(max(1, num_chunks))
     return [chunk.tolist() for chunk in chunks if len(chunk)]
 
 
 def check_prompts(args: Args, processes: int, num_prompts: int, num_eval_prompts: int) -> None:
     """Stop the run unless there are prompts for a rollout, and rows of each micro-batch for each process."""
     if num_prompts < args.batch_size // args.group_size:
-        raise SystemExit(f"--dataset has {num_prompts} prompts, too few for --batch-size {args.batch_size}")
+        raise SystemExit(
+            f"--dataset has {num_prompts} prompts, too few for --batch-size {args.batch_size} / --group-size"
+        )
     if min(args.batch_size // args.num_minibatches, args.micro_batch_size) < processes:
         raise SystemExit(
             f"minibatches and --micro-batch-size must have at least {processes} rows, one for each process"
@@ -691,12 +707,15 @@ def restore(accelerator: Accelerator, folder: Path, strict: bool = True) -> None
 
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
     """Flags of the command line, and the checkpoint of --resume, whose flags are then the defaults."""
-    saved, _ = tyro.cli(load_state, add_help=False, return_unknown_args=True)  # its only flag is --resume
+    # Its only flag is --resume; the others are left for Args.
+    saved, _ = tyro.cli(load_state, add_help=False, return_unknown_args=True)
     default = Args(**saved["args"]) if saved else Args()
     args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
+    if args.track and not find_spec("wandb"):
+        raise SystemExit("--track needs wandb: pip install wandb")
     for name, value in vars(args).items():
         if str(value).startswith(str(ASSETS)) and not ASSETS.exists():
-            raise SystemExit(f"--{name.replace('_', '-')} is needed: the small language world is not beside this copy")
+            raise SystemExit(f"--{name.replace('_', '-')} is needed: its default is not beside this copy of the script")
     return args, saved
 
 
@@ -805,7 +824,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     stops = generation_config.eos_token_id
     policy.generation_config = transformers.GenerationConfig(eos_token_id=stops, pad_token_id=stops[0])
     if not samples_as_trained(policy):
-        raise SystemExit(f"--model {args.model} samples from other probabilities than one forward pass gives")
+        raise SystemExit(f"--model {args.model} generates from other probabilities than a forward pass gives")
 
     # The score: a reward model or a function.
     reward_model = None
@@ -824,6 +843,8 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     eval_prompts = eval_prompts[:B]
     check_prompts(args, processes, len(prompts), len(eval_prompts))
     accelerator.print("first prompt:", tokenizer.decode(prompts[0][0]))
+    if reward_function:
+        accelerator.print(f"--reward-model {args.reward_model} gets, of its row: {prompts[0][1]!r:.400}")
 
     # The reference, a copy of the policy; with LoRA it is the policy without its adapters.
     if args.gradient_checkpointing:
@@ -862,7 +883,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         logprobs = torch.zeros(len(rows), R, device=device)
         ref_logprobs = torch.zeros(len(rows), R, device=device)
         scores = torch.zeros(len(rows), device=device)
-        for micro_batch in micro_batches(rows, indices, args.micro_batch_size):
+        for micro_batch in micro_batches(rows, indices, args.micro_batch_size, processes):
             mine = micro_batch[own]
             my_rows = [rows[i] for i in mine]
             with accelerator.autocast():
@@ -919,11 +940,11 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         finished = torch.tensor([response[-1] in stops for prompt, response in rows], device=device).float()
         scores = scores - args.missing_eos_penalty * (1 - finished)
         kl = (old_logprobs - ref_logprobs).sum(1)  # (B,)
-        gains = scores
+        penalised = scores
         if args.kl_in == "reward":
-            gains = scores - args.kl_coef * kl
-        is_rloo = args.baseline == "leave-one-out"
-        advantages = group_advantages(gains.view(-1, G), is_rloo, args.scale_rewards).view(B, 1)
+            penalised = scores - args.kl_coef * kl
+        leave_one_out = args.baseline == "leave-one-out"
+        advantages = group_advantages(penalised.view(-1, G), leave_one_out, args.scale_rewards).view(B, 1)
         divisors = lengths if args.scale_rewards == "group" else torch.full_like(lengths, R)  # |o_i| of Eq. 3, or R
         loss_kl_coef = args.kl_coef if args.kl_in == "loss" else 0.0
 
@@ -934,10 +955,9 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         metrics = defaultdict(list)
         for _ in range(args.num_epochs):
             for minibatch in torch.randperm(B, generator=noise).chunk(args.num_minibatches):
-                # Logged are means over the tokens of a minibatch, and then over the processes.
-                num_tokens = mask[minibatch].sum() / processes
+                num_tokens = mask[minibatch].sum() / processes  # for the logs, which are means over the processes
                 optimizer.zero_grad()
-                for micro_batch in micro_batches(rows, minibatch.tolist(), args.micro_batch_size):
+                for micro_batch in micro_batches(rows, minibatch.tolist(), args.micro_batch_size, processes):
                     mine = micro_batch[own]
                     my_rows = [rows[i] for i in mine]
                     logprobs = response_logprobs(model, my_rows, R, device)  # (b, R)
@@ -996,7 +1016,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     if not args.lora_rank:
         policy.to(policy.config.dtype)
     weights = accelerator.get_state_dict(policy)
-    if step == total_steps and accelerator.is_main_process:
+    if step >= total_steps and accelerator.is_main_process:
         save_model(policy, tokenizer, weights, args, run_dir)
     accelerator.wait_for_everyone()  # torch may abort a process that exits right after it sent or received weights
     model = None  # wrapped models that outlive the group of processes can make torch wait for ever

@@ -5,8 +5,9 @@
 # ///
 """Proximal Policy Optimization (PPO): a policy gradient that may use its data several times.
 
-A plain policy gradient is right for one step only: after it, the data is from an older policy. PPO goes over a rollout
-several times. To make this safe it clips the ratio π/π_old, so that moving the ratio beyond 1 ± ε gains nothing.
+A plain policy gradient is right for one update only: after it, the data is from an older policy. PPO makes several
+updates on each rollout, T steps of N environments. To make this safe it clips the ratio π/π_old, so that moving the
+ratio beyond 1 ± ε gains nothing.
 Papers: Schulman et al. 2017, arXiv 1707.06347 (PPO); Schulman et al. 2015, arXiv 1506.02438 (GAE).
 
 The number at the end of a command's comment is the mean return of the last 100 training episodes:
@@ -20,7 +21,7 @@ The number at the end of a command's comment is the mean return of the last 100 
         --num-minibatches 32 --learning-rate 3e-4 --ent-coef 0 --gamma 0.99 --log-std-init -1  # 4987
 
 gymnasium resets an environment in the step after an episode's end (NEXT_STEP). The script neither counts that step nor
-trains on it. But it keeps the episode's last observation. Difference 3 below says what for.
+trains on it. It keeps the episode's last observation, for difference 3 below.
 Returns are sums of the environment's own rewards. Each logged number is a mean since the previous log.
 
 Differs from the paper:
@@ -37,8 +38,10 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
+import time
 import warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -46,7 +49,7 @@ from datetime import datetime
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -79,7 +82,7 @@ class Args:
     env_kwargs: str = "{}"  # Arguments for gymnasium.make_vec and the environment, as a JSON object.
     total_timesteps: int = 500_000  # Environment steps to train for.
     num_envs: int = 16  # Number N of environments that are stepped side by side.
-    normalize: bool = False  # Normalise observations by running statistics; a2c and ppo also normalise rewards.
+    normalize: bool = False  # Normalise vector observations by running statistics; a2c and ppo also normalise rewards.
     learning_rate: float = 1e-3  # Learning rate of Adam at the start.
     anneal_lr: bool = True  # Let the learning rate fall linearly to 0.
     num_steps: int = 32  # Number T of steps in each environment between two updates (PPO Algorithm 1).
@@ -90,19 +93,15 @@ class Args:
     clip_coef: float = 0.2  # Clip range ε of the ratio (PPO Eq. 7).
     target_kl: float = 0.0  # End an update's epochs once approx_kl, the KL from the old policy, exceeds this; 0: off.
     ent_coef: float = 0.01  # Coefficient c2 of the entropy bonus (PPO Eq. 9).
-    vf_coef: float = 0.5  # Coefficient c1 of the value loss (PPO Eq. 9).
+    vf_coef: float = 0.5  # Weight of the value loss, which is half the paper's: c1 of PPO Eq. 9 is half of this.
     log_std_init: float = 0.0  # Logarithm of the standard deviation of Box actions at the start.
 
     def __post_init__(self) -> None:
         if type(json.loads(self.env_kwargs)) is not dict:
             raise ValueError("env-kwargs must be a JSON object")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: PyTorch finds no GPU")
-        if self.track and not find_spec("wandb"):
-            raise ValueError("--track needs wandb: pip install wandb")
         if min(self.total_timesteps, self.num_envs, self.num_epochs, self.num_minibatches) < 1:
             raise ValueError("total-timesteps, num-envs, num-epochs and num-minibatches must be at least 1")
-        if self.num_steps < 2:
+        if self.num_steps < 2:  # a rollout of one row may hold no step, only a reset
             raise ValueError("num-steps must be at least 2")
         if self.num_minibatches > self.num_envs * (self.num_steps // 2):  # every second row may be a reset
             raise ValueError("num-minibatches must be at most num-envs · ⌊num-steps / 2⌋")
@@ -129,7 +128,7 @@ class RunningNorm(nn.Module):
         share = (len(x) / self.count).float()  # of the new rows
         delta = x.mean(0) - self.mean
         self.mean += share * delta
-        between = (1 - share) * delta**2  # variance between the old rows and the new
+        between = (1 - share) * delta**2  # share · this: the variance between old and new rows
         self.var += share * (x.var(0, correction=0) - self.var + between)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -171,20 +170,21 @@ class Agent(nn.Module):
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 nn.init.orthogonal_(layer.weight, 2**0.5)
                 nn.init.zeros_(layer.bias)
-        nn.init.orthogonal_(actor_head.weight, 0.01)  # so the first policy is nearly uniform
+        nn.init.orthogonal_(actor_head.weight, 0.01)  # so the first policy is nearly uniform, or a Gaussian around 0
         nn.init.orthogonal_(critic_head.weight, 1.0)
 
     def features(self, obs: Tensor) -> Tensor:
         """Observations (B, *obs) of any dtype to (B, features); images may have channels first, last or none."""
+        obs = obs.float()
         if self.obs_scale != 1:  # a division by 1 takes time too
             obs = obs / self.obs_scale
         if not self.is_image:
-            return self.obs_norm(obs.float())
+            return self.obs_norm(obs)
         if obs.ndim == 3:
             obs = obs.unsqueeze(1)
         if obs.shape[-1] < obs.shape[1]:
             obs = obs.movedim(-1, 1)
-        return self.cnn(obs)  # of (B, C, H, W)
+        return self.cnn(obs)  # obs: (B, C, H, W)
 
     def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log π(a|s), entropy of π(·|s) and V(s), (B,) each, of observations (B, *obs) and actions (B,) or (B, A)."""
@@ -205,13 +205,14 @@ class Agent(nn.Module):
     def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
         """Actions drawn from π(·|s), or the likeliest ones: (B,) integers or (B, A) floats, on the CPU."""
         policy = self.actor(self.features(obs)).cpu()  # draws use the CPU's random state, which a checkpoint keeps
-        if self.discrete and not greedy:
-            policy = policy - torch.empty_like(policy).exponential_().log()  # Gumbel noise: its argmax is a draw
-        if self.discrete:
+        if self.discrete and greedy:
             return policy.argmax(-1)
-        if not greedy:
-            policy = policy + self.log_std.exp().cpu() * torch.randn_like(policy)
-        return policy
+        if self.discrete:
+            gumbel_noise = -torch.empty_like(policy).exponential_().log()
+            return (policy + gumbel_noise).argmax(-1)  # a draw from the softmax of the logits
+        if greedy:
+            return policy
+        return policy + self.log_std.exp().cpu() * torch.randn_like(policy)
 
 
 # --- algorithm ---
@@ -230,7 +231,7 @@ def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
 def compute_gae(
     rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float
 ) -> Tensor:
-    """Generalised advantage estimation (GAE Eq. 16, PPO Eq. 11-12): A_t = Σ_l (γλ)^l·δ_{t+l}, to `done`; all (T, N)."""
+    """Generalised advantages (GAE Eq. 16, PPO Eq. 11-12): A_t = Σ_l (γλ)^l·δ_{t+l} until `done`; all (T, N)."""
     deltas = rewards + gamma * next_values * (1 - terminated) - values  # δ_t = r_t + γ·V(s_{t+1}) - V(s_t)
     return discounted_sum(deltas, gamma * lam * (1 - done))
 
@@ -269,7 +270,7 @@ def ignore_signals(env: gym.Env) -> gym.Env:
     if multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return env
+    return env  # the environment itself stays as it is
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.VectorEnv:
@@ -282,24 +283,25 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.Vector
         env_id = "ale_py:" + env_id.split(":")[-1]
         kwargs.setdefault("repeat_action_probability", 0.0)
     if is_atari and not {"render_mode", "vectorization_mode"} & kwargs.keys():
+        # ale_py's own vector environment, which is one process and cannot be rendered
         kwargs.setdefault("use_fire_reset", False)
         kwargs["reward_clipping"] = False  # main takes the sign
-    elif is_atari:  # the native vector environment is one process, and cannot be rendered
+    elif is_atari:
         wrappers = [
             ignore_signals,
-            AtariPreprocessing,
+            partial(AtariPreprocessing, frame_skip=kwargs.get("frameskip", 4)),
             partial(FrameStackObservation, stack_size=4, padding_type="zero"),
         ]
         kwargs = {"vectorization_mode": "sync"} | kwargs | {"frameskip": 1, "wrappers": wrappers}
     elif kwargs.get("vectorization_mode") == "async":
         kwargs["wrappers"] = [ignore_signals]
     envs = gym.make_vec(env_id, num_envs, **kwargs)
-    envs._add_info = lambda infos, *_: infos  # their own infos are not used, and gymnasium refuses some
+    envs._add_info = lambda infos, *_: infos  # infos are not used, and gymnasium refuses those of several types
     atexit.register(envs.close)  # processes that ignore SIGTERM must be closed before Python ends
     obs = envs.single_observation_space
     action = envs.single_action_space
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise SystemExit(f"{env_id}: its vector version does not declare AutoresetMode.NEXT_STEP in its metadata")
+        raise SystemExit(f"{env_id}: its vector environment must have AutoresetMode.NEXT_STEP in its metadata")
     if "ale_py" in str(envs.spec.entry_point) and not is_atari:
         raise SystemExit(f"{env_id} shows raw frames: use ALE/<Game>-v5, whose frames are preprocessed")
     if not is_flattenable(obs):
@@ -330,15 +332,15 @@ def make_video_envs(env_id: str, env_kwargs: dict, folder: Path) -> gym.vector.V
     try:
         envs = make_envs(env_id, 1, env_kwargs | {"render_mode": "rgb_array"})
         envs.reset()
-        shape = np.shape(envs.render()[0])
-        if len(shape) != 3:
-            raise ValueError(f"frames have the shape {shape}, not (height, width, colours)")
+        frame = np.asarray(envs.render()[0])
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
+            raise ValueError(f"frames are {frame.dtype} of shape {frame.shape}, not uint8 of (height, width, 3)")
         return wrap.RecordVideo(envs, folder, video_length=2000)
     except Exception as error:
         raise SystemExit(f"--capture-video: {env_id} cannot be drawn as rgb_array: {error}") from error
 
 
-def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: torch.device) -> np.ndarray:
+def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: str) -> np.ndarray:
     """Raw returns (N,) of the greedy policy over the first episode of each environment."""
     returns = np.zeros(envs.num_envs)
     running = np.ones(envs.num_envs, dtype=bool)
@@ -371,16 +373,21 @@ def load_checkpoint(resume: Path | None = None) -> dict | None:
         if saved["script"] != SCRIPT:
             raise SystemExit(f"--resume {resume}: written by {saved['script']}.py, not {SCRIPT}.py")
     except Exception as error:
-        raise SystemExit(f"--resume {resume}: {file} is damaged or no checkpoint ({type(error).__name__})") from error
+        raise SystemExit(
+            f"--resume {resume}: {file} is damaged or not a checkpoint ({type(error).__name__})"
+        ) from error
     saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # another name: a new run
     return saved
 
 
 def parse_args() -> tuple[Args, dict | None]:
     """Flags of the command line, and the checkpoint of --resume, whose flags are then the defaults."""
-    saved, _ = tyro.cli(load_checkpoint, add_help=False, return_unknown_args=True)  # its only flag is --resume
+    # Its only flag is --resume; the others are left for Args.
+    saved, _ = tyro.cli(load_checkpoint, add_help=False, return_unknown_args=True)
     default = Args(**saved["args"]) if saved else Args()
     args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
+    if args.track and not find_spec("wandb"):
+        raise SystemExit("--track needs wandb: pip install wandb")
     return args, saved
 
 
@@ -389,7 +396,8 @@ def start_run(args: Args, saved: dict | None) -> Path:
     name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     name = re.sub(r"[^\w.-]", "_", name)  # some file systems refuse a colon
     run_dir = Path(args.run_dir or f"runs/{name}")
-    is_resumed = saved and args.run_dir.rstrip("/") == saved["args"]["run_dir"]
+    earlier = saved["args"]["run_dir"] if saved else ""
+    is_resumed = earlier and run_dir.resolve() == Path(earlier).resolve()
     if (run_dir / "checkpoint.pt").exists() and not is_resumed:
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -414,7 +422,7 @@ def catch_signals() -> list[int]:
     return caught
 
 
-def save_checkpoint(run_dir: Path, args: Args, step: int, **components: nn.Module) -> None:
+def save_checkpoint(run_dir: Path, args: Args, step: int, **components: Any) -> None:
     """Write the state to another file first, so that a crash leaves the former checkpoint whole."""
     state = {"script": SCRIPT, "args": asdict(args), "step": step, "rng": torch.get_rng_state()}
     for name, component in components.items():
@@ -427,7 +435,7 @@ def save_checkpoint(run_dir: Path, args: Args, step: int, **components: nn.Modul
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__ or error  # torch may hide the disk's
+        cause = error if isinstance(error, OSError) else error.__context__ or error  # torch may hide the disk's error
         raise SystemExit(f"{run_dir} cannot be saved: {cause}") from error
 
 
@@ -442,10 +450,13 @@ def main(args: Args, saved: dict | None = None) -> None:
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: PyTorch finds no GPU")
     tensor = partial(torch.as_tensor, device=device)
 
     # Environments, agent and optimiser, restored when a run is resumed.
     env_kwargs = json.loads(args.env_kwargs)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # programs that environments start inherit it: Ctrl-C spares them
     envs = make_envs(args.env_id, args.num_envs, env_kwargs)
     obs_space = envs.single_observation_space
     agent = Agent(obs_space, envs.single_action_space, args.normalize, args.log_std_init).to(device)
@@ -459,7 +470,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         try:
             agent.load_state_dict(saved["agent"])
         except RuntimeError as error:
-            message = f"--resume: --normalize and the spaces of {args.env_id} must be those of the run"
+            message = f"--resume: --normalize and the spaces of {args.env_id} must be the same as in the resumed run"
             raise SystemExit(message) from error
         optimizer.load_state_dict(saved["optimizer"])
         if args.anneal_lr:
@@ -474,12 +485,12 @@ def main(args: Args, saved: dict | None = None) -> None:
     T = args.num_steps
     N = args.num_envs
     obs = np.zeros((T + 1, N, *obs_space.shape), np.uint8 if agent.is_image else np.float32)
-    actions = np.zeros((T + 1, N, *envs.single_action_space.shape), np.float32)  # 0 for the last observation
+    actions = np.zeros((T + 1, N, *envs.single_action_space.shape), np.float32)  # 0 in row T, which has no action yet
     rewards = np.zeros((T, N), np.float32)
     terminated = np.zeros_like(rewards)
     done = np.zeros_like(rewards)
-    mask = np.zeros((T, N), bool)  # false in rows that are no steps, after `done`
-    discounted = np.zeros_like(rewards)  # sums of rewards since the episode began, for return_norm
+    mask = np.zeros((T, N), bool)  # false in rows that are not steps, after `done`
+    discounted = np.zeros_like(rewards)  # r_t + γ·r_{t-1} + γ²·r_{t-2} + … in the episode
     prev_done = np.zeros(N, np.float32)
     prev_discounted = np.zeros_like(prev_done)
     obs[T], _ = envs.reset(seed=int(torch.randint(2**30, ())))
@@ -494,6 +505,8 @@ def main(args: Args, saved: dict | None = None) -> None:
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     writer.add_text("flags", f"```\n{json.dumps(asdict(args), indent=2)}\n```", step)
     metrics = defaultdict(list)
+    first_step = step
+    first_time = time.perf_counter()
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step")
 
     is_last = step >= args.total_timesteps
@@ -519,7 +532,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         # ===== compute targets =====
         b_obs = tensor(obs).flatten(0, 1)  # ((T + 1)·N, *obs)
         b_actions = tensor(actions).flatten(0, 1)  # ((T + 1)·N, *action)
-        steps = tensor(np.flatnonzero(mask))  # (S,): rows of (T·N,) that are steps
+        steps = tensor(np.flatnonzero(mask))  # (S,): indices into (T·N,) of the steps
         step_before = step
         step += len(steps)
         b_rewards = tensor(rewards)  # (T, N)
@@ -538,9 +551,9 @@ def main(args: Args, saved: dict | None = None) -> None:
         returns = advantages + old_values
         b_returns = returns.flatten()[steps]  # (S,): from here on steps alone
         b_advantages = advantages.flatten()[steps]
-        b_obs = b_obs[:-N][steps]
-        b_actions = b_actions[:-N][steps]
-        b_logprobs = b_logprobs[:-N][steps]
+        b_obs = b_obs[steps]
+        b_actions = b_actions[steps]
+        b_logprobs = b_logprobs[steps]
         # Advantages are returns less values, which is what the values do not explain.
         unexplained = b_advantages.var(correction=0) / (b_returns.var(correction=0) + 1e-8)
         metrics["losses/explained_variance"].append(1 - unexplained)
@@ -551,7 +564,8 @@ def main(args: Args, saved: dict | None = None) -> None:
             learning_rate *= 1 - step_before / args.total_timesteps
         optimizer.param_groups[0]["lr"] = learning_rate
         for _ in range(args.num_epochs):
-            for mb in torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches):  # (M,)
+            order = torch.randperm(len(b_obs)).to(device)
+            for mb in order.tensor_split(args.num_minibatches):  # (M,)
                 logprobs, entropy, values = agent(b_obs[mb], b_actions[mb])
                 mb_advantages = b_advantages[mb]
                 mb_std = mb_advantages.std(correction=0)
@@ -584,7 +598,7 @@ def main(args: Args, saved: dict | None = None) -> None:
             if episode_returns:
                 metrics["charts/episodes"] = [len(episode_returns)]
                 bar.set_postfix_str(f"return {np.mean(episode_returns):.1f}", refresh=False)
-            metrics["charts/SPS"] = [(step - bar.initial) / bar.format_dict["elapsed"]]
+            metrics["charts/SPS"] = [(step - first_step) / (time.perf_counter() - first_time)]
             metrics["charts/learning_rate"] = [learning_rate]
             for name, entries in metrics.items():
                 writer.add_scalar(name, sum(map(float, entries)) / len(entries), step)
@@ -597,7 +611,8 @@ def main(args: Args, saved: dict | None = None) -> None:
     bar.close()
     envs.close()
     if caught:
-        raise SystemExit(f"stopped at step {step}; to go on: python {sys.argv[0]} --resume {str(run_dir)!r}")
+        command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+        raise SystemExit(f"stopped at step {step}; to go on: {command}")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))

@@ -11,9 +11,9 @@ its target, a sample of the right side of Bellman's optimality equation. Some en
 
  - charts/q_error is the mean of |Q - Q*| over all pairs (s, a) that can be reached. Pairs never tried have Q = 0.
  - charts/regret is the mean of V*(s₀) - V^π(s₀) over start states s₀: how much less the greedy policy π gets than the
-   best policy.
+   best policy. Without the environment's `initial_state_distrib`, s₀ are the first observations of the run.
 
-Regret usually reaches 0 before q_error does:
+Regret usually reaches 0 before q_error does. At the end of training:
 
     python algos/q_learning.py    # Taxi-v4: regret 0, q_error 4.7; with --alpha-decay 0 --epsilon-end 0.5, q_error 0
     python algos/q_learning.py --env-id FrozenLake-v1 --total-timesteps 500000  # regret 0, q_error 0.013
@@ -31,12 +31,15 @@ import atexit
 import json
 import multiprocessing
 import re
+import shlex
 import signal
 import sys
+import time
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -73,8 +76,6 @@ class Args:
     def __post_init__(self) -> None:
         if type(json.loads(self.env_kwargs)) is not dict:
             raise ValueError("env-kwargs must be a JSON object")
-        if self.track and not find_spec("wandb"):
-            raise ValueError("--track needs wandb: pip install wandb")
         if min(self.total_timesteps, self.num_envs) < 1:
             raise ValueError("total-timesteps and num-envs must be at least 1")
         if not (0 <= self.gamma < 1 and 0 <= self.epsilon_end <= 1):
@@ -96,7 +97,7 @@ class QTable(nn.Module):
 
     def act(self, obs: Tensor, epsilon: float) -> Tensor:
         """Actions (N,) of the largest Q in states (N,), random ones with probability ε."""
-        best = self.q.index_select(0, obs).argmax(-1)  # which refuses negative states
+        best = self.q.index_select(0, obs).argmax(-1)  # unlike q[obs], it refuses negative states
         explore = torch.rand(len(best)) < epsilon
         return torch.where(explore, torch.randint(self.q.shape[1], best.shape), best)
 
@@ -115,12 +116,15 @@ def td_target(rewards: Tensor, next_q: Tensor, terminated: Tensor, gamma: float)
 
 
 def is_model(P: object, num_states: int, num_actions: int) -> bool:
-    """Whether an attribute P has toy text's form: a dict of all states, each a dict of all actions."""
+    """Whether P has toy text's form: P[s][a] = [(p, s', r, end), …] for all states and actions."""
     if not isinstance(P, dict) or set(P) != set(range(num_states)):
         return False
     for actions in P.values():
         if not isinstance(actions, dict) or set(actions) != set(range(num_actions)):
             return False
+        for outcomes in actions.values():
+            if not isinstance(outcomes, list) or not all(len(outcome) == 4 for outcome in outcomes):
+                return False
     return True
 
 
@@ -140,10 +144,11 @@ def read_model(P: dict[int, dict[int, list]]) -> tuple[Tensor, Tensor]:
 
 def value_iteration(next_probs: Tensor, rewards: Tensor, gamma: float) -> Tensor:
     """Q* (S, A): Bellman's optimality equation Q(s, a) = r(s, a) + γ·Σ_s' p(s'|s, a)·max_a' Q(s', a'), repeated."""
-    sparse_probs = next_probs.flatten(0, 1).to_sparse()  # (S·A, S): few states follow one
+    sparse_probs = next_probs.flatten(0, 1).to_sparse()  # (S·A, S), mostly zeros
     q = torch.zeros_like(rewards)
     change = torch.inf
-    while change > 1e-12:  # γ or less of it is left after each repetition
+    rounding = 1e-15 / (1 - gamma)  # share of Q that rounding may keep in motion for ever
+    while change > rounding * (1 + q.abs().max()):
         next_values = (sparse_probs @ q.max(-1).values).view_as(rewards)
         updated = rewards + gamma * next_values
         change = (updated - q).abs().max()
@@ -159,10 +164,12 @@ def policy_values(next_probs: Tensor, rewards: Tensor, policy: Tensor, gamma: fl
 
 
 def reachable(next_probs: Tensor, start_probs: Tensor) -> Tensor:
-    """Which states (S,) are acted in by some policy from the start states."""
+    """Mask (S,) of the states in which some policy comes to act, from the start states on."""
     leads_to = (next_probs > 0).any(1)  # (S, S)
     reached = start_probs > 0
-    for _ in range(len(reached)):
+    num_reached = 0
+    while num_reached < reached.sum():
+        num_reached = reached.sum()
         reached = reached | leads_to[reached].any(0)
     return reached
 
@@ -175,7 +182,22 @@ def ignore_signals(env: gym.Env) -> gym.Env:
     if multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return env
+    return env  # the environment itself stays as it is
+
+
+def make_discrete_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.VectorEnv:
+    """N environments whose states and actions are numbers from 0; anything else is refused."""
+    sys.path.append("")  # where a user's own module may lie
+    kwargs = {"vectorization_mode": "sync"} | env_kwargs
+    envs = gym.make_vec(env_id, num_envs, wrappers=[ignore_signals], **kwargs)
+    envs._add_info = lambda infos, *_: infos  # infos are not used, and gymnasium refuses those of several types
+    atexit.register(envs.close)  # processes that ignore SIGTERM must be closed before Python ends
+    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+        raise SystemExit(f"{env_id}: its environments must reset by AutoresetMode.NEXT_STEP")
+    for space in (envs.single_observation_space, envs.single_action_space):
+        if not isinstance(space, Discrete) or space.start != 0:
+            raise SystemExit(f"{env_id}: observations and actions must be Discrete from 0, not {space}")
+    return envs
 
 
 # --- run ---
@@ -193,16 +215,21 @@ def load_checkpoint(resume: Path | None = None) -> dict | None:
         if saved["script"] != SCRIPT:
             raise SystemExit(f"--resume {resume}: written by {saved['script']}.py, not {SCRIPT}.py")
     except Exception as error:
-        raise SystemExit(f"--resume {resume}: {file} is damaged or no checkpoint ({type(error).__name__})") from error
+        raise SystemExit(
+            f"--resume {resume}: {file} is damaged or not a checkpoint ({type(error).__name__})"
+        ) from error
     saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # another name: a new run
     return saved
 
 
 def parse_args() -> tuple[Args, dict | None]:
     """Flags of the command line, and the checkpoint of --resume, whose flags are then the defaults."""
-    saved, _ = tyro.cli(load_checkpoint, add_help=False, return_unknown_args=True)  # its only flag is --resume
+    # Its only flag is --resume; the others are left for Args.
+    saved, _ = tyro.cli(load_checkpoint, add_help=False, return_unknown_args=True)
     default = Args(**saved["args"]) if saved else Args()
     args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
+    if args.track and not find_spec("wandb"):
+        raise SystemExit("--track needs wandb: pip install wandb")
     return args, saved
 
 
@@ -211,7 +238,8 @@ def start_run(args: Args, saved: dict | None) -> Path:
     name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     name = re.sub(r"[^\w.-]", "_", name)  # some file systems refuse a colon
     run_dir = Path(args.run_dir or f"runs/{name}")
-    is_resumed = saved and args.run_dir.rstrip("/") == saved["args"]["run_dir"]
+    earlier = saved["args"]["run_dir"] if saved else ""
+    is_resumed = earlier and run_dir.resolve() == Path(earlier).resolve()
     if (run_dir / "checkpoint.pt").exists() and not is_resumed:
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -236,7 +264,7 @@ def catch_signals() -> list[int]:
     return caught
 
 
-def save_checkpoint(run_dir: Path, args: Args, step: int, **components: nn.Module) -> None:
+def save_checkpoint(run_dir: Path, args: Args, step: int, **components: Any) -> None:
     """Write the state to another file first, so that a crash leaves the former checkpoint whole."""
     state = {"script": SCRIPT, "args": asdict(args), "step": step, "rng": torch.get_rng_state()}
     for name, component in components.items():
@@ -249,7 +277,7 @@ def save_checkpoint(run_dir: Path, args: Args, step: int, **components: nn.Modul
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__ or error  # torch may hide the disk's
+        cause = error if isinstance(error, OSError) else error.__context__ or error  # torch may hide the disk's error
         raise SystemExit(f"{run_dir} cannot be saved: {cause}") from error
 
 
@@ -278,19 +306,12 @@ def play(policy: Tensor, envs: gym.vector.VectorEnv) -> np.ndarray:
 def main(args: Args, saved: dict | None = None) -> None:
     # Environments and table, restored when a run is resumed.
     torch.manual_seed(args.seed)
-    sys.path.append("")  # where a user's own module may lie
-    env_kwargs = {"vectorization_mode": "sync"} | json.loads(args.env_kwargs)
-    envs = gym.make_vec(args.env_id, args.num_envs, wrappers=[ignore_signals], **env_kwargs)
-    envs._add_info = lambda infos, *_: infos  # their own infos are not used, and gymnasium refuses some
-    atexit.register(envs.close)  # processes that ignore SIGTERM must be closed before Python ends
-    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise SystemExit(f"{args.env_id}: its environments must reset by AutoresetMode.NEXT_STEP")
-    states = envs.single_observation_space
-    actions = envs.single_action_space
-    for space in (states, actions):
-        if not isinstance(space, Discrete) or space.start != 0:
-            raise SystemExit(f"{args.env_id}: observations and actions must be Discrete from 0, not {space}")
-    agent = QTable(states.n, actions.n)
+    env_kwargs = json.loads(args.env_kwargs)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # programs that environments start inherit it: Ctrl-C spares them
+    envs = make_discrete_envs(args.env_id, args.num_envs, env_kwargs)
+    num_states = envs.single_observation_space.n
+    num_actions = envs.single_action_space.n
+    agent = QTable(num_states, num_actions)
     q = agent.q.numpy()  # which shares the table's memory
     visits = agent.visits.numpy()
     exploration_steps = args.exploration_fraction * args.total_timesteps
@@ -305,14 +326,15 @@ def main(args: Args, saved: dict | None = None) -> None:
         print(f"epsilon goes on at {epsilon:.3f}: --exploration-fraction is a share of --total-timesteps")
         if args.seed == saved["args"]["seed"]:
             torch.set_rng_state(saved["rng"])
-    env = envs.env_fns[0]().unwrapped  # a further one, in this process
+    env = envs.env_fns[0]().unwrapped  # one more, in this process, to read its P
+    # Between two logs lie LOG_EVERY steps, and so no more episodes than that.
     envs = gym.wrappers.vector.RecordEpisodeStatistics(envs, LOG_EVERY, stats_key="episode_statistics")
     obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))
     is_step = np.ones(args.num_envs, bool)
 
     # The optimum, where the environment says how it works.
     P = getattr(env, "P", None)
-    is_known = is_model(P, states.n, actions.n)
+    is_known = is_model(P, num_states, num_actions)
     if is_known:
         starts = getattr(env, "initial_state_distrib", np.bincount(obs, minlength=len(P)) / len(obs))
         start_probs = torch.as_tensor(starts, dtype=torch.float64)
@@ -320,7 +342,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         optimal_q = value_iteration(next_probs, mean_rewards, args.gamma)
         optimal_return = start_probs @ optimal_q.max(-1).values
         reached = reachable(next_probs, start_probs)
-        known = {(s, a, *outcome) for s in P for a in P[s] for _, *outcome in P[s][a]}
+        known = {(s, a, *outcome[1:]) for s in P for a in P[s] for outcome in P[s][a]}  # each (s, a, s', r, end)
 
     # The run directory, with a first checkpoint if it is new, and the logs.
     caught = catch_signals()
@@ -329,6 +351,8 @@ def main(args: Args, saved: dict | None = None) -> None:
         save_checkpoint(run_dir, args, step, agent=agent)
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     writer.add_text("flags", f"```\n{json.dumps(asdict(args), indent=2)}\n```", step)
+    first_step = step
+    first_time = time.perf_counter()
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step")
 
     is_last = step >= args.total_timesteps
@@ -342,7 +366,7 @@ def main(args: Args, saved: dict | None = None) -> None:
             seen = zip(obs[is_step], action[is_step], next_obs[is_step], reward[is_step], terminated[is_step])
             is_known = known.issuperset(seen)
             if not is_known:
-                tqdm.write(f"{args.env_id} does otherwise than its P says: the optimum is not known")
+                tqdm.write(f"{args.env_id} made a transition that is not in its P: the optimum is not known")
 
         # ===== compute targets =====
         next_q = agent.q[torch.from_numpy(next_obs)]
@@ -363,8 +387,8 @@ def main(args: Args, saved: dict | None = None) -> None:
         if save_now or step_before == 0 or crossed(LOG_EVERY, step_before, step):
             if not np.isfinite(q).all():
                 raise SystemExit(f"\nthe table became nan or inf before step {step}; {run_dir}/checkpoint.pt is older")
-            metrics = {"SPS": (step - bar.initial) / bar.format_dict["elapsed"], "epsilon": epsilon}
-            metrics["visited"] = (visits > 0).sum()
+            steps_per_second = (step - first_step) / (time.perf_counter() - first_time)
+            metrics = {"SPS": steps_per_second, "epsilon": epsilon, "visited": (visits > 0).sum()}
             if is_known:
                 metrics["q_error"] = (agent.q - optimal_q)[reached].abs().mean()
                 values = policy_values(next_probs, mean_rewards, agent.q.argmax(-1), args.gamma)
@@ -384,13 +408,14 @@ def main(args: Args, saved: dict | None = None) -> None:
     bar.close()
     envs.close()
     if caught:
-        raise SystemExit(f"stopped at step {step}; to go on: python {sys.argv[0]} --resume {str(run_dir)!r}")
+        command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+        raise SystemExit(f"stopped at step {step}; to go on: {command}")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))
     if args.eval_episodes > 0:
-        env_kwargs["vectorization_mode"] = "sync"
-        returns = play(agent.q.argmax(-1), gym.make_vec(args.env_id, args.eval_episodes, **env_kwargs))
+        eval_envs = make_discrete_envs(args.env_id, args.eval_episodes, env_kwargs | {"vectorization_mode": "sync"})
+        returns = play(agent.q.argmax(-1), eval_envs)
         writer.add_scalar("eval/return_mean", returns.mean(), step)
         writer.add_scalar("eval/return_std", returns.std(), step)
         print(f"evaluation: return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} greedy episodes")

@@ -30,8 +30,10 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
+import time
 import warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -39,7 +41,7 @@ from datetime import datetime
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -72,7 +74,7 @@ class Args:
     env_kwargs: str = "{}"  # Arguments for gymnasium.make_vec and the environment, as a JSON object.
     total_timesteps: int = 500_000  # Environment steps to train for.
     num_envs: int = 8  # Number N of environments that are stepped side by side, one episode in each per update.
-    normalize: bool = False  # Normalise observations by running statistics; a2c and ppo also normalise rewards.
+    normalize: bool = False  # Normalise vector observations by running statistics; a2c and ppo also normalise rewards.
     learning_rate: float = 2e-3  # Learning rate of Adam at the start.
     anneal_lr: bool = True  # Let the learning rate fall linearly to 0.
     num_steps: int = 10_000  # Number T of steps after which a training episode is cut.
@@ -82,10 +84,6 @@ class Args:
     def __post_init__(self) -> None:
         if type(json.loads(self.env_kwargs)) is not dict:
             raise ValueError("env-kwargs must be a JSON object")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: PyTorch finds no GPU")
-        if self.track and not find_spec("wandb"):
-            raise ValueError("--track needs wandb: pip install wandb")
         if min(self.total_timesteps, self.num_envs) < 1:
             raise ValueError("total-timesteps and num-envs must be at least 1")
         if self.num_steps < 2:
@@ -111,7 +109,7 @@ class RunningNorm(nn.Module):
         share = (len(x) / self.count).float()  # of the new rows
         delta = x.mean(0) - self.mean
         self.mean += share * delta
-        between = (1 - share) * delta**2  # variance between the old rows and the new
+        between = (1 - share) * delta**2  # share · this: the variance between old and new rows
         self.var += share * (x.var(0, correction=0) - self.var + between)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,19 +147,20 @@ class Agent(nn.Module):
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 nn.init.orthogonal_(layer.weight, 2**0.5)
                 nn.init.zeros_(layer.bias)
-        nn.init.orthogonal_(actor_head.weight, 0.01)  # so the first policy is nearly uniform
+        nn.init.orthogonal_(actor_head.weight, 0.01)  # so the first policy is nearly uniform, or a Gaussian around 0
 
     def features(self, obs: Tensor) -> Tensor:
         """Observations (B, *obs) of any dtype to (B, features); images may have channels first, last or none."""
+        obs = obs.float()
         if self.obs_scale != 1:  # a division by 1 takes time too
             obs = obs / self.obs_scale
         if not self.is_image:
-            return self.obs_norm(obs.float())
+            return self.obs_norm(obs)
         if obs.ndim == 3:
             obs = obs.unsqueeze(1)
         if obs.shape[-1] < obs.shape[1]:
             obs = obs.movedim(-1, 1)
-        return self.cnn(obs)  # of (B, C, H, W)
+        return self.cnn(obs)  # obs: (B, C, H, W)
 
     def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """log π(a|s) and entropy of π(·|s), (B,) each, of observations (B, *obs) and actions (B,) or (B, A)."""
@@ -181,13 +180,14 @@ class Agent(nn.Module):
     def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
         """Actions drawn from π(·|s), or the likeliest ones: (B,) integers or (B, A) floats, on the CPU."""
         policy = self.actor(self.features(obs)).cpu()  # draws use the CPU's random state, which a checkpoint keeps
-        if self.discrete and not greedy:
-            policy = policy - torch.empty_like(policy).exponential_().log()  # Gumbel noise: its argmax is a draw
-        if self.discrete:
+        if self.discrete and greedy:
             return policy.argmax(-1)
-        if not greedy:
-            policy = policy + self.log_std.exp().cpu() * torch.randn_like(policy)
-        return policy
+        if self.discrete:
+            gumbel_noise = -torch.empty_like(policy).exponential_().log()
+            return (policy + gumbel_noise).argmax(-1)  # a draw from the softmax of the logits
+        if greedy:
+            return policy
+        return policy + self.log_std.exp().cpu() * torch.randn_like(policy)
 
 
 # --- algorithm ---
@@ -225,7 +225,7 @@ def ignore_signals(env: gym.Env) -> gym.Env:
     if multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return env
+    return env  # the environment itself stays as it is
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.VectorEnv:
@@ -238,24 +238,25 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.Vector
         env_id = "ale_py:" + env_id.split(":")[-1]
         kwargs.setdefault("repeat_action_probability", 0.0)
     if is_atari and not {"render_mode", "vectorization_mode"} & kwargs.keys():
+        # ale_py's own vector environment, which is one process and cannot be rendered
         kwargs.setdefault("use_fire_reset", False)
         kwargs["reward_clipping"] = False  # main takes the sign
-    elif is_atari:  # the native vector environment is one process, and cannot be rendered
+    elif is_atari:
         wrappers = [
             ignore_signals,
-            AtariPreprocessing,
+            partial(AtariPreprocessing, frame_skip=kwargs.get("frameskip", 4)),
             partial(FrameStackObservation, stack_size=4, padding_type="zero"),
         ]
         kwargs = {"vectorization_mode": "sync"} | kwargs | {"frameskip": 1, "wrappers": wrappers}
     elif kwargs.get("vectorization_mode") == "async":
         kwargs["wrappers"] = [ignore_signals]
     envs = gym.make_vec(env_id, num_envs, **kwargs)
-    envs._add_info = lambda infos, *_: infos  # their own infos are not used, and gymnasium refuses some
+    envs._add_info = lambda infos, *_: infos  # infos are not used, and gymnasium refuses those of several types
     atexit.register(envs.close)  # processes that ignore SIGTERM must be closed before Python ends
     obs = envs.single_observation_space
     action = envs.single_action_space
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise SystemExit(f"{env_id}: its vector version does not declare AutoresetMode.NEXT_STEP in its metadata")
+        raise SystemExit(f"{env_id}: its vector environment must have AutoresetMode.NEXT_STEP in its metadata")
     if "ale_py" in str(envs.spec.entry_point) and not is_atari:
         raise SystemExit(f"{env_id} shows raw frames: use ALE/<Game>-v5, whose frames are preprocessed")
     if not is_flattenable(obs):
@@ -286,15 +287,15 @@ def make_video_envs(env_id: str, env_kwargs: dict, folder: Path) -> gym.vector.V
     try:
         envs = make_envs(env_id, 1, env_kwargs | {"render_mode": "rgb_array"})
         envs.reset()
-        shape = np.shape(envs.render()[0])
-        if len(shape) != 3:
-            raise ValueError(f"frames have the shape {shape}, not (height, width, colours)")
+        frame = np.asarray(envs.render()[0])
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
+            raise ValueError(f"frames are {frame.dtype} of shape {frame.shape}, not uint8 of (height, width, 3)")
         return wrap.RecordVideo(envs, folder, video_length=2000)
     except Exception as error:
         raise SystemExit(f"--capture-video: {env_id} cannot be drawn as rgb_array: {error}") from error
 
 
-def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: torch.device) -> np.ndarray:
+def evaluate(agent: nn.Module, envs: gym.vector.VectorEnv, device: str) -> np.ndarray:
     """Raw returns (N,) of the greedy policy over the first episode of each environment."""
     returns = np.zeros(envs.num_envs)
     running = np.ones(envs.num_envs, dtype=bool)
@@ -327,16 +328,21 @@ def load_checkpoint(resume: Path | None = None) -> dict | None:
         if saved["script"] != SCRIPT:
             raise SystemExit(f"--resume {resume}: written by {saved['script']}.py, not {SCRIPT}.py")
     except Exception as error:
-        raise SystemExit(f"--resume {resume}: {file} is damaged or no checkpoint ({type(error).__name__})") from error
+        raise SystemExit(
+            f"--resume {resume}: {file} is damaged or not a checkpoint ({type(error).__name__})"
+        ) from error
     saved["args"]["run_dir"] = str(file.parent) if file.name == "checkpoint.pt" else ""  # another name: a new run
     return saved
 
 
 def parse_args() -> tuple[Args, dict | None]:
     """Flags of the command line, and the checkpoint of --resume, whose flags are then the defaults."""
-    saved, _ = tyro.cli(load_checkpoint, add_help=False, return_unknown_args=True)  # its only flag is --resume
+    # Its only flag is --resume; the others are left for Args.
+    saved, _ = tyro.cli(load_checkpoint, add_help=False, return_unknown_args=True)
     default = Args(**saved["args"]) if saved else Args()
     args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
+    if args.track and not find_spec("wandb"):
+        raise SystemExit("--track needs wandb: pip install wandb")
     return args, saved
 
 
@@ -345,7 +351,8 @@ def start_run(args: Args, saved: dict | None) -> Path:
     name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     name = re.sub(r"[^\w.-]", "_", name)  # some file systems refuse a colon
     run_dir = Path(args.run_dir or f"runs/{name}")
-    is_resumed = saved and args.run_dir.rstrip("/") == saved["args"]["run_dir"]
+    earlier = saved["args"]["run_dir"] if saved else ""
+    is_resumed = earlier and run_dir.resolve() == Path(earlier).resolve()
     if (run_dir / "checkpoint.pt").exists() and not is_resumed:
         raise SystemExit(f"{run_dir} holds a run: choose another --run-dir, or continue it with --resume {run_dir}")
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -370,7 +377,7 @@ def catch_signals() -> list[int]:
     return caught
 
 
-def save_checkpoint(run_dir: Path, args: Args, step: int, **components: nn.Module) -> None:
+def save_checkpoint(run_dir: Path, args: Args, step: int, **components: Any) -> None:
     """Write the state to another file first, so that a crash leaves the former checkpoint whole."""
     state = {"script": SCRIPT, "args": asdict(args), "step": step, "rng": torch.get_rng_state()}
     for name, component in components.items():
@@ -383,7 +390,7 @@ def save_checkpoint(run_dir: Path, args: Args, step: int, **components: nn.Modul
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__ or error  # torch may hide the disk's
+        cause = error if isinstance(error, OSError) else error.__context__ or error  # torch may hide the disk's error
         raise SystemExit(f"{run_dir} cannot be saved: {cause}") from error
 
 
@@ -398,10 +405,13 @@ def main(args: Args, saved: dict | None = None) -> None:
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: PyTorch finds no GPU")
     tensor = partial(torch.as_tensor, device=device)
 
     # Environments, agent and optimiser, restored when a run is resumed.
     env_kwargs = json.loads(args.env_kwargs)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # programs that environments start inherit it: Ctrl-C spares them
     envs = make_envs(args.env_id, args.num_envs, env_kwargs)
     obs_space = envs.single_observation_space
     agent = Agent(obs_space, envs.single_action_space, args.normalize, args.log_std_init).to(device)
@@ -415,7 +425,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         try:
             agent.load_state_dict(saved["agent"])
         except RuntimeError as error:
-            message = f"--resume: --normalize and the spaces of {args.env_id} must be those of the run"
+            message = f"--resume: --normalize and the spaces of {args.env_id} must be the same as in the resumed run"
             raise SystemExit(message) from error
         optimizer.load_state_dict(saved["optimizer"])
         if args.anneal_lr:
@@ -430,11 +440,11 @@ def main(args: Args, saved: dict | None = None) -> None:
     T = args.num_steps
     N = args.num_envs
     obs = np.zeros((T + 1, N, *obs_space.shape), np.uint8 if agent.is_image else np.float32)
-    actions = np.zeros((T + 1, N, *envs.single_action_space.shape), np.float32)  # 0 for the last observation
+    actions = np.zeros((T + 1, N, *envs.single_action_space.shape), np.float32)  # 0 in row T, which has no action yet
     rewards = np.zeros((T, N), np.float32)
     terminated = np.zeros_like(rewards)
     done = np.zeros_like(rewards)
-    mask = np.zeros((T, N), bool)  # false in rows that are no steps, after `done`
+    mask = np.zeros((T, N), bool)  # false in rows that are not steps, after `done`
 
     # The run directory, with a first checkpoint if it is new, and the logs.
     caught = catch_signals()
@@ -446,6 +456,8 @@ def main(args: Args, saved: dict | None = None) -> None:
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     writer.add_text("flags", f"```\n{json.dumps(asdict(args), indent=2)}\n```", step)
     metrics = defaultdict(list)
+    first_step = step
+    first_time = time.perf_counter()
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step")
 
     is_last = step >= args.total_timesteps
@@ -494,7 +506,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         loss = -(logprobs * b_returns).sum() / N  # its gradient: -1/N·Σ_i Σ_t ∇log π(a_t|s_t)·G_t, with G_t normalised
         optimizer.zero_grad()
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(parameters, np.inf)  # only measured
+        grad_norm = nn.utils.clip_grad_norm_(parameters, np.inf)  # clips nothing, but gives the norm
         optimizer.step()
         losses = {"policy_loss": loss, "entropy": entropy.mean(), "grad_norm": grad_norm}
         for name, value in losses.items():
@@ -512,7 +524,7 @@ def main(args: Args, saved: dict | None = None) -> None:
             if episode_returns:
                 metrics["charts/episodes"] = [len(episode_returns)]
                 bar.set_postfix_str(f"return {np.mean(episode_returns):.1f}", refresh=False)
-            metrics["charts/SPS"] = [(step - bar.initial) / bar.format_dict["elapsed"]]
+            metrics["charts/SPS"] = [(step - first_step) / (time.perf_counter() - first_time)]
             metrics["charts/learning_rate"] = [learning_rate]
             for name, entries in metrics.items():
                 writer.add_scalar(name, sum(map(float, entries)) / len(entries), step)
@@ -525,7 +537,8 @@ def main(args: Args, saved: dict | None = None) -> None:
     bar.close()
     envs.close()
     if caught:
-        raise SystemExit(f"stopped at step {step}; to go on: python {sys.argv[0]} --resume {str(run_dir)!r}")
+        command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+        raise SystemExit(f"stopped at step {step}; to go on: {command}")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))

@@ -214,7 +214,13 @@ class BadPictures(Probe):
     """Can be asked for pictures, and shows what is none; `shown` is what it draws, or raises."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
-    pictures = {"nothing": None, "flat": np.zeros((8, 8), np.uint8), "text": "a picture"}
+    pictures = {
+        "nothing": None,
+        "flat": np.zeros((8, 8), np.uint8),
+        "text": "a picture",
+        "gray": np.zeros((8, 8, 1), np.uint8),
+        "floats": np.zeros((8, 8, 3), np.float32),
+    }
 
     def __init__(self, shown="nothing", render_mode=None):
         self.shown = shown

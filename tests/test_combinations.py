@@ -3,6 +3,7 @@
 import importlib
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import by_hand
 import dqn
@@ -79,11 +80,11 @@ def test_the_flags_of_a_resumed_run_stand_at_the_step_where_it_goes_on(once, scr
 
 
 def test_steps_per_second_of_a_resumed_q_learning_are_its_own(monkeypatch):
-    bar = importlib.import_module("q_learning").tqdm
-    elapsed = {"elapsed": 2.0}
-    monkeypatch.setattr(bar, "format_dict", property(lambda self, get=bar.format_dict.fget: get(self) | elapsed))
     train("q_learning", "run", steps=HALF)
     half = load("run")["step"]
+    times = iter([0.0])
+    clock = SimpleNamespace(perf_counter=lambda: next(times, 2.0))
+    monkeypatch.setattr(importlib.import_module("q_learning"), "time", clock)
     invoke("q_learning", "--resume", "run", "--total-timesteps", WHOLE)
     last, speed = scalars(Path("run"), "charts/SPS")[-1]
     assert speed == pytest.approx((last - half) / 2)

@@ -30,6 +30,7 @@ import torch
 from forks import fork
 from helpers import ALGOS, environment, scalars, spy_on, text, weights
 from tensorboard.summary.writer import event_file_writer
+from tqdm import tqdm
 
 DQN_SIZES = ["--learning-starts", 100, "--buffer-size", 800, "--batch-size", 16,
              "--train-every", 8, "--target-every", 50, "--max-grad-norm", 0,
@@ -221,6 +222,16 @@ def test_the_flags_stand_in_tensorboard_as_text(once, script):
 @pytest.mark.parametrize("every", [0, 1, 90])
 def test_the_weights_are_the_same_whatever_save_every_is(once, script, every):
     assert same(train(script, "run", "--save-every", every), weights(once(script, WHOLE)))
+
+
+@all_five
+def test_checkpoints_are_written_when_a_multiple_of_save_every_is_passed_and_at_both_ends(script, monkeypatch):
+    calls = spy_on(monkeypatch, importlib.import_module(script), "save_checkpoint")
+    train(script, "run", "--save-every", 250)
+    first, *multiples, last = [call.step for call in calls]
+    assert first == 0
+    assert [step // 250 for step in multiples] == [1, 2, 3, 4]
+    assert last >= WHOLE
 
 
 @scripts
@@ -441,7 +452,7 @@ def test_every_flag_given_on_resume_counts_or_is_refused_and_args_json_says_what
             given = [flag] if value else [f"--no-{flag[2:]}"]
         folder = Path("elsewhere") if name == "run_dir" else Path(f"with_{name}")
         if effect == "refused":
-            with pytest.raises(SystemExit, match=f"(^|: ){flag} (cannot change|and the spaces of .* must be those)"):
+            with pytest.raises(SystemExit, match=f"(^|: ){flag} (cannot change|and the spaces of .* must be the same)"):
                 resume(script, half, folder, *given)
             assert args_of(folder) == args_of(half), name
             assert same(load(folder), load(half)), name
@@ -461,16 +472,13 @@ def test_a_learning_rate_given_on_resume_is_the_optimisers(once, script):
 
 @scripts
 def test_steps_per_second_of_a_resumed_run_are_its_own(once, script, monkeypatch):
-    bar = importlib.import_module(script).tqdm
-    original = bar.format_dict.fget
-
-    def after_two_seconds(self):
-        return original(self) | {"elapsed": 2.0}
-
-    monkeypatch.setattr(bar, "format_dict", property(after_two_seconds))
-    resume(script, once(script, HALF), "run")
+    half = once(script, HALF)
+    times = iter([0.0])
+    clock = types.SimpleNamespace(perf_counter=lambda: next(times, 2.0))
+    monkeypatch.setattr(importlib.import_module(script), "time", clock)
+    resume(script, half, "run")
     last, speed = scalars(Path("run"), "charts/SPS")[-1]
-    assert speed == pytest.approx((last - load(once(script, HALF))["step"]) / 2)
+    assert speed == pytest.approx((last - load(half)["step"]) / 2)
 
 
 @scripts
@@ -540,7 +548,7 @@ def test_what_is_no_checkpoint_is_said_to_be_damaged(once, script):
         with pytest.raises(SystemExit) as refusal:
             invoke(script, "--resume", folder)
         sentence = str(refusal.value)
-        assert sentence.startswith(f"--resume {folder}: {folder}/checkpoint.pt is damaged or no checkpoint (")
+        assert sentence.startswith(f"--resume {folder}: {folder}/checkpoint.pt is damaged or not a checkpoint (")
         assert "\n" not in sentence
         assert contents(folder) == {"checkpoint.pt": left}
 
@@ -550,7 +558,7 @@ def test_weights_alone_are_no_checkpoint(once, script):
     model = once(script, HALF) / "model.safetensors"
     torch.save(weights(once(script, HALF)), "weights.pt")
     for path in (model, "weights.pt"):
-        with pytest.raises(SystemExit, match=rf"^--resume {path}: {path} is damaged or no checkpoint \(\w+\)$"):
+        with pytest.raises(SystemExit, match=rf"^--resume {path}: {path} is damaged or not a checkpoint \(\w+\)$"):
             invoke(script, "--resume", path)
 
 
@@ -602,8 +610,10 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(once, script, monkeypatc
 
 
 @scripts
-def test_a_resumed_run_may_name_its_own_folder_with_a_slash(once, script):
-    resume(script, once(script, HALF), "copy", "--run-dir", "copy/", "--total-timesteps", WHOLE)
+@pytest.mark.parametrize("name", ["copy/", "./copy", "copy/../copy", "absolute"])
+def test_a_resumed_run_may_name_its_own_folder_in_any_way(once, script, name):
+    run_dir = Path("copy").absolute() if name == "absolute" else name
+    resume(script, once(script, HALF), "copy", "--run-dir", run_dir, "--total-timesteps", WHOLE)
     assert load("copy")["step"] >= WHOLE
 
 
@@ -628,13 +638,23 @@ def test_a_crash_before_training_leaves_a_folder_that_can_be_used_or_resumed(scr
 
 
 @all_five
-def test_tracking_without_wandb_is_refused_before_anything_begins(script, monkeypatch, capsys):
+def test_tracking_without_wandb_is_refused_before_anything_begins(script, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="^--track needs wandb: pip install wandb$"):
         train(script, "run", "--track")
-    assert stop.value.code == 2
-    assert "--track needs wandb: pip install wandb" in capsys.readouterr().err
     assert not list(Path.cwd().iterdir())
+
+
+@all_five
+def test_a_run_goes_on_without_the_gpu_and_the_wandb_that_it_began_with(script, monkeypatch):
+    train(script, "run", steps=HALF)
+    checkpoint = load("run")
+    checkpoint["args"] |= {"track": True} | ({} if script == "q_learning" else {"device": "cuda"})
+    torch.save(checkpoint, "run/checkpoint.pt")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    device = [] if script == "q_learning" else ["--device", "cpu"]
+    invoke(script, "--resume", "run", "--no-track", *device, "--total-timesteps", WHOLE)
+    assert load("run")["step"] >= WHOLE
 
 
 @scripts
@@ -650,7 +670,7 @@ def test_a_video_that_cannot_be_drawn_is_refused_before_the_first_step(script, m
 
 
 @scripts
-@pytest.mark.parametrize("shown", ["nothing", "flat", "text", "fault"])
+@pytest.mark.parametrize("shown", ["nothing", "flat", "text", "gray", "floats", "fault"])
 def test_what_is_drawn_must_be_a_picture_before_the_first_step(script, shown, monkeypatch):
     step = spy_on(monkeypatch, probe_envs.BadPictures, "step")
     kwargs = json.dumps({"shown": shown})
@@ -671,17 +691,31 @@ def test_infos_may_hold_anything(script, mode):
 def test_another_environment_than_that_of_the_run_is_refused_on_resume(once, script):
     flags = ["--env-id", "CartPole-v1", "--total-timesteps", WHOLE]
     named = {"dqn": "--buffer-size"}.get(script, "--normalize")
-    sentence = f"^--resume: {named} and the spaces of CartPole-v1 must be those of the run$"
+    sentence = f"^--resume: {named} and the spaces of CartPole-v1 must be the same as in the resumed run$"
     with pytest.raises(SystemExit, match=sentence):
         resume(script, once(script, HALF), "copy", *flags)
 
 
 @scripts
-def test_a_gpu_that_is_not_there_is_refused(script, monkeypatch, capsys):
+def test_a_gpu_that_is_not_there_is_refused(script, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="^--device cuda: PyTorch finds no GPU$"):
         train(script, "run", "--device", "cuda")
-    assert "--device cuda: PyTorch finds no GPU" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+@all_five
+def test_a_run_needs_no_progress_bar(script, monkeypatch):
+    """As where TQDM_DISABLE is set."""
+
+    class Off(tqdm):
+        def __init__(self, *arguments, **keywords):
+            super().__init__(*arguments, **keywords | {"disable": True})
+
+    monkeypatch.setattr(importlib.import_module(script), "tqdm", Off)
+    train(script, "run")
+    assert all(speed > 0 for _, speed in scalars(Path("run"), "charts/SPS"))
+    assert load("run")["step"] >= WHOLE
 
 
 @scripts
@@ -788,7 +822,7 @@ def test_sigterm_at_any_moment_saves_what_was_reached(script, moment, monkeypatc
     if moment == "saving":
         monkeypatch.setattr(torch, "save", during(torch.save))
         flags += ["--save-every", 120]
-    with pytest.raises(SystemExit, match=r"stopped at step \d+; to go on: .*--resume 'run'") as stop:
+    with pytest.raises(SystemExit, match=r"stopped at step \d+; to go on: .*--resume run") as stop:
         train(script, "run", *flags)
     stopped = load("run")["step"]
     assert stopped == int(re.search(r"step (\d+)", str(stop.value))[1]) > 0
@@ -884,6 +918,51 @@ def test_a_signal_to_a_run_and_its_environments_saves_and_leaves_no_process(scri
     assert "Traceback" not in said
     (step,) = re.findall(r"stopped at step (\d+); to go on: ", said)
     assert load("run")["step"] == int(step) >= 100
+
+
+PROGRAM_MODULE = """
+import pathlib, subprocess, gymnasium as gym, numpy as np
+
+class Program(gym.Env):
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, states):
+        self.observation_space = gym.spaces.Discrete(2) if states else gym.spaces.Box(-1, 1, (2,), np.float32)
+        self.program = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = 0
+        return self.observation_space.sample() * 0, {}
+
+    def step(self, action):
+        self.program.stdin.write("1\\n")
+        reward = float(self.program.stdout.readline())
+        self.time += 1
+        if self.time == 20:
+            pathlib.Path("trains").touch()
+        return self.observation_space.sample() * 0, reward, self.time == 20, False, {}
+
+    def close(self):
+        self.program.kill()
+
+gym.register("Program-v0", entry_point=Program)
+"""
+
+
+@all_five
+def test_ctrl_c_saves_where_environments_talk_to_programs_that_it_reaches_too(script):
+    Path("program_module.py").write_text(PROGRAM_MODULE)
+    kwargs = json.dumps({"states": script == "q_learning"})
+    flags = [*SLOW[script], "--env-id", "program_module:Program-v0", "--env-kwargs", kwargs, *ASYNC]
+    with group_of(script, *flags) as process:
+        wait_until(Path("trains").exists)
+        os.killpg(process.pid, signal.SIGINT)
+        assert exit_status(process) == 1
+    said = Path("said").read_text()
+    assert "Traceback" not in said
+    (step,) = re.findall(r"stopped at step (\d+); to go on: ", said)
+    assert load("run")["step"] == int(step) > 0
 
 
 def test_q_learning_learns_the_same_in_one_process_and_in_several():
@@ -1095,7 +1174,7 @@ ACTIONS = "actions must be Discrete from 0 or a one-dimensional Box of floats, n
 REFUSED = {  # and the error, with words of it
     "CartPoll-v1": (gymnasium.error.NameNotFound, "Environment `CartPoll` doesn't exist"),
     "no_such_module:CartPole-v1": (ModuleNotFoundError, "No module named 'no_such_module'"),
-    "probe_envs:SameStep-v0": (SystemExit, "SameStep-v0: its vector version does not declare AutoresetMode.NEXT_STEP"),
+    "probe_envs:SameStep-v0": (SystemExit, "SameStep-v0: its vector environment must have AutoresetMode.NEXT_STEP"),
     "probe_envs:ManyActions-v0": (SystemExit, f"ManyActions-v0: {ACTIONS}MultiDiscrete"),
     "probe_envs:ActionsFromOne-v0": (SystemExit, f"ActionsFromOne-v0: {ACTIONS}Discrete\\(2, start=1"),
     "probe_envs:ScalarAction-v0": (SystemExit, f"ScalarAction-v0: {ACTIONS}Box\\(-1.0, 1.0, \\(\\)"),

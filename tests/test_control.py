@@ -308,6 +308,16 @@ def test_any_uint8_image_is_scaled_and_goes_through_the_cnn(script, shape, tmp_p
     assert train(script, tmp_path, "OneImage-v0", num_envs=2, eval_episodes=2, total_timesteps=40)
 
 
+@all_scripts
+def test_an_image_of_zeros_and_ones_is_not_divided_and_goes_through_the_cnn(script, monkeypatch):
+    agent = agent_of(script, Box(0, 1, (40, 40, 1), np.uint8), Discrete(2))
+    first = next(layer for layer in agent.modules() if isinstance(layer, torch.nn.Conv2d))
+    calls = spy_on(monkeypatch, first, "forward")
+    image = torch.randint(2, (3, 40, 40, 1), dtype=torch.uint8)
+    agent.act(image)
+    torch.testing.assert_close(calls[0].input, image.permute(0, 3, 1, 2).float())
+
+
 # --- observations ---
 
 NOT_FLAT = ["graph", "text", "dict of text", "sequence", "one of two", "own"]
@@ -758,6 +768,17 @@ def test_the_rendered_environment_of_atari_shows_the_policy_what_training_showed
     assert (rendered.reset(seed=0)[0] > 0).any()
     rendered.close()
     native.close()
+
+
+@pytest.mark.parametrize("flags, frames", [({}, 4), ({"frameskip": 2}, 2)])
+def test_a_step_of_atari_is_as_many_frames_in_the_rendered_environment_as_in_the_native_one(flags, frames):
+    for kwargs in (flags, flags | {"render_mode": "rgb_array"}):
+        envs = ppo.make_envs("ALE/Pong-v5", 1, kwargs)
+        del envs.unwrapped._add_info  # the infos that the scripts leave out count the frames
+        envs.reset(seed=0)
+        before, after = (envs.step(np.zeros(1, int))[-1]["episode_frame_number"][0] for _ in range(2))
+        assert after - before == frames
+        envs.close()
 
 
 @all_scripts

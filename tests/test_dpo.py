@@ -375,7 +375,7 @@ def test_a_saved_adapter_as_model_is_the_merged_model(world, tmp_path):
 
 def test_pairs_whose_longer_texts_are_alike_go_together():
     pairs = [[[1], [2] * 9, [3]], [[1], [2] * 5, [3] * 6], [[1], [2] * 2, [3] * 8]]
-    assert dpo.micro_batches(pairs, [0, 1, 2], 1) == [[1], [2], [0]]
+    assert dpo.micro_batches(pairs, [0, 1, 2], 1, 1) == [[1], [2], [0]]
 
 
 @pytest.mark.parametrize("tokenizer", [word_tokenizer(), bpe_tokenizer()], ids=["words", "bytes"])

@@ -900,7 +900,7 @@ def test_models_that_keep_no_cache_train_where_nothing_is_sampled_from_them(trai
 @pytest.mark.parametrize("script", SAMPLERS)
 def test_models_that_sample_from_other_probabilities_than_a_whole_pass_are_refused(train, script, tmp_path):
     of_config("Rwkv", attention_hidden_size=32)(tmp_path / "rwkv")  # left padding changes its states
-    with pytest.raises(SystemExit, match="samples from other probabilities than one forward pass gives"):
+    with pytest.raises(SystemExit, match="generates from other probabilities than a forward pass gives"):
         train(script, model=tmp_path / "rwkv")
 
 
@@ -1025,18 +1025,18 @@ def a_key_twice(columns):
 
 
 BAD_DATA = {  # name of the file, its text, and what the message has to say; LAST is the last column
-    "numbers in csv": ("x.csv", cells("1", "2"), "x.csv, (split )?train, row 1, column LAST: 1 is not text"),
-    "NA in csv": ("x.csv", cells("great", "NA"), "row 2, column LAST: None is not text"),
-    "an empty cell": ("x.csv", cells("great", "fine", ""), "row 3, column LAST: None is not text"),
+    "numbers in csv": ("x.csv", cells("1", "2"), "x.csv, (split )?train, row 1, column LAST: 1 is neither text"),
+    "NA in csv": ("x.csv", cells("great", "NA"), "row 2, column LAST: None is neither text"),
+    "an empty cell": ("x.csv", cells("great", "fine", ""), "row 3, column LAST: None is neither text"),
     "messages in csv": (
         "x.csv",
         cells('"[{""role"": ""user"", ""content"": ""a""}]"'),
         "row 1, column LAST.*use jsonl",
     ),
     "as Python has them": ("x.csv", cells("\"[{'role': 'user', 'content': 'a'}]\""), "row 1, column LAST.*use jsonl"),
-    "null": ("x.jsonl", lines("a", "b", None), "row 3, column LAST: None is not text"),
-    "a number": ("x.jsonl", lines(5), "row 1, column LAST: 5 is not text"),
-    "no messages": ("x.jsonl", lines(CHAT, []), r"row 2, column LAST: \[\] is not"),
+    "null": ("x.jsonl", lines("a", "b", None), "row 3, column LAST: None is neither text"),
+    "a number": ("x.jsonl", lines(5), "row 1, column LAST: 5 is neither text"),
+    "no messages": ("x.jsonl", lines(CHAT, []), r"row 2, column LAST: \[\] is neither"),
     "no content": ("x.jsonl", lines(CHAT, [{"role": "assistant", "content": None}]), "row 2, column LAST"),
     "other messages": ("x.jsonl", lines([{"from": "gpt", "value": "a"}]), "row 1, column LAST.*'from'"),
     "a broken line": ("x.jsonl", a_broken_line, "in row 1"),
@@ -1121,19 +1121,19 @@ def test_files_and_slices_of_splits_give_the_rows_of_a_folder(world, script, tmp
 
 @row_scripts
 @pytest.mark.parametrize("flags", [{"batch_size": 0}, {"micro_batch_size": 0}, {"max_length": 1}, {"epochs": 0},
-                                   {"learning_rate": -1}, {"warmup": -0.5}, {"save_every": -1},
+                                   {"learning_rate": -1}, {"warmup": -0.5}, {"warmup": 100}, {"save_every": -1},
                                    {"chat_template_kwargs": "[]"}], ids=str)  # fmt: skip
 def test_flags_that_cannot_work_are_refused(train, script, flags, capsys):
     with pytest.raises(SystemExit) as stop:
         train(script, **flags)
     said = capsys.readouterr()
     assert stop.value.code == 2
-    assert "must be" in said.out + said.err
+    assert "must" in said.out + said.err
 
 
 @row_scripts
 def test_more_rows_in_a_batch_than_in_the_data_are_refused(train, script):
-    with pytest.raises(SystemExit, match="--batch-size 64 is more than the 26 rows that --dataset has"):
+    with pytest.raises(SystemExit, match="--batch-size 64 is more than the 26 rows of --dataset in use"):
         train(script, batch_size=64)
 
 
@@ -1208,7 +1208,7 @@ def test_a_script_copied_away_says_which_flags_it_needs(script, tmp_path):
         process = fork(said, Path(copy), *flags)
         process.join()
         assert process.exitcode == 1
-        assert said.read_text().strip() == f"{needed} is needed: the small language world is not beside this copy"
+        assert said.read_text().strip() == f"{needed} is needed: its default is not beside this copy of the script"
 
 
 # --- files as users have them ---
@@ -1281,13 +1281,55 @@ pair_scripts = pytest.mark.parametrize("script", PAIRS)
     "change", [lambda text: text, lambda text: chat(text, first="assistant")], ids=["texts", "chats"]
 )
 def test_answers_that_share_no_beginning_hold_no_prompt(script, change, tmp_path):
-    rows = [
-        {"question": "review of plot :", "chosen": change("the plot was great ."), "rejected": change("was dull .")}
-    ]
-    with pytest.raises(
-        SystemExit, match=r"share no beginning.*rename the column that holds it to prompt: \['question'"
-    ):
+    rows = [{"asked": "review of plot :", "chosen": change("the plot was great ."), "rejected": change("was dull .")}]
+    with pytest.raises(SystemExit, match=r"share no beginning.*rename the column that holds it to prompt: \['asked'"):
         load(script, tmp_path, rows)
+
+
+@pair_scripts
+@pytest.mark.parametrize("column", ["question", "instruction", "problem", "query", "context", "input"])
+def test_a_question_is_not_dropped_though_the_answers_share_a_beginning(script, column, tmp_path):
+    row = {column: "review of plot :", "chosen": "the plot was great .", "rejected": "the plot was dull ."}
+    with pytest.raises(SystemExit, match=f": {column} is not read: rename it to prompt, put it into the prompt, or"):
+        load(script, tmp_path, [row])
+    texts = {key: f"{row[column]} {row[key]}" for key in ("chosen", "rejected")}
+    ((prompt, *_),) = load(script, tmp_path, [row | texts | {column: "review of plot :\n"}])
+    assert prompt == tiny.word_tokenizer()("review of plot : the plot was").input_ids
+
+
+CALLS = (  # what is said, and which functions are called with what
+    "{% for m in messages %}<|im_start|>{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function.name }}"
+    "{{ call.function.arguments }}{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+
+
+@pair_scripts
+def test_chats_that_differ_in_a_call_of_a_tool_do_not_share_it(script, tmp_path):
+    row = {}
+    for column, city, verdict in (("chosen", "Paris", "good"), ("rejected", "Rome", "bad")):
+        function = {"name": "weather", "arguments": {"city": city}}
+        calls = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        row[column] = [*chat("how is it"), calls, {"role": "tool", "content": "ok"}, *chat(verdict, first="assistant")]
+    tokenizer = tiny.bpe_tokenizer(template=CALLS)
+    ((prompt, *answers),) = load(script, tmp_path, [row], tokenizer)
+    assert "weather" not in tokenizer.decode(prompt)
+    for answer, city in zip(answers, ("Paris", "Rome")):
+        assert city in tokenizer.decode(answer)
+
+
+@pair_scripts
+def test_a_template_may_open_thoughts_that_the_rejected_answer_alone_lacks(script, tmp_path):
+    tokenizer = tiny.bpe_tokenizer(
+        template="{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    question = chat("review of plot :")
+    thinks = chat("<think>so</think>great", first="assistant")
+    plain = chat("dull", first="assistant")
+    for chosen, rejected in ((thinks, plain), (plain, thinks)):
+        row = {"prompt": question, "chosen": chosen, "rejected": rejected}
+        ((prompt, *answers),) = load(script, tmp_path, [row], tokenizer)
+        texts = [tokenizer.decode(prompt + answer) for answer in answers]
+        assert ["<think>so</think>great" in text for text in texts] == [chosen is thinks, rejected is thinks]
 
 
 @pair_scripts
@@ -1356,7 +1398,7 @@ def test_chats_that_end_in_a_turn_of_the_user_are_refused(script, layout, tmp_pa
 
 def test_single_messages_are_no_texts(tmp_path):
     rows = [{"text": "review of plot :", "role": "prompter", "parent_id": "a"}]
-    with pytest.raises(SystemExit, match="holds single messages"):
+    with pytest.raises(SystemExit, match="has one message per row"):
         load("sft", tmp_path, rows)
 
 

@@ -88,6 +88,19 @@ def test_a_template_may_drop_the_thoughts_of_earlier_answers_and_rewrite_the_res
     assert "so" not in parts[0].replace("also", "")
 
 
+@scripts
+def test_a_template_that_drops_what_tools_said_or_which_were_called_is_refused(script, tmp_path):
+    call = {"type": "function", "function": {"name": "look_up", "arguments": "{}"}}
+    calls = {"role": "assistant", "content": "", "tool_calls": [call]}
+    question = [*chat("how is it"), calls, {"role": "tool", "content": "21 degrees"}, *chat("and now")]
+    no_tools = ROLES.replace("ROLES", "['user', 'assistant']")
+    with pytest.raises(SystemExit, match=r"leaves out a part of the turn 'look_up' \(assistant\)"):
+        read(script, tmp_path, with_question(script, question), tiny.bpe_tokenizer(template=no_tools))
+    del question[1]
+    with pytest.raises(SystemExit, match=r"leaves out a part of the turn '21' \(tool\)"):
+        read(script, tmp_path, with_question(script, question), tiny.bpe_tokenizer(template=no_tools))
+
+
 @row_scripts
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
 def test_reasoning_under_a_key_of_its_own_is_rendered_or_refused(script, key, tmp_path):
@@ -123,11 +136,11 @@ def test_what_a_template_refuses_is_said_with_its_reason(script, tmp_path):
 
 
 @scripts
-@pytest.mark.parametrize("column", ["system", "system_prompt", "tools"])
+@pytest.mark.parametrize("column", ["system", "system_prompt", "tools", "context", "input"])
 def test_a_column_that_belongs_to_the_prompt_and_is_not_read_is_refused(script, column, tmp_path):
     row = {"prompt": "review of plot :", "completion": " great", "chosen": " great", "rejected": " dull"}
     read(script, tmp_path, row | {column: ""}, tiny.word_tokenizer())
-    with pytest.raises(SystemExit, match=rf": {column} is not read: put it into the prompt, or remove the column"):
+    with pytest.raises(SystemExit, match=rf": {column} is not read: .*put it into the prompt, or remove the column"):
         read(script, tmp_path, row | {column: "answer as a pirate"}, tiny.word_tokenizer())
 
 
@@ -137,16 +150,12 @@ def test_a_system_text_that_the_messages_hold_already_may_have_a_column_too(scri
     assert "pirate" in read(script, tmp_path, row, tiny.bpe_tokenizer(template=tiny.CHATML))[0]
 
 
-def test_an_input_beside_whole_chats_is_not_missed(tmp_path):
+def test_an_input_beside_whole_chats_is_not_missed_but_a_prompt_that_they_lack_is(tmp_path):
     row = learnt("sft", "great .")[0] | {"input": "where this came from"}
     assert len(load("sft", tmp_path, [row])) == 1
-
-
-@row_scripts
-def test_an_input_beside_the_prompt_is_refused(script, tmp_path):
-    row = {"prompt": "review of plot :", "completion": " great", "chosen": " great", "rejected": " dull"}
-    with pytest.raises(SystemExit, match=": input is not read"):
-        load(script, tmp_path, [row | {"input": "the film"}])
+    assert len(load("sft", tmp_path, [row | {"prompt": "review of plot :"}])) == 1
+    with pytest.raises(SystemExit, match=": prompt is not read"):
+        load("sft", tmp_path, [row | {"prompt": "answer as a pirate"}])
 
 
 @row_scripts
@@ -183,7 +192,7 @@ def test_turns_are_the_same_whatever_else_they_hold_and_whatever_blanks_end_them
 def test_a_chat_that_neither_holds_the_prompt_nor_goes_on_after_it_is_refused(script, tmp_path):
     row = learnt(script, "great .")[0]
     whole = {"completion": row["messages"]} if script == "sft" else row
-    with pytest.raises(SystemExit, match="row 1: the chat does not hold the prompt, and does not go on after it"):
+    with pytest.raises(SystemExit, match="row 1: the chat neither repeats the prompt nor begins with its answer"):
         load(script, tmp_path, [{"prompt": chat("the film was bad ."), **whole}])
     context = [{"role": "system", "content": "the film :"}]
     tokenizer = tiny.bpe_tokenizer(template=tiny.CHATML)

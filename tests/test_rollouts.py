@@ -155,7 +155,7 @@ def test_a_model_that_takes_no_positions_is_refused_since_padding_would_change_i
             torch.nn.init.normal_(parameter, std=0.2)
     bart.save_pretrained(tmp_path / "bart")
     tokenizer.save_pretrained(tmp_path / "bart")
-    assert "bart samples from other probabilities than one forward pass gives" in refusal(
+    assert "bart generates from other probabilities than a forward pass gives" in refusal(
         script, world, tmp_path, model=str(tmp_path / "bart")
     )
 
@@ -453,6 +453,31 @@ def test_conversations_come_to_a_reward_function_as_messages(module):
     assert calls == [([[USER]], [[{"role": "assistant", "content": "great ."}]])]
 
 
+def test_a_function_that_changes_its_prompts_changes_neither_the_others_nor_the_data(module):
+    row = {"prompt": [dict(USER)], "answer": [1]}
+    lengths = []
+
+    def function(prompts, completions, answer):
+        for prompt, completion, right in zip(prompts, completions, answer):
+            lengths.append(len(prompt))
+            prompt.extend(completion)
+            right.clear()
+        return [0.0] * len(prompts)
+
+    module.function_rewards(function, "f", [row] * 3, ["x", "y", "z"])
+    assert lengths == [1, 1, 1]
+    assert row == {"prompt": [USER], "answer": [1]}
+
+
+def test_a_library_comes_before_the_neighbours_of_a_reward_file(module, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "datasets.py").write_text("")
+    (tmp_path / f"own_{tmp_path.name}.py").write_text("def reward(prompts, completions):\n    return [0]\n")
+    module.load_reward_function(f"{tmp_path}/own_{tmp_path.name}.py:reward")
+    found = importlib.machinery.PathFinder.find_spec("datasets")
+    assert Path(found.origin).parent != tmp_path
+
+
 def test_columns_named_prompts_or_completions_do_not_collide_with_the_arguments(module):
     row = {"prompt": "a", "prompts": "b", "completions": "c", "completion": "d", "answer": 3}
     calls = []
@@ -556,6 +581,12 @@ def test_a_text_beside_a_column_of_chats_is_asked_as_a_chat(module, tmp_path, co
     assert kept == row
 
 
+def test_a_column_of_other_than_messages_beside_a_text_is_refused(module, tmp_path):
+    row = {"prompt": "review of plot :", "messages": [{"from": "human", "value": "review of plot :"}]}
+    with pytest.raises(SystemExit, match="row 1, column messages: .*'human'.* is not a message"):
+        rollouts.load_prompts(module, tmp_path, [row], tiny.word_tokenizer())
+
+
 @pytest.mark.parametrize("column", ["messages", "chosen"])
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_text_that_is_a_users_turn_of_the_chat_beside_it_is_asked_with_the_turns_before(
@@ -574,7 +605,9 @@ def test_a_text_that_is_a_users_turn_of_the_chat_beside_it_is_asked_with_the_tur
         assert ids == tokenizer(text).input_ids
 
 
-@pytest.mark.parametrize("row", [{"prompt": ""}, {"prompt": " \n"}, {"prompt": "", "messages": [USER]}], ids=str)
+@pytest.mark.parametrize(
+    "row", [{"prompt": ""}, {"prompt": " \n"}, {"prompt": "<eos>"}, {"prompt": "", "messages": [USER]}], ids=str
+)
 def test_an_empty_prompt_is_left_out_with_a_count(module, tmp_path, capsys, row):
     rows = [row | {"prompt": "review :"}, row]
     assert len(rollouts.load_prompts(module, tmp_path, rows, tiny.word_tokenizer())) == 1
@@ -666,7 +699,7 @@ def test_prompts_that_cannot_be_read_are_refused(script, world, tmp_path):
     assert "row 1, column prompt: " in sentence
     assert "is a list of messages written as text" in sentence
     path = tiny.write_jsonl(tmp_path / "words.jsonl", [{"prompt": ["a", "b"]}] * 8)
-    assert "row 1, column prompt: 'a' is no message" in refusal(script, world, tmp_path, dataset=str(path))
+    assert "row 1, column prompt: 'a' is not a message" in refusal(script, world, tmp_path, dataset=str(path))
 
 
 def test_too_few_prompts_for_a_rollout_are_refused(script, world, tmp_path):
@@ -710,16 +743,21 @@ def test_all_prompts_are_asked_in_an_epoch_and_each_epoch_has_another_order(modu
     assert module.batch_at(20, 0, 6, 2) != module.batch_at(20, 0, 6, 1)
 
 
-@pytest.mark.parametrize("count,size", [(8, 3), (7, 3), (8, 8), (3, 8), (14, 4), (1, 1)])
-def test_micro_batches_hold_each_index_once_and_rows_of_like_length_meet(module, count, size):
+@pytest.mark.parametrize(
+    "count,size,processes,expected",
+    [(8, 3, 1, 3), (7, 3, 1, 3), (8, 8, 1, 1), (3, 8, 1, 1), (32, 17, 1, 2), (1, 1, 1, 1), (5, 4, 4, 1), (9, 4, 2, 3)],
+)
+def test_micro_batches_hold_each_index_once_and_rows_of_like_length_meet(module, count, size, processes, expected):
     lengths = random.Random(0).sample(range(1, 99), count)
     rows = [[[5] * (length // 2), [6] * (length - length // 2)] for length in lengths]
     indices = random.Random(1).sample(range(count), count)
-    parts = module.micro_batches(rows, indices, size)
+    parts = module.micro_batches(rows, indices, size, processes)
     assert sorted(i for part in parts for i in part) == list(range(count))
     assert [lengths[i] for part in parts for i in part] == sorted(lengths)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert len(parts) == max(1, count // size)
+    assert len(parts) == expected
+    assert min(map(len, parts)) >= processes
+    assert max(map(len, parts)) <= size or count // processes < -(-count // size)
 
 
 def test_the_gradient_of_both_models_together_is_clipped_to_norm_1_and_logged_before(

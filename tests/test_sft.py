@@ -317,7 +317,7 @@ def test_chats_that_end_in_a_users_turn_are_refused():
 
 def test_single_messages_are_refused_and_texts_are_not():
     rows = [{"text": USER["content"], "role": "prompter"}, {"text": ANSWER["content"], "role": "assistant"}]
-    with pytest.raises(SystemExit, match="holds single messages.*`messages`"):
+    with pytest.raises(SystemExit, match="has one message per row.*`messages`"):
         rows_of(tiny.word_tokenizer(), rows)
     assert len(rows_of(tiny.word_tokenizer(), [{"text": row["text"], "lang": "en"} for row in rows])) == 2
 
@@ -432,21 +432,25 @@ def test_each_epoch_is_another_permutation_of_the_rows():
     assert sft.batch_at(10, 4, 3, seed=2) != epochs[1][3:6]
 
 
-@pytest.mark.parametrize("count,size", [(10, 4), (11, 2), (3, 64), (9, 4), (0, 4), (8, 4)])
-def test_micro_batches_hold_each_row_once_and_rows_of_like_length_meet(count, size):
+@pytest.mark.parametrize(
+    "count,size,processes,expected",
+    [(10, 4, 1, 3), (11, 2, 1, 6), (3, 64, 1, 1), (32, 17, 1, 2), (0, 4, 1, 0), (8, 4, 1, 2), (5, 4, 4, 1)],
+)
+def test_micro_batches_hold_each_row_once_and_rows_of_like_length_meet(count, size, processes, expected):
     rows = []
     for i in range(count + 5):
         prompt = [1] * (i % 3)
         completion = [2] * (1 + i * i % 7)
         rows.append([prompt, completion])
     indices = random.Random(1).sample(range(count + 5), count)
-    parts = sft.micro_batches(rows, indices, size)
+    parts = sft.micro_batches(rows, indices, size, processes)
     together = list(itertools.chain(*parts))
     lengths = [len(rows[i][0] + rows[i][1]) for i in together]
     assert sorted(together) == sorted(indices)
     assert lengths == sorted(lengths)
-    assert all(0 < len(part) < 2 * size for part in parts)
-    assert len(parts) == count // size or count < size
+    assert all(processes <= len(part) <= max(size, count) for part in parts)
+    assert len(parts) == expected
+    assert all(len(part) <= size for part in parts) or processes > 1
 
 
 # --- runs ---

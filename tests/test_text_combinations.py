@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import shutil
+import sys
 from types import SimpleNamespace
 
 import accelerate
@@ -105,6 +106,35 @@ def test_the_last_update_is_saved_and_logged_where_the_interval_does_not_divide(
     run_dir = train(script, save_every=4)
     assert state(run_dir)["step"] == 6
     assert scalars(run_dir, LOSS[script])[-1][0] == 6
+
+
+@scripts
+def test_a_run_that_is_resumed_for_fewer_updates_than_it_has_leaves_its_model(finished, script, tmp_path):
+    shutil.copytree(finished(script), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/model")
+    call(script, "--resume", tmp_path / "run", *of_updates(script, 2))
+    assert (tmp_path / "run/model/model.safetensors").exists()
+    assert state(tmp_path / "run")["step"] == 6
+
+
+@scripts
+def test_a_run_goes_on_without_the_wandb_that_it_began_with(finished, script, tmp_path, monkeypatch):
+    shutil.copytree(finished(script), tmp_path / "run")
+    file = tmp_path / "run/checkpoint/state.json"
+    saved = json.loads(file.read_text())
+    saved["args"]["track"] = True
+    file.write_text(json.dumps(saved))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match="^--track needs wandb: pip install wandb$"):
+        call(script, "--resume", tmp_path / "run")
+    call(script, "--resume", tmp_path / "run", "--no-track")
+
+
+@scripts
+def test_checkpoints_are_written_at_multiples_of_save_every_and_at_the_end(train, script, monkeypatch):
+    calls = spy_on(monkeypatch, importlib.import_module(script), "save_checkpoint")
+    train(script, *of_updates(script, 5), save_every=2)
+    assert [call.step for call in calls] == [2, 4, 5]
 
 
 @row_scripts
