@@ -121,8 +121,8 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     for prompt, completion in rows:
         ids.append(torch.tensor(prompt + completion))
         labels.append(torch.tensor([-100] * len(prompt) + completion))
-    # Padding, here token 0, stands to the right, where a causal model does not look.
-    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)  # (b, L)
+    # Padding stands to the right, where a causal model does not look. It is a token of the rows: others may be nan.
+    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=int(ids[0][-1])).to(device)  # (b, L)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
     first = max(1, min(len(prompt) for prompt, completion in rows))  # nothing stands before column 0 to predict it from
     labels = labels[:, first:]  # (b, K)

@@ -131,8 +131,8 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     for prompt, completion in rows:
         ids.append(torch.tensor(prompt + completion))
         labels.append(torch.tensor([-100] * len(prompt) + completion))
-    # Padding, here token 0, stands to the right, where a causal model does not look.
-    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)  # (b, L)
+    # Padding stands to the right, where a causal model does not look. It is a token of the rows: others may be nan.
+    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=int(ids[0][-1])).to(device)  # (b, L)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
     first = max(1, min(len(prompt) for prompt, completion in rows))  # nothing stands before column 0 to predict it from
     labels = labels[:, first:]  # (b, K)
@@ -311,10 +311,10 @@ def set_stop_tokens(model: nn.Module, stops: list[int]) -> None:
 @torch.no_grad()
 def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor) -> list[list[int]]:
     """Responses to prompts, drawn by numbers `uniform` (b, R) in [0, 1), each up to its first stop token."""
-    # Padding, here token 0, goes to the left, so that all prompts end in one column.
+    # Padding, a token of the prompts, goes to the left, so that all prompts end in one column.
     rows = [torch.tensor(prompt, device=uniform.device) for prompt in prompts]
     visible = [torch.ones_like(row) for row in rows]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=prompts[0][0], padding_side="left")
     visible = nn.utils.rnn.pad_sequence(visible, batch_first=True, padding_side="left")  # (b, width)
     width = ids.shape[1]
     R = uniform.shape[1]
