@@ -331,6 +331,7 @@ def main(args: Args, saved: dict | None = None) -> None:
     envs = gym.wrappers.vector.RecordEpisodeStatistics(envs, LOG_EVERY, stats_key="episode_statistics")
     obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))
     is_step = np.ones(args.num_envs, bool)
+    caught = catch_signals()
 
     # The optimum, where the environment says how it works.
     P = getattr(env, "P", None)
@@ -345,7 +346,6 @@ def main(args: Args, saved: dict | None = None) -> None:
         known = {(s, a, *outcome[1:]) for s in P for a in P[s] for outcome in P[s][a]}  # each (s, a, s', r, end)
 
     # The run directory, with a first checkpoint if it is new, and the logs.
-    caught = catch_signals()
     run_dir = start_run(args, saved)
     if not (run_dir / "checkpoint.pt").exists():
         save_checkpoint(run_dir, args, step, agent=agent)

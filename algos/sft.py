@@ -258,8 +258,9 @@ def refuse_unread(data: Any, name: str, columns: list[str]) -> None:
         if extra in columns or extra not in data.column_names:
             continue
         for row in data:
-            shown = json.dumps([row[column] for column in columns])
-            text = json.dumps(row[extra] or "").strip('"[] ').removesuffix("\\n")  # of a text or a list
+            # Blanks and line breaks, \n in JSON, do not count.
+            shown = re.sub(r"\s|\\n", "", json.dumps([row[column] for column in columns]))
+            text = re.sub(r"\s|\\n", "", json.dumps(row[extra] or "")).strip('"[]')
             if text not in shown:
                 advice = "rename it to prompt, put it into the prompt, or remove the column"
                 raise SystemExit(f"--dataset {name}: {extra} is not read: {advice}")
@@ -371,7 +372,7 @@ def check_rendered(prompt: list[dict], answer: list[dict], text: str) -> None:
     for number, turn in enumerate(prompt + answer):
         contents = [turn.get(key) or "" for key in ("content", "reasoning_content", "thinking")]
         if turn["role"] == "assistant" and number < len(prompt):
-            contents = []
+            contents = []  # of an earlier answer
         if turn["role"] in ("tool", "ipython"):
             contents = re.findall("[A-Za-z0-9]+", turn["content"])[:1]  # a template may write the rest in its own way
         for call in turn.get("tool_calls") or []:

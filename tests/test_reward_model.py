@@ -344,9 +344,7 @@ def test_pairs_that_are_equal_where_they_are_cut_are_left_out(capsys):
 
 def test_two_texts_that_share_no_beginning_have_no_prompt_and_are_refused():
     row = {"asked": "review of plot :", "chosen": "the plot was great .", "rejected": "was dull ."}
-    with pytest.raises(
-        SystemExit, match=r"share no beginning.*rename .* to prompt: \['asked', 'chosen', 'rejected'\]"
-    ):
+    with pytest.raises(SystemExit, match=r"share no beginning.*rename .* to prompt: \['asked', 'chosen', 'rejected'\]"):
         rows_of(tiny.word_tokenizer(), [row])
     assert len(rows_of(tiny.word_tokenizer(), [row | {"prompt": ""}])) == 1
 

@@ -159,7 +159,7 @@ def results() -> str:
     header = ["spec", "steps", "seeds", "measure", "ours: final", "ours: area", "best possible"]
     header += ["peer, in as many steps", "peer: final", "peer: area"]
     return (
-        "## Results\n\nMeans over seeds with 95 % intervals. The best possible return is an expectation. So a greedy "
+        "## Results\n\nMeans over seeds with 95 % intervals. Steps are environment steps, or updates of a language model. The best possible return is an expectation. So a greedy "
         "return, a mean of 100 episodes, may lie a little above it by chance. Gold reward is the true reward of a language model's samples, from -1 to 1 (see "
         "below); J is 3 · gold reward - β · KL.\n\n" + table(header, rows)
     )
@@ -292,12 +292,12 @@ def against_peers() -> str:
     header = ["spec", "peer, in as many steps", "measure", "area", "final level", "margin", "answer"]
     return (
         f"## Does each script learn as well as its peer?\n\n{len(rows)} comparisons: {counts}. Each cell is (ours − peer) / "
-        "(peer − start), with a 95 % interval. The start is a random policy, or the model before training. Where "
+        "|peer − start|, with a 95 % interval. The start is a random policy, or the model before training. Where "
         "less is better, as with a loss or KL, the sign is turned, so that above 0 ours is always better. The area is the "
         "mean over the whole training, the final level the mean at its end. Pass: all intervals shown lie above -margin. "
         "Inconclusive: these seeds cannot tell ([how this is found](method.md)). Every peer trains for as many steps as "
-        "ours. Where a peer's settings were made for another number of steps, the table says for which; the peer may "
-        "do better there.\n\n" + table(header, rows)
+        "ours. Where a peer's settings were made for another number of steps, the table says for which. With "
+        "that number the peer may do better.\n\n" + table(header, rows)
     )
 
 
