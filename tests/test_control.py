@@ -308,6 +308,16 @@ def test_any_uint8_image_is_scaled_and_goes_through_the_cnn(script, shape, tmp_p
     assert train(script, tmp_path, "OneImage-v0", num_envs=2, eval_episodes=2, total_timesteps=40)
 
 
+@policy_gradients
+def test_actions_are_drawn_from_the_softmax_of_the_logits(script, monkeypatch):
+    torch.manual_seed(0)
+    agent = agent_of(script, Box(-1, 1, (2,), np.float32), Discrete(3))
+    logits = torch.tensor([2.0, 0.0, -1.0])
+    monkeypatch.setattr(agent.actor, "forward", lambda features: logits.expand(len(features), 3))
+    drawn = agent.act(torch.zeros(30_000, 2))
+    torch.testing.assert_close(torch.bincount(drawn, minlength=3) / 30_000, logits.softmax(0), rtol=0, atol=0.01)
+
+
 @all_scripts
 def test_an_image_of_zeros_and_ones_is_not_divided_and_goes_through_the_cnn(script, monkeypatch):
     agent = agent_of(script, Box(0, 1, (40, 40, 1), np.uint8), Discrete(2))
@@ -770,10 +780,11 @@ def test_the_rendered_environment_of_atari_shows_the_policy_what_training_showed
     native.close()
 
 
+@all_scripts
 @pytest.mark.parametrize("flags, frames", [({}, 4), ({"frameskip": 2}, 2)])
-def test_a_step_of_atari_is_as_many_frames_in_the_rendered_environment_as_in_the_native_one(flags, frames):
+def test_a_step_of_atari_is_as_many_frames_in_the_rendered_environment_as_in_the_native_one(script, flags, frames):
     for kwargs in (flags, flags | {"render_mode": "rgb_array"}):
-        envs = ppo.make_envs("ALE/Pong-v5", 1, kwargs)
+        envs = importlib.import_module(script).make_envs("ALE/Pong-v5", 1, kwargs)
         del envs.unwrapped._add_info  # the infos that the scripts leave out count the frames
         envs.reset(seed=0)
         before, after = (envs.step(np.zeros(1, int))[-1]["episode_frame_number"][0] for _ in range(2))
