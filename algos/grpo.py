@@ -130,14 +130,14 @@ class Args:
 def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
     """log π(y_t | x, y_<t) of rows [prompt, completion] of token ids, and a mask of the completions: (b, K) each.
 
-    The K columns go from where the earliest completion begins to the longest row's end; outside the mask they are 0.
+    Column 0 is where the earliest completion begins, column K - 1 where the longest row ends; 0 outside the mask.
     """
     ids = []
     labels = []
     for prompt, completion in rows:
         ids.append(torch.tensor(prompt + completion))
         labels.append(torch.tensor([-100] * len(prompt) + completion))
-    # Padding stands to the right, where a causal model does not look. It is a token of the rows: others may be nan.
+    # Padding, a token of the rows since others may be nan, stands to the right, where a causal model does not look.
     ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=int(ids[0][-1])).to(device)  # (b, L)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
     first = max(1, min(len(prompt) for prompt, completion in rows))  # nothing stands before column 0 to predict it from
@@ -148,19 +148,16 @@ def completion_logprobs(model: nn.Module, rows: list[Any], device: torch.device)
     return -losses.view_as(labels), labels != -100
 
 
-def response_columns(values: Tensor, starts: list[int], rows: list[Any], R: int) -> Tensor:
-    """The columns of values (b, K) that belong to responses, from column starts[i] on: (b, R), 0 behind their ends."""
-    steps = torch.arange(R, device=values.device)
-    columns = torch.tensor(starts, device=values.device)[:, None] + steps
-    lengths = torch.tensor([[len(response)] for prompt, response in rows], device=values.device)
-    return values.gather(1, columns.clamp(max=values.shape[1] - 1)) * (steps < lengths)
+def response_columns(values: Tensor, mask: Tensor, R: int) -> Tensor:
+    """The values (b, K) of responses, which the mask marks, moved to the left: (b, R), 0 behind their ends."""
+    is_response = torch.arange(R, device=values.device) < mask.sum(1, keepdim=True)  # (b, R)
+    return values.new_zeros(is_response.shape).masked_scatter(is_response, values[mask])
 
 
 def response_logprobs(model: nn.Module, rows: list[Any], R: int, device: torch.device) -> Tensor:
     """log π(y_t | x, y_<t) of rows [prompt, response], (b, R), from each response's first token; 0 behind its end."""
-    logprobs, _ = completion_logprobs(model, rows, device)  # (b, K), from the end of the shortest prompt on
-    lengths = [len(prompt) for prompt, response in rows]
-    return response_columns(logprobs, [length - min(lengths) for length in lengths], rows, R)
+    logprobs, mask = completion_logprobs(model, rows, device)  # (b, K)
+    return response_columns(logprobs, mask, R)
 
 
 def group_advantages(scores: Tensor, leave_one_out: bool, scale: str) -> Tensor:
@@ -198,17 +195,24 @@ def kl_penalty(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> 
 
 def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple[nn.Module, Any]:
     """Model in float32, without dropout, and tokenizer of a hub id, folder or peft adapter; num_labels=1 for a head."""
-    if (Path(name) / "model").is_dir() and not (Path(name) / "config.json").exists():
+    if (Path(name) / "model/config.json").exists():
         raise SystemExit(f"{name} is a run directory: its model is {name}/model")
-    adapter_file = transformers.utils.find_adapter_config_file(name)
-    adapter = json.loads(Path(adapter_file).read_text()) if adapter_file else {}
-    base = adapter.get("base_model_name_or_path", name)
-    if adapter.get("task_type") == "SEQ_CLS":
-        if loader is transformers.AutoModelForCausalLM:
-            raise SystemExit(f"{name} is the adapter of a reward model, not of a language model")
-        changes["num_labels"] = 1  # the head lies in the adapter
-    is_lacking = adapter and not transformers.utils.hub.has_file(name, "tokenizer_config.json")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base if is_lacking else name)
+    base = name
+    tokenizer_name = name
+    adapter = None
+    if transformers.utils.find_adapter_config_file(name):
+        from peft import PeftConfig, PeftModel
+
+        adapter = PeftConfig.from_pretrained(name)
+        base = adapter.base_model_name_or_path
+        if not transformers.utils.hub.has_file(name, "tokenizer_config.json"):
+            tokenizer_name = base
+        if adapter.task_type == "SEQ_CLS":
+            if loader is transformers.AutoModelForCausalLM:
+                raise SystemExit(f"{name} is the adapter of a reward model, not of a language model")
+            changes["num_labels"] = 1  # the head lies in the adapter
+        adapter.task_type = None  # the model's class says what it is for
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_name)
     config = transformers.AutoConfig.from_pretrained(base, **changes)
     text_config = config.get_text_config()
     for key, value in vars(text_config).items():
@@ -226,11 +230,7 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     if "score.weight" in info["unexpected_keys"]:
         raise SystemExit(f"{base} is a reward model, not a {type(model).__name__}")
     if adapter:
-        from peft import PeftConfig, PeftModel
-
-        adapter_config = PeftConfig.from_pretrained(name)
-        adapter_config.task_type = None  # the model's class says what it is for
-        model = PeftModel.from_pretrained(model, name, config=adapter_config).merge_and_unload().requires_grad_(True)
+        model = PeftModel.from_pretrained(model, name, config=adapter).merge_and_unload().requires_grad_(True)
 
     num_embeddings = model.get_input_embeddings().num_embeddings
     max_positions = getattr(text_config, "max_position_embeddings", None) or math.inf
@@ -311,7 +311,7 @@ def sample(model: nn.Module, prompts: list[list[int]], uniform: Tensor) -> list[
     R = uniform.shape[1]
 
     def draw(ids: Tensor, logits: Tensor) -> Tensor:
-        """Logits that leave one token, the one at which the distribution function reaches the uniform number."""
+        """Logits that allow one token: the first whose cumulative probability exceeds the uniform number."""
         cdf = logits.double().softmax(-1).cumsum(-1)
         target = uniform[:, ids.shape[1] - width, None] * cdf[:, -1:]
         token = torch.searchsorted(cdf, target, right=True)
@@ -371,9 +371,8 @@ def load_reward_model(name: str, max_length: int, policy: nn.Module, tokenizer: 
 
 def precise_head(head: nn.Linear, hidden: Tensor) -> Tensor:
     """Output of a linear layer in float32, whatever the model computes in: bfloat16 would round a score to 8 bits."""
-    bias = None if head.bias is None else head.bias.float()
     with torch.autocast(hidden.device.type, enabled=False):
-        return nn.functional.linear(hidden.float(), head.weight.float(), bias)
+        return nn.functional.linear(hidden.float(), head.weight.float())
 
 
 class TokenScores(nn.Module):
@@ -477,10 +476,9 @@ def choose_eval_split(name: str, config: str, split: str) -> str:
 
 def refuse_unread(data: Any, name: str, columns: list[str]) -> None:
     """Stop the run if a column that belongs to the prompt holds text that none of the columns in use has."""
-    unread = []
+    unread = ["prompt", "system", "system_prompt", "tools"]
     if columns not in (["messages"], ["text"]):
         unread += ["question", "instruction", "problem", "query", "context", "input"]
-    unread += ["prompt", "system", "system_prompt", "tools"]
     for extra in unread:
         if extra in columns or extra not in data.column_names:
             continue
@@ -493,46 +491,54 @@ def refuse_unread(data: Any, name: str, columns: list[str]) -> None:
                 raise SystemExit(f"--dataset {name}: {extra} is not read: {advice}")
 
 
-def check_value(value: Any, place: str) -> None:
-    """Stop the run unless a value is a text, or a list of messages with role and content."""
+def without_nulls(value: Any) -> Any:
+    """A value without the keys that hold null: parquet gives each message all keys that any message has."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def read_value(value: Any, place: str) -> str | list[dict]:
+    """A text, or a list of messages with role and content. Anything else stops the run."""
     if isinstance(value, str):
         has_keys = re.search(r"""['"](role|from)['"]""", value) and re.search(r"""['"](content|value)['"]""", value)
         if has_keys and re.match(r"\s*\[\s*{", value):
             raise SystemExit(f"{place}: {value!r:.40} is a list of messages written as text: use jsonl in place of csv")
-        return
+        return value
     if not isinstance(value, list) or not value:
         raise SystemExit(f"{place}: {value!r:.40} is neither text nor a list of messages")
-    for turn in value:
+    turns = without_nulls(value)
+    for turn in turns:
+        if isinstance(turn, dict) and turn.get("tool_calls"):
+            turn.setdefault("content", "")  # it may call tools and say nothing
         if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
             raise SystemExit(f"{place}: {turn!r:.80} is not a message with the texts role and content")
+    return turns
 
 
 def said_by(turns: list[dict]) -> list[tuple[str, ...]]:
-    """Who says, thinks and calls what in messages, by which they are compared."""
+    """Role, content, thoughts and tool calls of messages; two messages are the same if these are."""
     said = []
     for turn in turns:
-        unsaid = [turn.get(key) or "" for key in ("reasoning_content", "thinking", "tool_calls")]
+        unsaid = [turn.get(key, "") for key in ("reasoning_content", "thinking", "tool_calls")]
         said.append((turn["role"], turn["content"].strip(), str(unsaid)))
     return said
 
 
-def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
-    """The turns of a prompt, and those before it in the chat; without a prompt, the turns that both chats share."""
-    if isinstance(prompt, str) and prompt:
+def prompt_turns(prompt: str | list[dict], chat: list[dict]) -> list[dict]:
+    """The turns of a prompt; if the chat holds them, all of the chat up to their end."""
+    if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if prompt and chats[0][0]["role"] == "assistant":
-        return prompt  # the chats are answers alone
-    if prompt:
-        prompt_said = said_by(prompt)
-        chat_said = said_by(chats[0])
-        for end in range(len(prompt_said), len(chat_said) + 1):
-            if chat_said[end - len(prompt_said) : end] == prompt_said:
-                return chats[0][:end]
-        return prompt
-    if len(chats) == 1:
-        return []
-    shared = os.path.commonprefix([said_by(chat[:-1]) for chat in chats])  # which takes any lists
-    return chats[0][: len(shared)]
+    if chat[0]["role"] == "assistant":
+        return prompt  # the chat is an answer alone
+    prompt_said = said_by(prompt)
+    chat_said = said_by(chat)
+    for end in range(len(prompt_said), len(chat_said) + 1):
+        if chat_said[end - len(prompt_said) : end] == prompt_said:
+            return chat[:end]
+    return prompt
 
 
 def chat_renderer(tokenizer: Any, template_kwargs: str) -> Callable:
@@ -552,12 +558,12 @@ def check_rendered(prompt: list[dict], answer: list[dict], text: str) -> None:
     """Stop the run where the chat template leaves out what a turn says; thoughts of earlier answers may go."""
     shown = "".join(text.split())
     for number, turn in enumerate(prompt + answer):
-        contents = [turn.get(key) or "" for key in ("content", "reasoning_content", "thinking")]
+        contents = [turn.get(key, "") for key in ("content", "reasoning_content", "thinking")]
         if turn["role"] == "assistant" and number < len(prompt):
             contents = []  # of an earlier answer
         if turn["role"] in ("tool", "ipython"):
             contents = re.findall("[A-Za-z0-9]+", turn["content"])[:1]  # a template may write the rest in its own way
-        for call in turn.get("tool_calls") or []:
+        for call in turn.get("tool_calls", []):
             contents.append(call.get("function", call)["name"])
         for content in contents:
             if "".join(content.split()) not in shown:
@@ -580,15 +586,13 @@ def stop_tokens(tokenizer: Any, render: Callable) -> list[int]:
 
 def encode_prompt(row: dict[str, Any], tokenizer: Any, render: Callable, stops: list[int], place: str) -> list[int]:
     """Token ids of a row's `prompt`, up to the answer. A text becomes a chat if another column holds chats."""
-    prompt = row["prompt"]
-    check_value(prompt, f"{place}, column prompt")
+    prompt = read_value(row["prompt"], f"{place}, column prompt")
     if isinstance(prompt, str) and not prompt.strip():
         return []
     for column in ("messages", "chosen", "completion"):
         chat = row.get(column)
         if isinstance(prompt, str) and isinstance(chat, list) and chat:
-            check_value(chat, f"{place}, column {column}")
-            prompt = prompt_turns(prompt, [chat])
+            prompt = prompt_turns(prompt, read_value(chat, f"{place}, column {column}"))
     if isinstance(prompt, list):
         is_begun = prompt[-1]["role"] == "assistant"  # an answer that has begun goes on
         text = render(prompt, add_generation_prompt=not is_begun, continue_final_message=is_begun)
@@ -650,7 +654,7 @@ def batch_at(num_rows: int, step: int, batch_size: int, seed: int) -> list[int]:
 def micro_batches(rows: list[Any], indices: list[int], size: int, processes: int) -> list[list[int]]:
     """Indices of rows in parts of `size` or fewer. Rows of similar length go together, which saves padding.
 
-    A part has a row for each process. Where too few rows are left for that, parts are a little larger than `size`.
+    Each part has a row for each process. For that, there may be fewer parts, a little larger than `size`.
     """
     lengths = {}
     for i in indices:
@@ -702,13 +706,12 @@ def restore(accelerator: Accelerator, folder: Path, strict: bool = True) -> None
     try:
         accelerator.load_state(folder, strict=strict)
     except Exception as error:
-        message = f"--resume: {folder} is damaged, or of another --model ({type(error).__name__})"
-        raise SystemExit(message) from error
+        raise SystemExit(f"--resume: {folder} is damaged, or of another --model ({type(error).__name__})") from error
 
 
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
     """Flags of the command line, and the checkpoint of --resume, whose flags are then the defaults."""
-    # Its only flag is --resume; the others are left for Args.
+    # load_state reads --resume, and leaves the other flags for Args.
     saved, _ = tyro.cli(load_state, add_help=False, return_unknown_args=True)
     default = Args(**saved["args"]) if saved else Args()
     args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
@@ -766,7 +769,7 @@ def keep_float32(accelerator: Accelerator) -> None:
 
 
 def save_checkpoint(accelerator: Accelerator, run_dir: Path, args: Args, step: int) -> None:
-    """Write the tensors to checkpoint/<step>, and then state.json, which names that folder and changes in one piece."""
+    """Write the tensors to checkpoint/<step>, then replace state.json, which names that folder, in one step."""
     folder = run_dir / "checkpoint"
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it warns of weights that are tied, as usual
     accelerator.save_state(folder / str(step))
@@ -909,7 +912,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     # The run directory, and what the loop keeps.
     if saved:
         restore(accelerator, saved["folder"], strict=not args.lora_rank)
-        accelerator.print(f"the learning rate goes on as in a run of {total_steps} updates, at whose end it is 0")
+        accelerator.print(f"the learning rate falls to 0 at update {total_steps}")
     run_dir = start_run(args, accelerator, saved, step)
     caught = catch_signals()
     stop = False
@@ -941,13 +944,12 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
         finished = torch.tensor([response[-1] in stops for prompt, response in rows], device=device).float()
         scores = scores - args.missing_eos_penalty * (1 - finished)
         kl = (old_logprobs - ref_logprobs).sum(1)  # (B,)
-        penalised = scores
-        if args.kl_in == "reward":
-            penalised = scores - args.kl_coef * kl
+        reward_kl_coef = args.kl_coef if args.kl_in == "reward" else 0.0
+        penalised = scores - reward_kl_coef * kl
         leave_one_out = args.baseline == "leave-one-out"
         advantages = group_advantages(penalised.view(-1, G), leave_one_out, args.scale_rewards).view(B, 1)
         divisors = lengths if args.scale_rewards == "group" else torch.full_like(lengths, R)  # |o_i| of Eq. 3, or R
-        loss_kl_coef = args.kl_coef if args.kl_in == "loss" else 0.0
+        loss_kl_coef = args.kl_coef - reward_kl_coef
 
         # ===== update =====
         model.train()

@@ -38,11 +38,9 @@ import json
 import multiprocessing
 import os
 import re
-import shlex
 import signal
 import sys
 import time
-import warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -93,7 +91,7 @@ class Args:
     clip_coef: float = 0.2  # Clip range ε of the ratio (PPO Eq. 7).
     target_kl: float = 0.0  # End an update's epochs once approx_kl, the KL from the old policy, exceeds this; 0: off.
     ent_coef: float = 0.01  # Coefficient c2 of the entropy bonus (PPO Eq. 9).
-    vf_coef: float = 0.5  # Weight of the value loss, which is half the paper's: c1 of PPO Eq. 9 is half of this.
+    vf_coef: float = 0.5  # Coefficient of the value loss (V - R)² / 2. In PPO Eq. 9 it is 2·c1: that loss has no 1/2.
     log_std_init: float = 0.0  # Logarithm of the standard deviation of Box actions at the start.
 
     def __post_init__(self) -> None:
@@ -149,7 +147,8 @@ class Agent(nn.Module):
         self.is_image = is_image(obs_space)
         self.obs_scale = float(obs_space.high.max()) if obs_space.dtype == np.uint8 else 1.0  # 255 for images
         self.obs_norm = RunningNorm(*obs_space.shape) if normalize else nn.Identity()
-        self.return_norm = RunningNorm() if normalize else nn.Identity()
+        if normalize:
+            self.return_norm = RunningNorm()
         hidden = 512 if self.is_image else 64
         num_actions = gym.spaces.flatdim(action_space)  # actions, or dimensions of a Box
         actor_head = nn.Linear(hidden, num_actions)
@@ -220,12 +219,12 @@ class Agent(nn.Module):
 
 def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
     """S_t = x_t + discount_t·S_{t+1}, backwards in time; all tensors (T, N)."""
-    sums = []
-    total = torch.zeros_like(x[0])
-    for x_t, discount_t in zip(reversed(x.unbind()), reversed(discount.unbind())):
-        total = x_t + discount_t * total
-        sums.append(total)
-    return torch.stack(sums[::-1])
+    sums = torch.zeros_like(x)
+    total = 0.0
+    for t in reversed(range(len(x))):
+        total = x[t] + discount[t] * total
+        sums[t] = total
+    return sums
 
 
 def compute_gae(
@@ -257,7 +256,7 @@ def is_image(space: gym.Space) -> bool:
 
 
 def is_flattenable(space: gym.Space) -> bool:
-    """Whether gymnasium can flatten the space into numbers; it cannot with a Graph, Sequence or Text in it."""
+    """Whether a space is made of numbers: no Text, Graph, Sequence or OneOf is in it."""
     if isinstance(space, Dict):
         return all(map(is_flattenable, space.values()))
     if isinstance(space, Tuple):
@@ -266,38 +265,33 @@ def is_flattenable(space: gym.Space) -> bool:
 
 
 def ignore_signals(env: gym.Env) -> gym.Env:
-    """In a process of its own ("async") an environment leaves Ctrl-C and SIGTERM to the run, which closes it."""
+    """Let an environment in a process of its own ("async") ignore the signals that the run catches; the run ends it."""
     if multiprocessing.parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ctrl-C is ignored already, as by the run that started it
     return env  # the environment itself stays as it is
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.VectorEnv:
-    """N environments with images or vectors as observations; actions of -1 and 1 are the bounds of a Box, if finite."""
-    warnings.filterwarnings("once", module="gymnasium")
+    """N environments that show images or vectors. In a Box, actions -1 and 1 mean its bounds where they are finite."""
     sys.path.append("")  # where a user's own module may lie
     kwargs = dict(env_kwargs)
     is_atari = "ALE/" in env_id
     if is_atari:
         env_id = "ale_py:" + env_id.split(":")[-1]
         kwargs.setdefault("repeat_action_probability", 0.0)
-    if is_atari and not {"render_mode", "vectorization_mode"} & kwargs.keys():
-        # ale_py's own vector environment, which is one process and cannot be rendered
-        kwargs.setdefault("use_fire_reset", False)
-        kwargs["reward_clipping"] = False  # main takes the sign
-    elif is_atari:
-        wrappers = [
-            ignore_signals,
-            partial(AtariPreprocessing, frame_skip=kwargs.get("frameskip", 4)),
-            partial(FrameStackObservation, stack_size=4, padding_type="zero"),
-        ]
-        kwargs = {"vectorization_mode": "sync"} | kwargs | {"frameskip": 1, "wrappers": wrappers}
+        if "render_mode" in kwargs or "vectorization_mode" in kwargs:
+            preprocess = partial(AtariPreprocessing, frame_skip=kwargs.get("frameskip", 4))
+            stack = partial(FrameStackObservation, stack_size=4, padding_type="zero")
+            kwargs.setdefault("vectorization_mode", "sync")
+            kwargs |= {"frameskip": 1, "wrappers": [ignore_signals, preprocess, stack]}
+        else:  # ale_py's own vector environment, which is one process and cannot be rendered
+            kwargs.setdefault("use_fire_reset", False)
+            kwargs["reward_clipping"] = False  # main takes the sign
     elif kwargs.get("vectorization_mode") == "async":
         kwargs["wrappers"] = [ignore_signals]
     envs = gym.make_vec(env_id, num_envs, **kwargs)
     envs._add_info = lambda infos, *_: infos  # infos are not used, and gymnasium refuses those of several types
-    atexit.register(envs.close)  # processes that ignore SIGTERM must be closed before Python ends
+    atexit.register(envs.close)  # Python would wait for ever for processes that ignore SIGTERM
     obs = envs.single_observation_space
     action = envs.single_action_space
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
@@ -306,14 +300,14 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vector.Vector
         raise SystemExit(f"{env_id} shows raw frames: use ALE/<Game>-v5, whose frames are preprocessed")
     if not is_flattenable(obs):
         advice = "convert them with gymnasium.wrappers.TransformObservation, or drop a key with FilterObservation"
-        raise SystemExit(f"{env_id}: observations of {obs} cannot be flattened into numbers: {advice}")
+        raise SystemExit(f"{env_id}: observations of {obs} are not made of numbers: {advice}")
     envs = wrap.RecordEpisodeStatistics(envs, stats_key="episode_statistics")
     is_vector = isinstance(obs, Box) and len(obs.shape) == 1
     if not is_vector and not is_image(obs):
         envs = wrap.FlattenObservation(envs)
     if isinstance(action, Box) and len(action.shape) == 1 and action.dtype.kind == "f":
         finite = (action.low > -1e30) & (action.high < 1e30)
-        nearest = np.zeros_like(action.low).clip(action.low, action.high)  # to 0, where a bound is infinite
+        nearest = np.zeros_like(action.low).clip(action.low, action.high)  # to 0: the centre, where a bound is infinite
         low = np.where(finite, action.low, nearest - 1)
         high = np.where(finite, action.high, nearest + 1)
 
@@ -382,7 +376,7 @@ def load_checkpoint(resume: Path | None = None) -> dict | None:
 
 def parse_args() -> tuple[Args, dict | None]:
     """Flags of the command line, and the checkpoint of --resume, whose flags are then the defaults."""
-    # Its only flag is --resume; the others are left for Args.
+    # load_checkpoint reads --resume, and leaves the other flags for Args.
     saved, _ = tyro.cli(load_checkpoint, add_help=False, return_unknown_args=True)
     default = Args(**saved["args"]) if saved else Args()
     args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
@@ -456,7 +450,7 @@ def main(args: Args, saved: dict | None = None) -> None:
 
     # Environments, agent and optimiser, restored when a run is resumed.
     env_kwargs = json.loads(args.env_kwargs)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # programs that environments start inherit it: Ctrl-C spares them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what environments start inherits this, and Ctrl-C spares it
     envs = make_envs(args.env_id, args.num_envs, env_kwargs)
     obs_space = envs.single_observation_space
     agent = Agent(obs_space, envs.single_action_space, args.normalize, args.log_std_init).to(device)
@@ -474,7 +468,7 @@ def main(args: Args, saved: dict | None = None) -> None:
             raise SystemExit(message) from error
         optimizer.load_state_dict(saved["optimizer"])
         if args.anneal_lr:
-            print(f"the learning rate goes on as in a run of {args.total_timesteps} steps, at whose end it is 0")
+            print(f"the learning rate falls to 0 at step {args.total_timesteps}")
         if args.seed == saved["args"]["seed"]:
             torch.set_rng_state(saved["rng"])
     if args.compile:
@@ -499,7 +493,7 @@ def main(args: Args, saved: dict | None = None) -> None:
     caught = catch_signals()
     run_dir = start_run(args, saved)
     if args.capture_video:
-        make_video_envs(args.env_id, env_kwargs, run_dir / "videos").close()  # fails now rather than after training
+        video_envs = make_video_envs(args.env_id, env_kwargs, run_dir / "videos")  # fails now, not after training
     if not (run_dir / "checkpoint.pt").exists():
         save_checkpoint(run_dir, args, step, agent=agent, optimizer=optimizer)
     writer = SummaryWriter(run_dir, purge_step=step + 1)
@@ -554,7 +548,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         b_obs = b_obs[steps]
         b_actions = b_actions[steps]
         b_logprobs = b_logprobs[steps]
-        # Advantages are returns less values, which is what the values do not explain.
+        # The advantage, return - value, is the part of the return that the value does not explain.
         unexplained = b_advantages.var(correction=0) / (b_returns.var(correction=0) + 1e-8)
         metrics["losses/explained_variance"].append(1 - unexplained)
 
@@ -611,8 +605,7 @@ def main(args: Args, saved: dict | None = None) -> None:
     bar.close()
     envs.close()
     if caught:
-        command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
-        raise SystemExit(f"stopped at step {step}; to go on: {command}")
+        raise SystemExit(f'stopped at step {step}; to go on: python "{sys.argv[0]}" --resume "{run_dir}"')
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))
@@ -622,7 +615,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         writer.add_scalar("eval/return_std", returns.std(), step)
         print(f"evaluation: return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} greedy episodes")
     if args.capture_video:
-        evaluate(agent, make_video_envs(args.env_id, env_kwargs, run_dir / "videos"), device)
+        evaluate(agent, video_envs, device)
     writer.close()
 
 

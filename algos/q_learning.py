@@ -31,7 +31,6 @@ import atexit
 import json
 import multiprocessing
 import re
-import shlex
 import signal
 import sys
 import time
@@ -115,19 +114,6 @@ def td_target(rewards: Tensor, next_q: Tensor, terminated: Tensor, gamma: float)
     return rewards + gamma * next_q.max(-1).values * (1 - terminated)
 
 
-def is_model(P: object, num_states: int, num_actions: int) -> bool:
-    """Whether P has toy text's form: P[s][a] = [(p, s', r, end), …] for all states and actions."""
-    if not isinstance(P, dict) or set(P) != set(range(num_states)):
-        return False
-    for actions in P.values():
-        if not isinstance(actions, dict) or set(actions) != set(range(num_actions)):
-            return False
-        for outcomes in actions.values():
-            if not isinstance(outcomes, list) or not all(len(outcome) == 4 for outcome in outcomes):
-                return False
-    return True
-
-
 def read_model(P: dict[int, dict[int, list]]) -> tuple[Tensor, Tensor]:
     """p(s'|s, a) of going on in s', (S, A, S), and mean rewards r(s, a), (S, A), of P[s][a] = [(p, s', r, end), …]."""
     num_states = len(P)
@@ -144,12 +130,11 @@ def read_model(P: dict[int, dict[int, list]]) -> tuple[Tensor, Tensor]:
 
 def value_iteration(next_probs: Tensor, rewards: Tensor, gamma: float) -> Tensor:
     """Q* (S, A): Bellman's optimality equation Q(s, a) = r(s, a) + γ·Σ_s' p(s'|s, a)·max_a' Q(s', a'), repeated."""
-    sparse_probs = next_probs.flatten(0, 1).to_sparse()  # (S·A, S), mostly zeros
     q = torch.zeros_like(rewards)
     change = torch.inf
     rounding = 1e-15 / (1 - gamma)  # share of Q that rounding may keep in motion for ever
     while change > rounding * (1 + q.abs().max()):
-        next_values = (sparse_probs @ q.max(-1).values).view_as(rewards)
+        next_values = next_probs @ q.max(-1).values  # (S, A)
         updated = rewards + gamma * next_values
         change = (updated - q).abs().max()
         q = updated
@@ -178,10 +163,9 @@ def reachable(next_probs: Tensor, start_probs: Tensor) -> Tensor:
 
 
 def ignore_signals(env: gym.Env) -> gym.Env:
-    """In a process of its own ("async") an environment leaves Ctrl-C and SIGTERM to the run, which closes it."""
+    """Let an environment in a process of its own ("async") ignore the signals that the run catches; the run ends it."""
     if multiprocessing.parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ctrl-C is ignored already, as by the run that started it
     return env  # the environment itself stays as it is
 
 
@@ -191,7 +175,7 @@ def make_discrete_envs(env_id: str, num_envs: int, env_kwargs: dict) -> gym.vect
     kwargs = {"vectorization_mode": "sync"} | env_kwargs
     envs = gym.make_vec(env_id, num_envs, wrappers=[ignore_signals], **kwargs)
     envs._add_info = lambda infos, *_: infos  # infos are not used, and gymnasium refuses those of several types
-    atexit.register(envs.close)  # processes that ignore SIGTERM must be closed before Python ends
+    atexit.register(envs.close)  # Python would wait for ever for processes that ignore SIGTERM
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise SystemExit(f"{env_id}: its environments must reset by AutoresetMode.NEXT_STEP")
     for space in (envs.single_observation_space, envs.single_action_space):
@@ -224,7 +208,7 @@ def load_checkpoint(resume: Path | None = None) -> dict | None:
 
 def parse_args() -> tuple[Args, dict | None]:
     """Flags of the command line, and the checkpoint of --resume, whose flags are then the defaults."""
-    # Its only flag is --resume; the others are left for Args.
+    # load_checkpoint reads --resume, and leaves the other flags for Args.
     saved, _ = tyro.cli(load_checkpoint, add_help=False, return_unknown_args=True)
     default = Args(**saved["args"]) if saved else Args()
     args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
@@ -307,7 +291,7 @@ def main(args: Args, saved: dict | None = None) -> None:
     # Environments and table, restored when a run is resumed.
     torch.manual_seed(args.seed)
     env_kwargs = json.loads(args.env_kwargs)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # programs that environments start inherit it: Ctrl-C spares them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what environments start inherits this, and Ctrl-C spares it
     envs = make_discrete_envs(args.env_id, args.num_envs, env_kwargs)
     num_states = envs.single_observation_space.n
     num_actions = envs.single_action_space.n
@@ -333,13 +317,16 @@ def main(args: Args, saved: dict | None = None) -> None:
     is_step = np.ones(args.num_envs, bool)
     caught = catch_signals()
 
-    # The optimum, where the environment says how it works.
-    P = getattr(env, "P", None)
-    is_known = is_model(P, num_states, num_actions)
+    # The optimum, where the environment publishes its transitions.
+    try:
+        P = env.P
+        next_probs, mean_rewards = read_model(P)
+        is_known = mean_rewards.shape == agent.q.shape
+    except (AttributeError, LookupError, TypeError, ValueError):  # there is no P, or it has another form
+        is_known = False
     if is_known:
         starts = getattr(env, "initial_state_distrib", np.bincount(obs, minlength=len(P)) / len(obs))
         start_probs = torch.as_tensor(starts, dtype=torch.float64)
-        next_probs, mean_rewards = read_model(P)
         optimal_q = value_iteration(next_probs, mean_rewards, args.gamma)
         optimal_return = start_probs @ optimal_q.max(-1).values
         reached = reachable(next_probs, start_probs)
@@ -369,7 +356,7 @@ def main(args: Args, saved: dict | None = None) -> None:
                 tqdm.write(f"{args.env_id} made a transition that is not in its P: the optimum is not known")
 
         # ===== compute targets =====
-        next_q = agent.q[torch.from_numpy(next_obs)]
+        next_q = agent.q[next_obs]
         targets = td_target(torch.tensor(reward), next_q, torch.tensor(terminated).double(), args.gamma).numpy()
 
         # ===== update =====
@@ -408,8 +395,7 @@ def main(args: Args, saved: dict | None = None) -> None:
     bar.close()
     envs.close()
     if caught:
-        command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
-        raise SystemExit(f"stopped at step {step}; to go on: {command}")
+        raise SystemExit(f'stopped at step {step}; to go on: python "{sys.argv[0]}" --resume "{run_dir}"')
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     (run_dir / "model.safetensors").write_bytes(save(agent.state_dict()))

@@ -132,7 +132,7 @@ def cosine_schedule(step: int, total_steps: int, warmup: float) -> float:
     warmup_steps = math.ceil(warmup * total_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -141,17 +141,24 @@ def cosine_schedule(step: int, total_steps: int, warmup: float) -> float:
 
 def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple[nn.Module, Any]:
     """Model in float32, without dropout, and tokenizer of a hub id, folder or peft adapter; num_labels=1 for a head."""
-    if (Path(name) / "model").is_dir() and not (Path(name) / "config.json").exists():
+    if (Path(name) / "model/config.json").exists():
         raise SystemExit(f"{name} is a run directory: its model is {name}/model")
-    adapter_file = transformers.utils.find_adapter_config_file(name)
-    adapter = json.loads(Path(adapter_file).read_text()) if adapter_file else {}
-    base = adapter.get("base_model_name_or_path", name)
-    if adapter.get("task_type") == "SEQ_CLS":
-        if loader is transformers.AutoModelForCausalLM:
-            raise SystemExit(f"{name} is the adapter of a reward model, not of a language model")
-        changes["num_labels"] = 1  # the head lies in the adapter
-    is_lacking = adapter and not transformers.utils.hub.has_file(name, "tokenizer_config.json")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base if is_lacking else name)
+    base = name
+    tokenizer_name = name
+    adapter = None
+    if transformers.utils.find_adapter_config_file(name):
+        from peft import PeftConfig, PeftModel
+
+        adapter = PeftConfig.from_pretrained(name)
+        base = adapter.base_model_name_or_path
+        if not transformers.utils.hub.has_file(name, "tokenizer_config.json"):
+            tokenizer_name = base
+        if adapter.task_type == "SEQ_CLS":
+            if loader is transformers.AutoModelForCausalLM:
+                raise SystemExit(f"{name} is the adapter of a reward model, not of a language model")
+            changes["num_labels"] = 1  # the head lies in the adapter
+        adapter.task_type = None  # the model's class says what it is for
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_name)
     config = transformers.AutoConfig.from_pretrained(base, **changes)
     text_config = config.get_text_config()
     for key, value in vars(text_config).items():
@@ -169,11 +176,7 @@ def load_model(loader: Any, name: str, max_length: int, **changes: Any) -> tuple
     if "score.weight" in info["unexpected_keys"]:
         raise SystemExit(f"{base} is a reward model, not a {type(model).__name__}")
     if adapter:
-        from peft import PeftConfig, PeftModel
-
-        adapter_config = PeftConfig.from_pretrained(name)
-        adapter_config.task_type = None  # the model's class says what it is for
-        model = PeftModel.from_pretrained(model, name, config=adapter_config).merge_and_unload().requires_grad_(True)
+        model = PeftModel.from_pretrained(model, name, config=adapter).merge_and_unload().requires_grad_(True)
 
     num_embeddings = model.get_input_embeddings().num_embeddings
     max_positions = getattr(text_config, "max_position_embeddings", None) or math.inf
@@ -226,9 +229,8 @@ def set_pad_token(model: nn.Module, tokenizer: Any, stops: list[int]) -> int:
 
 def precise_head(head: nn.Linear, hidden: Tensor) -> Tensor:
     """Output of a linear layer in float32, whatever the model computes in: bfloat16 would round a score to 8 bits."""
-    bias = None if head.bias is None else head.bias.float()
     with torch.autocast(hidden.device.type, enabled=False):
-        return nn.functional.linear(hidden.float(), head.weight.float(), bias)
+        return nn.functional.linear(hidden.float(), head.weight.float())
 
 
 # --- data ---
@@ -265,10 +267,9 @@ def choose_eval_split(name: str, config: str, split: str) -> str:
 
 def refuse_unread(data: Any, name: str, columns: list[str]) -> None:
     """Stop the run if a column that belongs to the prompt holds text that none of the columns in use has."""
-    unread = []
+    unread = ["prompt", "system", "system_prompt", "tools"]
     if columns not in (["messages"], ["text"]):
         unread += ["question", "instruction", "problem", "query", "context", "input"]
-    unread += ["prompt", "system", "system_prompt", "tools"]
     for extra in unread:
         if extra in columns or extra not in data.column_names:
             continue
@@ -291,42 +292,58 @@ def choose_columns(data: Any, name: str) -> list[str]:
     raise SystemExit(f"--dataset {name} has the columns {data.column_names}: rename them to one of {LAYOUTS}")
 
 
-def check_value(value: Any, place: str) -> None:
-    """Stop the run unless a value is a text, or a list of messages with role and content."""
+def without_nulls(value: Any) -> Any:
+    """A value without the keys that hold null: parquet gives each message all keys that any message has."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def read_value(value: Any, place: str) -> str | list[dict]:
+    """A text, or a list of messages with role and content. Anything else stops the run."""
     if isinstance(value, str):
         has_keys = re.search(r"""['"](role|from)['"]""", value) and re.search(r"""['"](content|value)['"]""", value)
         if has_keys and re.match(r"\s*\[\s*{", value):
             raise SystemExit(f"{place}: {value!r:.40} is a list of messages written as text: use jsonl in place of csv")
-        return
+        return value
     if not isinstance(value, list) or not value:
         raise SystemExit(f"{place}: {value!r:.40} is neither text nor a list of messages")
-    for turn in value:
+    turns = without_nulls(value)
+    for turn in turns:
+        if isinstance(turn, dict) and turn.get("tool_calls"):
+            turn.setdefault("content", "")  # it may call tools and say nothing
         if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
             raise SystemExit(f"{place}: {turn!r:.80} is not a message with the texts role and content")
+    return turns
 
 
 def said_by(turns: list[dict]) -> list[tuple[str, ...]]:
-    """Who says, thinks and calls what in messages, by which they are compared."""
+    """Role, content, thoughts and tool calls of messages; two messages are the same if these are."""
     said = []
     for turn in turns:
-        unsaid = [turn.get(key) or "" for key in ("reasoning_content", "thinking", "tool_calls")]
+        unsaid = [turn.get(key, "") for key in ("reasoning_content", "thinking", "tool_calls")]
         said.append((turn["role"], turn["content"].strip(), str(unsaid)))
     return said
 
 
-def prompt_turns(prompt: Any, chats: list[list[dict]]) -> list[dict]:
-    """The turns of a prompt, and those before it in the chat; without a prompt, the turns that both chats share."""
-    if isinstance(prompt, str) and prompt:
+def prompt_turns(prompt: str | list[dict], chat: list[dict]) -> list[dict]:
+    """The turns of a prompt; if the chat holds them, all of the chat up to their end."""
+    if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if prompt and chats[0][0]["role"] == "assistant":
-        return prompt  # the chats are answers alone
-    if prompt:
-        prompt_said = said_by(prompt)
-        chat_said = said_by(chats[0])
-        for end in range(len(prompt_said), len(chat_said) + 1):
-            if chat_said[end - len(prompt_said) : end] == prompt_said:
-                return chats[0][:end]
-        return prompt
+    if chat[0]["role"] == "assistant":
+        return prompt  # the chat is an answer alone
+    prompt_said = said_by(prompt)
+    chat_said = said_by(chat)
+    for end in range(len(prompt_said), len(chat_said) + 1):
+        if chat_said[end - len(prompt_said) : end] == prompt_said:
+            return chat[:end]
+    return prompt
+
+
+def shared_turns(chats: list[list[dict]]) -> list[dict]:
+    """The turns with which two chats begin, their last turns left out. One chat alone has none."""
     if len(chats) == 1:
         return []
     shared = os.path.commonprefix([said_by(chat[:-1]) for chat in chats])  # which takes any lists
@@ -344,7 +361,7 @@ def split_chats(prompt: Any, completions: list[Any], place: str) -> tuple[list[d
                 f"{place}: the chat does not end in a turn of the assistant, so there is no answer to learn"
             )
         chats.append(completion)
-    turns = prompt_turns(prompt, chats)
+    turns = prompt_turns(prompt, chats[0]) if prompt else shared_turns(chats)
     repeats = [said_by(chat[: len(turns)]) == said_by(turns) for chat in chats]
     if all(repeats):
         return turns, [chat[len(turns) :] for chat in chats]
@@ -385,12 +402,12 @@ def check_rendered(prompt: list[dict], answer: list[dict], text: str) -> None:
     """Stop the run where the chat template leaves out what a turn says; thoughts of earlier answers may go."""
     shown = "".join(text.split())
     for number, turn in enumerate(prompt + answer):
-        contents = [turn.get(key) or "" for key in ("content", "reasoning_content", "thinking")]
+        contents = [turn.get(key, "") for key in ("content", "reasoning_content", "thinking")]
         if turn["role"] == "assistant" and number < len(prompt):
             contents = []  # of an earlier answer
         if turn["role"] in ("tool", "ipython"):
             contents = re.findall("[A-Za-z0-9]+", turn["content"])[:1]  # a template may write the rest in its own way
-        for call in turn.get("tool_calls") or []:
+        for call in turn.get("tool_calls", []):
             contents.append(call.get("function", call)["name"])
         for content in contents:
             if "".join(content.split()) not in shown:
@@ -412,7 +429,7 @@ def stop_tokens(tokenizer: Any, render: Callable) -> list[int]:
 
 
 def end_once(tokenizer: Any, ids: list[int], stops: list[int]) -> list[int]:
-    """Ids of a completion up to the first of the stop tokens that close it; one without them gets EOS."""
+    """A completion cut behind the first stop token after its text; one without a stop token there gets EOS."""
     end = len(ids)  # of the text; behind it stand stop tokens and blanks
     while end > 0 and (ids[end - 1] in stops or not tokenizer.decode(ids[end - 1]).strip()):
         end -= 1
@@ -423,16 +440,13 @@ def end_once(tokenizer: Any, ids: list[int], stops: list[int]) -> list[int]:
 
 
 def encode(tokenizer: Any, question: str, texts: list[str], is_chat: bool) -> list[list[int]]:
-    """Token ids [prompt, completion, …] of texts. The prompt is the question, or without one what all texts begin with.
+    """Token ids [prompt, completion, …] of texts that begin with a question, which is the prompt.
 
     Question and answer are tokenized as one text, since tokens may merge where they meet.
     """
     has_bos = is_chat or texts[0].startswith(tokenizer.bos_token or "<no BOS>")
     question_ids, *text_ids = tokenizer([question, *texts], add_special_tokens=not has_bos).input_ids
-    if question or len(texts) == 1:
-        prompt_ids = os.path.commonprefix([question_ids, *text_ids])
-    else:
-        prompt_ids = os.path.commonprefix(text_ids)
+    prompt_ids = os.path.commonprefix([question_ids, *text_ids])  # which takes any lists
     return [prompt_ids] + [ids[len(prompt_ids) :] for ids in text_ids]
 
 
@@ -454,6 +468,8 @@ def read_row(row: dict[str, Any], render: Callable, place: str, is_repeated: boo
         return question, texts, is_chat
     if is_repeated and repeats_prompt(row):
         return prompt, completions, is_chat
+    if not prompt and len(completions) == 2:
+        return os.path.commonprefix(completions), completions, is_chat  # the prompt is what both begin with
     return prompt, [prompt + completion for completion in completions], is_chat
 
 
@@ -482,11 +498,10 @@ def load_rows(
     for number, row in enumerate(rows, 1):
         place = f"--dataset {name}, split {split}, row {number}"
         for column, value in row.items():
-            check_value(value, f"{place}, column {column}")
+            row[column] = read_value(value, f"{place}, column {column}")
         question, texts, is_chat = read_row(row, render, place, is_repeated)
         prompt, *completions = encode(tokenizer, question, texts, is_chat)
-        shared = "" if is_chat else os.path.commonprefix(texts).strip()
-        if not question and not shared and columns == ["chosen", "rejected"]:
+        if not question.strip() and columns == ["chosen", "rejected"]:
             raise SystemExit(f"{place}: chosen and rejected share no beginning, so they hold no prompt; "
                              f"rename the column that holds it to prompt: {data.column_names}")  # fmt: skip
         uncut = [end_once(tokenizer, ids, stops) for ids in completions]
@@ -519,7 +534,7 @@ def batch_at(num_rows: int, step: int, batch_size: int, seed: int) -> list[int]:
 def micro_batches(rows: list[Any], indices: list[int], size: int, processes: int) -> list[list[int]]:
     """Indices of rows in parts of `size` or fewer. Rows of similar length go together, which saves padding.
 
-    A part has a row for each process. Where too few rows are left for that, parts are a little larger than `size`.
+    Each part has a row for each process. For that, there may be fewer parts, a little larger than `size`.
     """
     lengths = {}
     for i in indices:
@@ -567,13 +582,12 @@ def restore(accelerator: Accelerator, folder: Path, strict: bool = True) -> None
     try:
         accelerator.load_state(folder, strict=strict)
     except Exception as error:
-        message = f"--resume: {folder} is damaged, or of another --model ({type(error).__name__})"
-        raise SystemExit(message) from error
+        raise SystemExit(f"--resume: {folder} is damaged, or of another --model ({type(error).__name__})") from error
 
 
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
     """Flags of the command line, and the checkpoint of --resume, whose flags are then the defaults."""
-    # Its only flag is --resume; the others are left for Args.
+    # load_state reads --resume, and leaves the other flags for Args.
     saved, _ = tyro.cli(load_state, add_help=False, return_unknown_args=True)
     default = Args(**saved["args"]) if saved else Args()
     args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
@@ -637,7 +651,7 @@ def mean_over_processes(values: list[Tensor]) -> float:
 
 
 def save_checkpoint(accelerator: Accelerator, run_dir: Path, args: Args, step: int) -> None:
-    """Write the tensors to checkpoint/<step>, and then state.json, which names that folder and changes in one piece."""
+    """Write the tensors to checkpoint/<step>, then replace state.json, which names that folder, in one step."""
     folder = run_dir / "checkpoint"
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it warns of weights that are tied, as usual
     accelerator.save_state(folder / str(step))
@@ -709,7 +723,7 @@ def main(args: Args, saved: dict[str, Any] | None = None) -> None:
     # The run directory, and what the loop keeps.
     if saved:
         restore(accelerator, saved["folder"])
-        accelerator.print(f"the learning rate goes on as in a run of {total_steps} updates, at whose end it is 0")
+        accelerator.print(f"the learning rate falls to 0 at update {total_steps}")
     run_dir = start_run(args, accelerator, saved, step)
     caught = catch_signals()
     stop = False

@@ -422,7 +422,7 @@ def test_run_folder_and_checkpoint_folder_resume_and_flags_given_then_count(fini
     assert same(weights(tmp_path / "run"), weights(finished(script)))
     assert [step for step, _ in scalars(tmp_path / "run", LOSS[script])] == logged(script, 6)
     call(script, "--resume", tmp_path / "run" / "checkpoint", *of_updates(script, 8), "--learning-rate", 1e-2)
-    assert "the learning rate goes on as in a run of 8 updates, at whose end it is 0" in capsys.readouterr().out
+    assert "the learning rate falls to 0 at update 8" in capsys.readouterr().out
     ran = json.loads((tmp_path / "run" / "args.json").read_text())
     assert ran["learning_rate"] == 1e-2
     assert ran == state(tmp_path / "run")["args"]
@@ -754,7 +754,7 @@ def test_a_reward_model_is_no_language_model_and_one_with_two_labels_no_reward_m
 def test_a_prompt_is_found_in_a_chat_whatever_blanks_are_around_it(script):
     chat = [{"role": "user", "content": " What is it?"}, {"role": "assistant", "content": "A film."}]
     module = importlib.import_module(script)
-    assert module.prompt_turns("What is it? ", [chat]) == chat[:1]
+    assert module.prompt_turns("What is it? ", chat) == chat[:1]
 
 
 @scripts

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from test_language import (
     SAMPLERS,
@@ -121,6 +122,41 @@ def test_calls_of_tools_are_rendered_or_refused(script, tmp_path):
     row[answer][0]["tool_calls"] = [{"type": "function", "function": {"name": "look_up", "arguments": "{}"}}]
     with pytest.raises(SystemExit, match=r"leaves out a part of the turn 'look_up' \(assistant\)"):
         load(script, tmp_path, [row], tiny.bpe_tokenizer(template=tiny.CHATML))
+
+
+CALLS = (  # as Llama 3.1's, a turn that has the key calls a tool
+    "{% for m in messages %}<|im_start|>{{ m.content }}{% if 'tool_calls' in m %}{{ m.tool_calls[0].function.name }} "
+    "{{ m.tool_calls[0].function.arguments }}{% endif %}<|im_end|>{% endfor %}"
+)
+
+
+@scripts
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_keys_that_are_null_are_not_read_and_a_turn_that_calls_a_tool_needs_no_content(script, form, tmp_path):
+    rows = []
+    for arguments in ({"city": "Paris"}, {"day": 1}):
+        call = {"type": "function", "function": {"name": "look_up", "arguments": arguments}}
+        calls = {"role": "assistant", "content": None, "tool_calls": [call]}
+        rows.append(with_question(script, [*chat("how is it"), calls, {"role": "tool", "content": "21"}]))
+    tokenizer = tiny.bpe_tokenizer(template=CALLS)
+    module = importlib.import_module(script)
+    path = tmp_path / f"rows.{form}"
+    if form == "jsonl":
+        tiny.write_jsonl(path, rows)
+    else:
+        Dataset.from_list(rows).to_parquet(path)  # which gives each message a key tool_calls, and each call a city
+    if script in SAMPLERS:
+        texts = [tokenizer.decode(ids) for ids, row in module.load_prompts(str(path), "train", tokenizer, 128)]
+    else:
+        texts = [tokenizer.decode(ids) for ids, *_ in module.load_rows(str(path), "train", tokenizer, 128)]
+    assert "look_up {'city': 'Paris'}" in texts[0]
+    assert "look_up {'day': 1}" in texts[1]
+    for text in texts:
+        assert "None" not in text
+
+    silent = with_question(script, [*chat("how is it"), {"role": "assistant", "content": None}])
+    with pytest.raises(SystemExit, match="is not a message with the texts role and content"):
+        read(script, tmp_path, silent, tokenizer)
 
 
 @scripts

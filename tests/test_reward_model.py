@@ -218,8 +218,8 @@ def test_an_unknown_token_that_ends_texts_does_not_pad(tmp_path):
 def test_a_chat_that_begins_like_another_keeps_its_last_answer():
     chosen = [{"role": "user", "content": "plot"}, {"role": "assistant", "content": "great"}]
     rejected = [*chosen, {"role": "user", "content": "acting"}, {"role": "assistant", "content": "bad"}]
-    assert reward_model.prompt_turns(None, [chosen, rejected]) == chosen[:1]
-    assert reward_model.prompt_turns(None, [chosen, chosen]) == chosen[:1]
+    assert reward_model.shared_turns([chosen, rejected]) == chosen[:1]
+    assert reward_model.shared_turns([chosen, chosen]) == chosen[:1]
 
 
 # --- the head ---
