@@ -229,6 +229,7 @@ MISFITS = {  # what an environment may call P besides a table of its states and 
     "triples": {s: {a: [outcome[:3] for outcome in CHAIN[s][a]] for a in CHAIN[s]} for s in CHAIN},
     "next states": {s: {a: {outcome[1]: outcome[0] for outcome in CHAIN[s][a]} for a in CHAIN[s]} for s in CHAIN},
     "one state less": {s: CHAIN[s] for s in (0, 1)},
+    "one state more": CHAIN | {3: CHAIN[2]},
     "one action less": {s: {0: CHAIN[s][0]} for s in CHAIN},
 }
 for name, P in MISFITS.items():
