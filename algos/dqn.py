@@ -132,6 +132,12 @@ class QNetwork(nn.Module):
             layers = [nn.LazyLinear(120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.LazyLinear(int(action_space.n)))
         self(torch.zeros(1, *obs_space.shape))  # lazy layers learn their sizes
+        if self.is_image:  # PyTorch's own first weights would nearly lose the difference between two images
+            for layer in self.layers:
+                if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                    nn.init.orthogonal_(layer.weight, 2**0.5)
+                    nn.init.zeros_(layer.bias)
+            nn.init.orthogonal_(self.layers[-1].weight, 0.01)  # so the first Q are nearly 0
 
     def forward(self, obs: Tensor) -> Tensor:
         """Q (B, A) of observations (B, *obs) of any dtype; images may have channels first, last or none."""

@@ -177,6 +177,17 @@ def test_actions_are_random_with_probability_epsilon_and_greedy_otherwise(epsilo
     assert (network.act(obs, epsilon, greedy=True) == best).all()
 
 
+def test_a_cnn_begins_orthogonal_and_with_q_near_0_so_that_it_tells_images_apart():
+    network = dqn.QNetwork(Box(0, 255, (4, 84, 84), np.uint8), Discrete(6))
+    layers = [layer for layer in network.layers if hasattr(layer, "weight")]
+    assert len(layers) == 5
+    for layer in layers:
+        gain = 0.01 if layer is layers[-1] else 2**0.5
+        stretch = torch.linalg.svdvals(layer.weight.detach().flatten(1))  # in each direction
+        torch.testing.assert_close(stretch, torch.full_like(stretch, gain))
+        assert not layer.bias.any()
+
+
 @pytest.mark.parametrize("channels, shape", [(1, (40, 44)), (1, (40, 44, 1)), (3, (40, 44, 3)), (12, (40, 44, 12))])
 def test_images_with_channels_last_or_none_get_the_q_of_channels_first(channels, shape):
     torch.manual_seed(0)
