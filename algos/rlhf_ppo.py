@@ -522,7 +522,7 @@ def said_by(turns: list[dict]) -> list[tuple[str, ...]]:
     """Role, content, thoughts and tool calls of messages; two messages are the same if these are."""
     said = []
     for turn in turns:
-        unsaid = [turn.get(key, "") for key in ("reasoning_content", "thinking", "tool_calls")]
+        unsaid = [turn.get(key) or "" for key in ("reasoning_content", "thinking", "tool_calls")]
         said.append((turn["role"], turn["content"].strip(), str(unsaid)))
     return said
 

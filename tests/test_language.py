@@ -751,9 +751,11 @@ def test_a_reward_model_is_no_language_model_and_one_with_two_labels_no_reward_m
 
 
 @scripts
-def test_a_prompt_is_found_in_a_chat_whatever_blanks_are_around_it(script):
+def test_a_prompt_is_found_in_a_chat_whatever_blanks_are_around_it_and_beside_empty_calls(script):
     chat = [{"role": "user", "content": " What is it?"}, {"role": "assistant", "content": "A film."}]
     module = importlib.import_module(script)
+    assert module.prompt_turns("What is it? ", chat) == chat[:1]
+    chat[0]["tool_calls"] = []  # none
     assert module.prompt_turns("What is it? ", chat) == chat[:1]
 
 
